@@ -1,0 +1,220 @@
+"""A whole sequence under dropout: `jax.lax.scan` with the masks drawn where they belong."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
+
+from ._dropout_cell import (
+    Cell,
+    check_dropout,
+    check_masks,
+    check_rng,
+    disturb_site,
+    draw_masks,
+    dropout_cell,
+)
+from ._spec import (
+    SITES,
+    Masks,
+    PyTree,
+    RecurrentDropout,
+    active_noises,
+    line_up,
+    mask_per_leaf,
+    noise_per_leaf,
+)
+
+
+def dropout_scan(
+    params: PyTree,
+    carry: PyTree,
+    xs: PyTree,
+    rng: jax.Array | None,
+    *,
+    cell: Cell,
+    dropout: RecurrentDropout,
+    masks: Masks | None = None,
+    seq_lengths: jax.Array | None = None,
+    reverse: bool = False,
+    start: int | jax.Array = 0,
+    unroll: int | bool = 1,
+) -> tuple[PyTree, PyTree]:
+    """Runs `cell` over a sequence under dropout.
+
+    Variational masks are drawn once, outside the scan; per-step masks inside it, at step t from
+    `jax.random.fold_in(rng, t)`, where t counts along `xs` from `start`. The same as a Python
+    loop, bit for bit:
+
+        masks = draw_masks(params, carry, xs[0], rng, cell=cell, dropout=dropout)
+        for t, x in enumerate(xs):
+            step_rng = jax.random.fold_in(rng, start + t)
+            carry, y = dropout_cell(
+                params, carry, x, step_rng, cell=cell, dropout=dropout, masks=masks
+            )
+
+    Args:
+      params: the cell's weights.
+      carry: the first incoming carry.
+      xs: the inputs, a pytree of arrays `[time, ...]`.
+      rng: the sequence's key. None with `masks=None` is evaluation; None with masks applies
+        these and draws nothing.
+      cell: `cell(params, carry, x) -> (carry, y)`.
+      dropout: which noise sits where.
+      masks: masks to use instead of drawing; the variational ones they lack are drawn.
+      seq_lengths: ints `[*batch]`. Past its length a row's carry stands still and its `ys` are
+        zero, and what its `xs` hold there has no effect. Every leaf of the carry and of `ys`
+        then starts with the batch dims.
+      reverse: run from the last step to the first; `ys` keep the order of `xs`.
+      start: the absolute index of `xs[0]`, at least 0. A sequence that is cut in pieces, each
+        run with the same `rng` and its own `start`, gives the uncut result.
+      unroll: as in `jax.lax.scan`.
+
+    Returns:
+      `(carry, ys)`: the last carry, and the outputs `[time, ...]`.
+
+    Raises:
+      ValueError: as `dropout_cell`, or a length, shape or `start` does not fit.
+      TypeError: as `dropout_cell`, or `seq_lengths` or `start` is not an int.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> def cell(params, h, x):
+      ...     h = jnp.tanh(x @ params["in"] + h @ params["rec"])
+      ...     return h, h
+      >>> params = {"in": jnp.ones((3, 8)), "rec": jnp.ones((8, 8))}
+      >>> spec = fdc.RecurrentDropout(state=fdc.Dropout(keep_prob=0.8, variational=True))
+      >>> h, ys = fdc.dropout_scan(
+      ...     params, jnp.zeros((4, 8)), jnp.ones((20, 4, 3)), jax.random.key(0),
+      ...     cell=cell, dropout=spec,
+      ... )
+      >>> h.shape, ys.shape
+      ((4, 8), (20, 4, 8))
+    """
+    check_dropout(dropout)
+    check_masks(masks)
+    check_rng(rng)
+    _check_start(start)
+    steps = _count_steps(xs)
+    if seq_lengths is not None:
+        seq_lengths = _check_seq_lengths(seq_lengths)
+        _check_batch_dims("carry", carry, seq_lengths)
+    if rng is not None:
+        first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), xs)
+        drawn = draw_masks(params, carry, first, rng, cell=cell, dropout=dropout)
+        masks = drawn if masks is None else _fill_in(masks, drawn)
+    if masks is not None:
+        params, dropout, masks = _disturb_fixed_params(params, dropout, masks)
+    draws_at_each_step = rng is not None and any(
+        not noise.variational for noise in active_noises(dropout)
+    )
+
+    def run_cell(carry: PyTree, index: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
+        step_rng = jax.random.fold_in(rng, start + index) if draws_at_each_step else rng
+        return dropout_cell(params, carry, x, step_rng, cell=cell, dropout=dropout, masks=masks)
+
+    def step(carry: PyTree, indexed_x: tuple[jax.Array, PyTree]) -> tuple[PyTree, PyTree]:
+        index, x = indexed_x
+        if seq_lengths is None:
+            return run_cell(carry, index, x)
+        valid = index < seq_lengths
+        # Padding is blanked before the cell sees it: a NaN there would come back through the
+        # gradient of the very result that is thrown away.
+        new_carry, y = run_cell(carry, index, _blank(x, valid))
+        _check_batch_dims("ys", y, seq_lengths)
+        stay = jax.tree.map(lambda new, old: _select(valid, new, old), new_carry, carry)
+        return stay, _blank(y, valid)
+
+    indices = jnp.arange(steps, dtype=jnp.int32)
+    return jax.lax.scan(step, carry, (indices, xs), reverse=reverse, unroll=unroll)
+
+
+def _fill_in(masks: Masks, drawn: Masks) -> Masks:
+    """The masks that the caller brings, and the drawn ones where it brings none."""
+
+    def fill_in(site: str) -> PyTree:
+        brought, fresh = getattr(masks, site), getattr(drawn, site)
+        if brought is None or fresh is None:
+            return fresh if brought is None else brought
+        pairs = line_up(f"masks.{site}", brought, fresh)
+        return jax.tree.unflatten(
+            jax.tree.structure(brought, is_leaf=lambda mask: mask is None),
+            [subtree if mask is None else mask for mask, subtree in pairs],
+        )
+
+    return Masks(*(fill_in(site) for site in SITES))
+
+
+def _disturb_fixed_params(
+    params: PyTree, dropout: RecurrentDropout, masks: Masks
+) -> tuple[PyTree, RecurrentDropout, Masks]:
+    """Disturbs the weights that keep one mask here, once, instead of at each step."""
+    if masks.params is None:
+        return params, dropout, masks
+    noises = noise_per_leaf("params", dropout.params, params)
+    fixed = [mask is not None for mask in mask_per_leaf("params", masks.params, params)]
+
+    def noises_where(want_fixed: bool) -> PyTree:
+        chosen = [
+            noise if is_fixed == want_fixed else None
+            for noise, is_fixed in zip(noises, fixed, strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(params), chosen)
+
+    params = disturb_site("params", noises_where(True), params, None, masks, None)
+    dropout = dataclasses.replace(dropout, params=noises_where(False))
+    return params, dropout, masks._replace(params=None)
+
+
+def _blank(tree: PyTree, valid: jax.Array) -> PyTree:
+    """Zeroes the rows that are not valid, in every leaf that has rows."""
+
+    def blank(leaf: jax.Array) -> jax.Array:
+        if leaf.shape[: valid.ndim] != valid.shape:
+            return leaf
+        return _select(valid, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree.map(blank, tree)
+
+
+def _select(valid: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(valid.reshape(valid.shape + (1,) * (new.ndim - valid.ndim)), new, old)
+
+
+def _count_steps(xs: PyTree) -> int:
+    leaves = tree_leaves_with_path(xs)
+    if not leaves:
+        raise ValueError("xs has no arrays; give the inputs as arrays [time, ...].")
+    lengths = {f"xs{keystr(path)}": np.shape(leaf)[:1] for path, leaf in leaves}
+    if len(set(lengths.values())) > 1 or () in lengths.values():
+        shapes = ", ".join(f"{name}: {np.shape(leaf)}" for name, (_, leaf) in zip(lengths, leaves, strict=True))
+        raise ValueError(f"the arrays of xs must share their leading axis, time; got {shapes}.")
+    (steps,) = next(iter(lengths.values()))
+    return steps
+
+
+def _check_start(start: Any) -> None:
+    if isinstance(start, bool) or not jnp.issubdtype(jnp.result_type(start), jnp.integer) or np.shape(start):
+        raise TypeError(f"start must be an int, got {start!r}.")
+    if isinstance(start, int | np.integer) and not 0 <= start < 2**31:
+        raise ValueError(f"start must be at least 0 and below 2**31, got {start}.")
+
+
+def _check_seq_lengths(seq_lengths: Any) -> jax.Array:
+    seq_lengths = jnp.asarray(seq_lengths)
+    if not jnp.issubdtype(seq_lengths.dtype, jnp.integer):
+        raise TypeError(f"seq_lengths must be ints, got {seq_lengths.dtype}.")
+    return seq_lengths.astype(jnp.int32)
+
+
+def _check_batch_dims(name: str, tree: PyTree, seq_lengths: jax.Array) -> None:
+    for path, leaf in tree_leaves_with_path(tree):
+        if np.shape(leaf)[: seq_lengths.ndim] != seq_lengths.shape:
+            raise ValueError(
+                f"{name}{keystr(path)} has shape {np.shape(leaf)} at a step, which does not start "
+                f"with the shape of seq_lengths, {seq_lengths.shape}, the batch dims."
+            )
