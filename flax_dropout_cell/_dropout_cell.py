@@ -66,7 +66,8 @@ def dropout_cell(
       >>> params = {"in": jnp.ones((3, 8)), "rec": jnp.ones((8, 8))}
       >>> spec = fdc.RecurrentDropout(state=fdc.Dropout(keep_prob=0.8))
       >>> h, y = fdc.dropout_cell(
-      ...     params, jnp.zeros((4, 8)), jnp.ones((4, 3)), jax.random.key(0), cell=cell, dropout=spec
+      ...     params, jnp.zeros((4, 8)), jnp.ones((4, 3)), jax.random.key(0),
+      ...     cell=cell, dropout=spec,
       ... )
       >>> h.shape, y.shape
       ((4, 8), (4, 8))
@@ -250,7 +251,7 @@ def check_rng(rng: Any) -> None:
     if rng is None:
         return
     dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         is_key = shape == ()
     else:
         is_key = dtype == jnp.uint32 and shape in ((2,), (4,))

@@ -109,12 +109,12 @@ def dropout_scan(
         masks = drawn if masks is None else _fill_in(masks, drawn)
     if masks is not None:
         params, dropout, masks = _disturb_fixed_params(params, dropout, masks)
-    draws_at_each_step = rng is not None and any(
-        not noise.variational for noise in active_noises(dropout)
-    )
+    draws_at_each_step = any(not noise.variational for noise in active_noises(dropout))
 
     def run_cell(carry: PyTree, index: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
-        step_rng = jax.random.fold_in(rng, start + index) if draws_at_each_step else rng
+        step_rng = rng
+        if rng is not None and draws_at_each_step:
+            step_rng = jax.random.fold_in(rng, start + index)
         return dropout_cell(params, carry, x, step_rng, cell=cell, dropout=dropout, masks=masks)
 
     def step(carry: PyTree, indexed_x: tuple[jax.Array, PyTree]) -> tuple[PyTree, PyTree]:
@@ -186,19 +186,18 @@ def _select(valid: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def _count_steps(xs: PyTree) -> int:
-    leaves = tree_leaves_with_path(xs)
-    if not leaves:
+    shapes = {f"xs{keystr(path)}": np.shape(leaf) for path, leaf in tree_leaves_with_path(xs)}
+    if not shapes:
         raise ValueError("xs has no arrays; give the inputs as arrays [time, ...].")
-    lengths = {f"xs{keystr(path)}": np.shape(leaf)[:1] for path, leaf in leaves}
-    if len(set(lengths.values())) > 1 or () in lengths.values():
-        shapes = ", ".join(f"{name}: {np.shape(leaf)}" for name, (_, leaf) in zip(lengths, leaves, strict=True))
-        raise ValueError(f"the arrays of xs must share their leading axis, time; got {shapes}.")
-    (steps,) = next(iter(lengths.values()))
-    return steps
+    lengths = {shape[:1] for shape in shapes.values()}
+    if len(lengths) > 1 or lengths == {()}:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"the arrays of xs must share their leading axis, time; got {listed}.")
+    return lengths.pop()[0]
 
 
 def _check_start(start: Any) -> None:
-    if isinstance(start, bool) or not jnp.issubdtype(jnp.result_type(start), jnp.integer) or np.shape(start):
+    if isinstance(start, bool) or not jnp.issubdtype(jnp.result_type(start), jnp.integer):
         raise TypeError(f"start must be an int, got {start!r}.")
     if isinstance(start, int | np.integer) and not 0 <= start < 2**31:
         raise ValueError(f"start must be at least 0 and below 2**31, got {start}.")

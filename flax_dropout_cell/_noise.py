@@ -174,9 +174,7 @@ def check_probability(name: str, probability: Any) -> None:
     """Refuses a number outside [0, 1]. Arrays pass: their values are on the device."""
     if isinstance(probability, bool | np.bool_):
         raise TypeError(f"{name} must be a number in [0, 1], got {probability!r}.")
-    if isinstance(probability, Number) and (
-        math.isnan(probability) or not 0 <= probability <= 1
-    ):
+    if isinstance(probability, Number) and (math.isnan(probability) or not 0 <= probability <= 1):
         raise ValueError(f"{name} must be between 0 and 1, got {probability}.")
 
 

@@ -1,101 +1,468 @@
-"""Recurrent dropout around Flax linen cells."""
+"""Recurrent dropout around Flax linen cells, in the stock `nn.RNN`, `nn.Bidirectional`, `nn.scan`.
 
+    rnn = nn.RNN(DropoutCell(nn.LSTMCell(64), dropout))
+    variables = rnn.init(params_key, x)
+    y = rnn.apply(variables, x, rngs={"dropout": key})
+
+Hosts call `initialize_carry` before their loop: the variational masks are drawn there, once, and
+ride in the carry, with the key that each step derives its own from.
+"""
+
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from . import _tensorflow as tf
 from ._dropout_carry import DropoutCarry as DropoutCarry
 from ._dropout_carry import run_step, start_sequence
 from ._noise import Noise
 from ._spec import Masks, PyTree, RecurrentDropout, active_noises
 
-LSTM_CELLS = (nn.LSTMCell, nn.OptimizedLSTMCell, nn.ConvLSTMCell)
-"""The cells whose carry is `(c, h)`; subclasses count."""
+_LSTM_CELLS = (nn.LSTMCell, nn.OptimizedLSTMCell, nn.ConvLSTMCell)
 
 
-class _DropoutWrapper(nn.RNNCellBase):
-    """What both wrappers share; a subclass has `cell`, `deterministic` and `spec`."""
+class _Wrapper(nn.RNNCellBase):
+    """What both wrappers share. A subclass has `cell` and `deterministic`, and says the noises."""
 
     def setup(self) -> None:
         # The weights keep the names that they have without the wrapper.
         nn.share_scope(self, self.cell)
 
-    @property
-    def spec(self) -> RecurrentDropout:
+    @nn.nowrap
+    def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
         raise NotImplementedError
 
-    @property
-    def num_feature_axes(self) -> int:
-        return self.cell.num_feature_axes
+    @nn.nowrap
+    def _sequence_rng(self, rng: jax.Array | None) -> jax.Array | None:
+        """The key of a new sequence; None where it is to run without dropout."""
+        if self.deterministic:
+            return None
+        # A host's module may hold this one and not have bound it yet: inside a call of its, the
+        # stream is at hand all the same, and the key that the host gives is a constant.
+        module = self if self.scope is not None else nn.module._context.module_stack[-1]
+        if module is None or module.scope is None:
+            if rng is None:
+                raise ValueError("an unbound cell draws its masks from rng; got None.")
+            return rng
+        if module.has_rng("dropout"):
+            return module.make_rng("dropout")
+        if module.is_initializing():
+            return None
+        raise ValueError(
+            f"{type(self).__name__} needs a 'dropout' stream in training: pass "
+            f"rngs={{'dropout': key}} to apply, or make it with deterministic=True to evaluate. "
+            f"Inside nn.scan the stream needs split_rngs={{'dropout': True}}; better, call "
+            f"initialize_carry before the scan."
+        )
 
     @nn.nowrap
-    def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> DropoutCarry:
+    def initialize_carry(self, rng: jax.Array, input_shape: Any) -> DropoutCarry:
+        """The cell's first carry, with the masks of a new sequence.
+
+        Draws the variational masks, once for all steps of the sequence, from the `dropout`
+        stream. A cell that is unbound and is called outside of any module has no stream and
+        draws from `rng`: give it a new key for each sequence.
+
+        Args:
+          rng: handed to the cell's own `initialize_carry`.
+          input_shape: the shape of the input at a step, `[*batch, *features]`, or a pytree of
+            such shapes for nested inputs.
+
+        Returns:
+          The carry to start a sequence with.
+
+        Raises:
+          ValueError: there is no `dropout` stream, and this is neither evaluation nor `init`.
+        """
         return self._start(rng, self.cell.initialize_carry(rng, input_shape), input_shape)
 
     @nn.nowrap
-    def redraw_masks(self, rng, carry, input_shape) -> DropoutCarry:
+    def redraw_masks(self, rng: jax.Array | None, carry: PyTree, input_shape: Any) -> DropoutCarry:
+        """Starts new masks on an old state, as Gal and Ghahramani do from window to window.
+
+        Args:
+          rng: as in `initialize_carry`; None where there is a `dropout` stream.
+          carry: this wrapper's last carry, or a carry of the wrapped cell.
+          input_shape: as in `initialize_carry`.
+
+        Returns:
+          The carry to start the next window with.
+        """
         cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
-        if isinstance(self.cell, _DropoutWrapper):
+        if isinstance(self.cell, _Wrapper):
             cell_carry = self.cell.redraw_masks(rng, cell_carry, input_shape)
         return self._start(rng, cell_carry, input_shape)
 
     @nn.nowrap
-    def _start(self, rng, cell_carry, input_shape):
-        sequence_rng = None if self.deterministic else _sequence_rng(self, rng)
+    def _start(self, rng: jax.Array | None, cell_carry: PyTree, input_shape: Any) -> DropoutCarry:
+        sequence_rng = self._sequence_rng(rng)
         if sequence_rng is None:
             return DropoutCarry(cell_carry, None, None)
-        values = _site_shapes(self.cell, cell_carry, input_shape, self.spec)
-        return start_sequence(cell_carry, sequence_rng, self.spec, values)
+        dropout = self._dropout(cell_carry)
+        shapes = _site_shapes(self.cell, cell_carry, input_shape, dropout)
+        return start_sequence(cell_carry, sequence_rng, dropout, shapes)
 
-    def __call__(self, carry: DropoutCarry, x: PyTree) -> tuple[DropoutCarry, PyTree]:
-        spec, params = self.spec, None
-        evaluate = self.deterministic or (self.is_initializing() and carry.masks is None)
+    @property
+    def num_feature_axes(self) -> int:
+        """The number of feature axes of the wrapped cell's inputs."""
+        return self.cell.num_feature_axes
 
-        def cell(params, carry, x):
+    def __call__(self, carry: DropoutCarry, inputs: PyTree) -> tuple[DropoutCarry, PyTree]:
+        """One step of the wrapped cell, with noise."""
+        no_masks = isinstance(carry, DropoutCarry) and carry.masks is None
+        evaluate = self.deterministic or (self.is_initializing() and no_masks)
+        dropout = RecurrentDropout()
+        if isinstance(carry, DropoutCarry):
+            dropout = self._dropout(carry.cell_carry)
+        params = None
+        if dropout.params is not None and not evaluate:
+            if self.is_initializing():
+                self.cell(carry.cell_carry, inputs)  # makes the weights that are to be disturbed
+            params = self.cell.variables["params"]
+
+        def cell(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
             if params is None:
                 return self.cell(carry, x)
-            run = nn.map_variables(lambda cell, *args: cell(*args), "params", lambda _: {"params": params})
+            run = nn.map_variables(_call, "params", lambda _: {"params": params})
             return run(self.cell, carry, x)
 
-        if spec.params is not None:
-            if self.is_initializing():
-                self.cell(carry.cell_carry, x)
-            params = self.cell.variables["params"]
-        return run_step(carry, x, cell=cell, params=params, dropout=spec, deterministic=evaluate)
+        return run_step(
+            carry, inputs, cell=cell, params=params, dropout=dropout, deterministic=evaluate
+        )
 
 
-class DropoutCell(_DropoutWrapper):
+class DropoutCell(_Wrapper):
+    """A Flax cell under recurrent dropout; put it wherever the cell would go.
+
+    In training it reads the `dropout` stream, once per sequence; `init` and evaluation need none.
+    The cell's weights keep their names in `nn.RNN`.
+
+    Its carry is a `DropoutCarry`. Handed on to a next window it keeps its masks, as one long
+    sequence that was cut; `redraw_masks` starts new ones on it.
+
+    Args:
+      cell: any `nn.RNNCellBase`.
+      dropout: which noise sits where. One noise for the whole `state` of an LSTM-family cell
+        means h alone; to reach the memory c, name it: `state=(noise_c, noise_h)`.
+      deterministic: True is evaluation.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> noise = fdc.Dropout(keep_prob=0.8, variational=True)
+      >>> dropout = fdc.RecurrentDropout(input=noise, state=noise)
+      >>> rnn = nn.RNN(fdc.linen.DropoutCell(nn.LSTMCell(64), dropout))
+      >>> x = jnp.ones((4, 20, 32))
+      >>> variables = rnn.init(jax.random.key(0), x)
+      >>> rnn.apply(variables, x, rngs={"dropout": jax.random.key(1)}).shape
+      (4, 20, 64)
+    """
+
     cell: nn.RNNCellBase
     dropout: RecurrentDropout
     deterministic: bool = False
 
-    @property
-    def spec(self):
-        import dataclasses
-        return dataclasses.replace(self.dropout, state=expand_state(self.cell, self.dropout.state))
+    def __post_init__(self) -> None:
+        _check_cell(self.cell)
+        if not isinstance(self.dropout, RecurrentDropout):
+            raise TypeError(
+                f"dropout must be a RecurrentDropout, such as "
+                f"RecurrentDropout(input=Dropout(keep_prob=0.8)), got {self.dropout!r}."
+            )
+        super().__post_init__()
 
-def expand_state(cell, state):
-    if state is None: return None
-    if isinstance(cell, _DropoutWrapper):
-        return DropoutCarry(expand_state(cell.cell, state), None, None)
-    if isinstance(state, Noise) and isinstance(cell, LSTM_CELLS):
+    @nn.nowrap
+    def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
+        return dataclasses.replace(self.dropout, state=_state_prefix(self.cell, self.dropout.state))
+
+
+class RNNCellDropoutWrapper(_Wrapper):
+    """TensorFlow's `tf.nn.RNNCellDropoutWrapper`, for Flax cells: its arguments and their order.
+
+    Variational masks are drawn once per sequence, others at each step, from the `dropout` stream.
+
+    Args:
+      cell: any `nn.RNNCellBase`.
+      input_keep_prob: probability of keeping a unit of the inputs; a number or a traced scalar.
+      output_keep_prob: the same for the outputs.
+      state_keep_prob: the same for the outgoing state.
+      variational_recurrent: one mask for all steps of a sequence (Gal and Ghahramani 2016,
+        arXiv:1512.05287). Each example has its own; `broadcast_dims=(0,)` gives the whole batch
+        one, as in TensorFlow.
+      input_size: never needed; given, it is checked against what arrives.
+      dtype: never needed; given, it is checked against what arrives.
+      seed: folded into the `dropout` stream.
+      dropout_state_filter_visitor: called on the state and then on its parts; it says which get
+        dropout. The default leaves an LSTM's memory c alone.
+      broadcast_dims: dims over which one mask is shared.
+      deterministic: True is evaluation.
+
+    Raises:
+      ValueError: a keep_prob is outside [0, 1].
+      TypeError: `cell` is no RNNCell, or an argument has the wrong type.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> cell = fdc.linen.RNNCellDropoutWrapper(
+      ...     nn.LSTMCell(64), input_keep_prob=0.8, state_keep_prob=0.9, variational_recurrent=True
+      ... )
+      >>> x = jnp.ones((4, 20, 32))
+      >>> variables = nn.RNN(cell).init(jax.random.key(0), x)
+      >>> nn.RNN(cell).apply(variables, x, rngs={"dropout": jax.random.key(1)}).shape
+      (4, 20, 64)
+    """
+
+    cell: nn.RNNCellBase
+    input_keep_prob: float | jax.Array = 1.0
+    output_keep_prob: float | jax.Array = 1.0
+    state_keep_prob: float | jax.Array = 1.0
+    variational_recurrent: bool = False
+    input_size: Any = None
+    dtype: Any = None
+    seed: int | None = None
+    dropout_state_filter_visitor: tf.Visitor | None = None
+    broadcast_dims: Sequence[int] = ()
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        _check_cell(self.cell)
+        keep_probs = {name: getattr(self, name) for name in tf.KEEP_PROBS}
+        tf.check_arguments(keep_probs, self.seed, self.dropout_state_filter_visitor)
+        super().__post_init__()
+
+    @nn.nowrap
+    def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
+        def noise(keep_prob: Any) -> Noise | None:
+            return tf.keep_prob_noise(keep_prob, self.variational_recurrent, self.broadcast_dims)
+
+        return RecurrentDropout(
+            input=noise(self.input_keep_prob),
+            output=noise(self.output_keep_prob),
+            state=_visited_prefix(
+                self.cell,
+                cell_carry,
+                noise(self.state_keep_prob),
+                self.dropout_state_filter_visitor,
+            ),
+        )
+
+    @nn.nowrap
+    def _sequence_rng(self, rng: jax.Array | None) -> jax.Array | None:
+        sequence_rng = super()._sequence_rng(rng)
+        return None if sequence_rng is None else tf.fold_seed(sequence_rng, self.seed)
+
+    def __call__(self, carry: DropoutCarry, inputs: PyTree) -> tuple[DropoutCarry, PyTree]:
+        """One step of the wrapped cell, with noise."""
+        tf.check_inputs(inputs, self.input_size, self.dtype)
+        return super().__call__(carry, inputs)
+
+    @property
+    def wrapped_cell(self) -> nn.RNNCellBase:
+        """The cell itself."""
+        return self.cell
+
+    @property
+    def state_size(self) -> Any:
+        """The cell's `state_size`, or else the feature sizes of its carry, leaf by leaf.
+
+        Raises:
+          ValueError: the cell's inputs have several feature axes and `input_size` is not given.
+        """
+        if hasattr(self.cell, "state_size"):
+            return self.cell.state_size
+        return jax.tree.map(lambda leaf: tf.size_of(leaf.shape), self._state_shapes(()))
+
+    @property
+    def output_size(self) -> Any:
+        """The cell's `output_size`, or else the feature sizes of its output, leaf by leaf.
+
+        Raises:
+          ValueError: the cell's inputs have several feature axes and `input_size` is not given.
+        """
+        if hasattr(self.cell, "output_size"):
+            return self.cell.output_size
+        y, _ = _trace_cell(self.cell, self._state_shapes(()), _input_shapes(self._features()))
+        return jax.tree.map(lambda leaf: tf.size_of(leaf.shape), y)
+
+    @nn.nowrap
+    def zero_state(self, batch_size: int, dtype: Any) -> Any:
+        """The cell's `zero_state`, or else zeros for each leaf of its carry.
+
+        This is a state of the cell; `redraw_masks` makes a carry of it.
+        """
+        if hasattr(self.cell, "zero_state"):
+            return self.cell.zero_state(batch_size, dtype)
+        shapes = self._state_shapes((batch_size,))
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), shapes)
+
+    @nn.nowrap
+    def get_initial_state(
+        self, inputs: Any = None, batch_size: int | None = None, dtype: Any = None
+    ) -> Any:
+        """`zero_state` for these inputs, or for this batch size and dtype.
+
+        Raises:
+          ValueError: the arguments contradict each other or leave something open.
+        """
+        return self.zero_state(*tf.batch_and_dtype(inputs, batch_size, dtype))
+
+    @nn.nowrap
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, as JSON can hold them; `from_config` reads them.
+
+        Raises:
+          ValueError: an argument has no such form: a traced keep_prob, or a function that cannot
+            be imported by name, such as a lambda.
+        """
+        visitor = self.dropout_state_filter_visitor
+        return {
+            "cell": _cell_to_config(self.cell),
+            **{name: tf.keep_prob_to_config(name, getattr(self, name)) for name in tf.KEEP_PROBS},
+            "variational_recurrent": self.variational_recurrent,
+            "input_size": tf.to_config("input_size", self.input_size),
+            "dtype": None if self.dtype is None else jnp.dtype(self.dtype).name,
+            "seed": self.seed,
+            "dropout_state_filter_visitor": None
+            if visitor is None
+            else tf.to_import_path("dropout_state_filter_visitor", visitor),
+            "broadcast_dims": list(self.broadcast_dims),
+            "deterministic": self.deterministic,
+        }
+
+    @classmethod
+    @nn.nowrap
+    def from_config(cls, config: dict[str, Any]) -> "RNNCellDropoutWrapper":
+        """Makes the wrapper that `get_config` described."""
+        visitor = config["dropout_state_filter_visitor"]
+        return cls(
+            **{
+                **config,
+                "cell": _cell_from_config(config["cell"]),
+                "input_size": tf.from_config(config["input_size"]),
+                "dropout_state_filter_visitor": visitor and tf.from_import_path(visitor),
+                "broadcast_dims": tuple(config["broadcast_dims"]),
+            }
+        )
+
+    @nn.nowrap
+    def _features(self) -> Any:
+        if self.input_size is not None:
+            return tf.feature_shapes(self.input_size, self.cell.num_feature_axes)
+        if self.cell.num_feature_axes == 1:
+            return (1,)  # a stock cell's sizes do not depend on the width of its input
+        raise ValueError(
+            f"the sizes of {type(self.cell).__name__} depend on its inputs' "
+            f"{self.cell.num_feature_axes} feature axes; give input_size."
+        )
+
+    @nn.nowrap
+    def _state_shapes(self, batch: tuple[int, ...]) -> PyTree:
+        shape = jax.tree.map(lambda s: batch + s, self._features(), is_leaf=_is_shape)
+        return jax.eval_shape(lambda rng: self.cell.initialize_carry(rng, shape), jax.random.key(0))
+
+
+def _call(cell: nn.RNNCellBase, *args: Any) -> Any:
+    return cell(*args)
+
+
+def _check_cell(cell: Any) -> None:
+    if not (isinstance(cell, nn.Module) and callable(cell) and hasattr(cell, "initialize_carry")):
+        raise TypeError(
+            f"{cell!r} is not an RNNCell of flax.linen: give a cell such as nn.LSTMCell(64), "
+            f"a module with initialize_carry and __call__(carry, inputs)."
+        )
+
+
+def _state_prefix(cell: nn.RNNCellBase, state: PyTree) -> PyTree:
+    """Places what the user gave for `state` on the carry of the cell."""
+    if isinstance(cell, _Wrapper):
+        return DropoutCarry(_state_prefix(cell.cell, state), None, None)
+    if isinstance(state, Noise) and isinstance(cell, _LSTM_CELLS):
         return (None, state)
     return state
 
-def _sequence_rng(module, rng):
-    owner = module if module.scope is not None else nn.module._context.module_stack[-1]
-    if owner is None or owner.scope is None: return rng
-    if owner.has_rng("dropout"): return owner.make_rng("dropout")
-    if owner.is_initializing(): return None
-    raise ValueError("no dropout rng")
 
-def _site_shapes(cell, cell_carry, input_shape, spec):
-    x = jax.ShapeDtypeStruct(input_shape, jnp.float32)
-    y, params = None, None
-    if any(n.variational for n in active_noises((spec.params, spec.output))):
-        unbound = cell.clone(parent=None, _deep_clone=True, _reset_names=True)
-        (_, y), variables = jax.eval_shape(unbound.init_with_output, jax.random.key(0), cell_carry, x)
-        params = nn.unbox(variables)["params"]
+def _visited_prefix(
+    cell: nn.RNNCellBase, state: PyTree, noise: Noise | None, visitor: tf.Visitor | None
+) -> PyTree:
+    """Places a noise where a state filter visitor says."""
+    if noise is None:
+        return None
+    if isinstance(cell, _Wrapper):
+        inner = _visited_prefix(cell.cell, state.cell_carry, noise, visitor)
+        return DropoutCarry(inner, None, None)
+    if visitor is None and isinstance(cell, _LSTM_CELLS):
+        return (None, noise)
+    return tf.noise_where_true(noise, tf.visit_state(visitor or tf.leave_lstm_memory_alone, state))
+
+
+def _site_shapes(
+    cell: nn.RNNCellBase, cell_carry: PyTree, input_shape: Any, dropout: RecurrentDropout
+) -> Masks:
+    """The shapes of what sits at each site, as far as variational masks are drawn there."""
+    x = _input_shapes(input_shape)
+    params, y = None, None
+    if any(noise.variational for noise in active_noises((dropout.params, dropout.output))):
+        y, params = _trace_cell(cell, cell_carry, x)
     return Masks(params, x, cell_carry, y)
+
+
+def _trace_cell(cell: nn.RNNCellBase, cell_carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+    """The shapes of a cell's output and of its weights."""
+    unbound = cell.clone(parent=None, _deep_clone=True, _reset_names=True)
+    (_, y), variables = jax.eval_shape(unbound.init_with_output, jax.random.key(0), cell_carry, x)
+    return y, nn.unbox(variables).get("params")
+
+
+def _input_shapes(input_shape: Any) -> PyTree:
+    # Nobody says the dtype of the inputs before they come; masks are cast where they are used.
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), input_shape, is_leaf=_is_shape
+    )
+
+
+def _is_shape(node: Any) -> bool:
+    return isinstance(node, tuple) and all(isinstance(dim, int) for dim in node)
+
+
+def _cell_to_config(cell: nn.RNNCellBase) -> dict[str, Any]:
+    class_name = tf.to_import_path("the cell's class", type(cell))
+    if hasattr(cell, "get_config"):
+        return {"class_name": class_name, "config": cell.get_config()}
+    changed = {
+        field.name: getattr(cell, field.name)
+        for field in dataclasses.fields(cell)
+        if field.init
+        and field.name not in ("parent", "name")
+        and getattr(cell, field.name) is not field.default
+    }
+    return {
+        "class_name": class_name,
+        "config": {
+            name: _cell_to_config(value)
+            if isinstance(value, nn.RNNCellBase)
+            else tf.to_config(f"{type(cell).__name__}.{name}", value)
+            for name, value in changed.items()
+        },
+    }
+
+
+def _cell_from_config(config: dict[str, Any]) -> Any:
+    cls = tf.from_import_path(config["class_name"])
+    if hasattr(cls, "from_config"):
+        return cls.from_config(config["config"])
+    return cls(
+        **{
+            name: _cell_from_config(value)
+            if isinstance(value, dict) and value.keys() == {"class_name", "config"}
+            else tf.from_config(value)
+            for name, value in config["config"].items()
+        }
+    )

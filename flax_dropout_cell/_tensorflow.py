@@ -1,0 +1,225 @@
+"""TensorFlow's names for things: what both `RNNCellDropoutWrapper`s share."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._noise import Dropout, Noise, check_probability
+from ._spec import PyTree
+
+Visitor = Callable[[Any], Any]
+
+KEEP_PROBS = ("input_keep_prob", "state_keep_prob", "output_keep_prob")
+
+
+def check_arguments(
+    keep_probs: dict[str, Any], seed: Any, dropout_state_filter_visitor: Any
+) -> None:
+    """Refuses what can be seen to be wrong when a wrapper is made."""
+    if dropout_state_filter_visitor is not None and not callable(dropout_state_filter_visitor):
+        raise TypeError(
+            f"dropout_state_filter_visitor must be callable, got {dropout_state_filter_visitor!r}."
+        )
+    for name, keep_prob in keep_probs.items():
+        if not isinstance(keep_prob, int | float | np.number | np.ndarray | jax.Array):
+            raise TypeError(
+                f"{name} must be a number in [0, 1] or a scalar array, got {keep_prob!r}."
+            )
+        check_probability(name, keep_prob)
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer | None):
+        raise TypeError(f"seed must be an int or None, got {seed!r}.")
+
+
+def keep_prob_noise(
+    keep_prob: Any, variational: bool, broadcast_dims: Sequence[int]
+) -> Dropout | None:
+    """The noise that a keep_prob stands for: none where it is the number 1."""
+    noise = Dropout(keep_prob, variational=bool(variational), broadcast_dims=broadcast_dims)
+    return None if noise.is_identity else noise
+
+
+def fold_seed(rng: jax.Array, seed: int | None) -> jax.Array:
+    """A key of its own for each seed; None leaves the key as it is."""
+    if seed is None:
+        return rng
+    low, high = np.uint32(seed % 2**32), np.uint32((seed >> 32) % 2**32)
+    return jax.random.fold_in(jax.random.fold_in(rng, low), high)
+
+
+def visit_state(visitor: Visitor, state: PyTree) -> PyTree:
+    """Asks a state filter visitor which parts of a state get dropout.
+
+    The visitor is called on a part of the state, first on the whole. It answers False: no dropout
+    below here. True: call it again on each child, or, at an array, dropout. A structure of bools
+    for its children: go on below those that are True.
+
+    Args:
+      visitor: the `dropout_state_filter_visitor`.
+      state: a cell's carry.
+
+    Returns:
+      A prefix of `state` with True at the arrays that get dropout and False elsewhere.
+
+    Raises:
+      TypeError: the visitor answered something else.
+    """
+    answer = visitor(state)
+    children, structure = jax.tree.flatten(state, is_leaf=lambda node: node is not state)
+    if jax.tree_util.all_leaves([state]):
+        if not isinstance(answer, bool):
+            raise TypeError(
+                f"dropout_state_filter_visitor returned {answer!r} for an array; "
+                f"return True or False."
+            )
+        return answer
+    if answer is False:
+        return False
+    answers = [True] * len(children) if answer is True else _child_answers(answer, structure)
+    return jax.tree.unflatten(
+        structure,
+        [
+            visit_state(visitor, child) if descend else False
+            for child, descend in zip(children, answers, strict=True)
+        ],
+    )
+
+
+def _child_answers(answer: Any, structure: Any) -> list[bool]:
+    answers, answered = jax.tree.flatten(answer)
+    if answered != structure or not all(isinstance(entry, bool) for entry in answers):
+        what = (
+            "a non-bool scalar"
+            if jax.tree_util.all_leaves([answer])
+            else "no depth=1 structure of bools like the state's"
+        )
+        raise TypeError(
+            f"dropout_state_filter_visitor returned {answer!r}, {what}; return True, False or "
+            f"a structure of bools such as (False, True) for a state (c, h)."
+        )
+    return answers
+
+
+def leave_lstm_memory_alone(state: Any) -> Any:
+    """TensorFlow's default visitor: dropout on everything but the c of a named (c, h) tuple."""
+    if getattr(state, "_fields", None) == ("c", "h"):
+        return state._replace(c=False, h=True)
+    return True
+
+
+def noise_where_true(noise: Noise, answers: PyTree) -> PyTree:
+    """A prefix of noises from a visitor's answers."""
+    return jax.tree.map(lambda answer: noise if answer else None, answers)
+
+
+def check_inputs(x: PyTree, input_size: Any, dtype: Any) -> None:
+    """Holds what arrives against the sizes and the dtype that were announced."""
+    leaves, structure = jax.tree.flatten(x)
+    if input_size is not None:
+        try:
+            sizes = structure.flatten_up_to(input_size)
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"input_size is {input_size!r}, but the inputs have the structure {structure}."
+            ) from None
+        for leaf, size in zip(leaves, sizes, strict=True):
+            features = tuple(np.atleast_1d(size).tolist())
+            if leaf.shape[len(leaf.shape) - len(features) :] != features:
+                raise ValueError(
+                    f"input_size is {input_size!r}, but an input of shape {leaf.shape} arrived."
+                )
+    for leaf in leaves if dtype is not None else ():
+        if leaf.dtype != jnp.dtype(dtype):
+            raise TypeError(f"dtype is {jnp.dtype(dtype)}, but a {leaf.dtype} input arrived.")
+
+
+def size_of(shape: tuple[int, ...]) -> int | tuple[int, ...]:
+    """A feature shape as TensorFlow writes sizes: a plain int where there is one axis."""
+    return shape[0] if len(shape) == 1 else shape
+
+
+def feature_shapes(input_size: Any, axes: int) -> Any:
+    """`input_size` with each size as a shape of so many feature axes."""
+    if axes > 1:
+        return tuple(input_size)
+    return jax.tree.map(lambda size: (size,), input_size)
+
+
+def batch_and_dtype(inputs: Any, batch_size: Any, dtype: Any) -> tuple[Any, Any]:
+    """The batch size and dtype that `get_initial_state`'s arguments agree on."""
+    if inputs is not None:
+        if batch_size is not None and batch_size != inputs.shape[0]:
+            raise ValueError(
+                f"batch_size is {batch_size}, but inputs have a batch of {inputs.shape[0]}."
+            )
+        if dtype is not None and jnp.dtype(dtype) != inputs.dtype:
+            raise ValueError(f"dtype is {jnp.dtype(dtype)}, but inputs are {inputs.dtype}.")
+        return inputs.shape[0], inputs.dtype
+    if batch_size is None or dtype is None:
+        raise ValueError(
+            f"give inputs, or batch_size and dtype; got batch_size={batch_size}, dtype={dtype}."
+        )
+    return batch_size, dtype
+
+
+def to_import_path(what: str, value: Any) -> str:
+    """Names a module-level function or class as `module:qualname`.
+
+    Raises:
+      ValueError: it cannot be imported by that name, as a lambda cannot.
+    """
+    path = f"{getattr(value, '__module__', None)}:{getattr(value, '__qualname__', None)}"
+    try:
+        found = from_import_path(path)
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if found is not value:
+        raise ValueError(
+            f"{what} {value!r} has no import path, and a config holds no code: "
+            f"use a module-level function."
+        )
+    return path
+
+
+def from_import_path(path: str) -> Any:
+    module, _, qualname = path.partition(":")
+    found = importlib.import_module(module)
+    for name in qualname.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def to_config(what: str, value: Any) -> Any:
+    """Writes an argument of a cell as JSON can hold it."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [to_config(what, entry) for entry in value]
+    try:
+        return {"dtype": jnp.dtype(value).name}  # jnp.float32 and its like
+    except TypeError:
+        pass
+    if callable(value):
+        return {"import_path": to_import_path(what, value)}
+    raise ValueError(f"{what} is {value!r}, which a config cannot hold.")
+
+
+def from_config(value: Any) -> Any:
+    """Reads what `to_config` wrote; a list comes back as a tuple."""
+    if isinstance(value, list):
+        return tuple(from_config(entry) for entry in value)
+    if isinstance(value, dict) and value.keys() == {"dtype"}:
+        return jnp.dtype(value["dtype"])
+    if isinstance(value, dict) and value.keys() == {"import_path"}:
+        return from_import_path(value["import_path"])
+    return value
+
+
+def keep_prob_to_config(name: str, keep_prob: Any) -> float:
+    try:
+        return float(keep_prob)
+    except (TypeError, jax.errors.ConcretizationTypeError):
+        raise ValueError(f"{name} is traced, and a config holds numbers.") from None
