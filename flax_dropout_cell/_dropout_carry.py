@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ._dropout_cell import Cell, draw_sites, dropout_cell
-from ._spec import Masks, PyTree, RecurrentDropout, active_noises
+from ._spec import Masks, PyTree, RecurrentDropout, draws_at_each_step
 
 
 class StepRng(NamedTuple):
@@ -46,7 +46,7 @@ def start_sequence(
     # Weights have no batch dim for a host to index, so their masks get one of length 1.
     masks = masks._replace(params=jax.tree.map(lambda mask: mask[None], masks.params))
     step_rng = None
-    if any(not noise.variational for noise in active_noises(dropout)):
+    if draws_at_each_step(dropout):
         step_rng = StepRng(rng[None], jnp.zeros((1,), jnp.int32))
     return DropoutCarry(cell_carry, masks, step_rng)
 

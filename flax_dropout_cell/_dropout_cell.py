@@ -13,6 +13,7 @@ from ._spec import (
     Masks,
     PyTree,
     RecurrentDropout,
+    draws_once,
     is_identity,
     mask_per_leaf,
     noise_per_leaf,
@@ -126,7 +127,7 @@ def draw_masks(
     if rng is None:
         raise ValueError("draw_masks needs a key such as jax.random.key(0), got rng=None.")
     y = None
-    if dropout.output is not None:
+    if draws_once(dropout.output):
         _, y = jax.eval_shape(lambda *args: call_cell(cell, *args), params, carry, x)
     return draw_sites(dropout, Masks(params, x, carry, y), rng)
 
@@ -135,27 +136,22 @@ def draw_sites(dropout: RecurrentDropout, values: Masks, rng: jax.Array) -> Mask
     """Draws the variational masks for `values`: each site's value, or its shapes and dtypes."""
 
     def draw_site(site: str) -> PyTree:
-        value = getattr(values, site)
+        prefix, value = getattr(dropout, site), getattr(values, site)
+        if not draws_once(prefix):
+            return None
+        leaves, structure = jax.tree.flatten(value)
         drawn = [
             noise.draw_mask(_leaf_rng(rng, site, index), tuple(leaf.shape), leaf.dtype)
-            if noise is not None and noise.variational and not is_identity(noise)
+            if draws_once(noise)
             else None
             for index, (leaf, noise) in enumerate(
-                zip(
-                    jax.tree.leaves(value),
-                    noise_per_leaf(site, getattr(dropout, site), value),
-                    strict=True,
-                )
+                zip(leaves, noise_per_leaf(site, prefix, value), strict=True)
             )
         ]
-        if all(mask is None for mask in drawn):
-            return None
-        return jax.tree.unflatten(jax.tree.structure(value), drawn)
+        return jax.tree.unflatten(structure, drawn)
 
     with jax.named_scope("draw_masks"):
-        return Masks(
-            *(None if getattr(dropout, site) is None else draw_site(site) for site in SITES)
-        )
+        return Masks(*(draw_site(site) for site in SITES))
 
 
 def disturb_site(

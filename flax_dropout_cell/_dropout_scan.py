@@ -22,7 +22,7 @@ from ._spec import (
     Masks,
     PyTree,
     RecurrentDropout,
-    active_noises,
+    draws_at_each_step,
     line_up,
     mask_per_leaf,
     noise_per_leaf,
@@ -109,11 +109,11 @@ def dropout_scan(
         masks = drawn if masks is None else _fill_in(masks, drawn)
     if masks is not None:
         params, dropout, masks = _disturb_fixed_params(params, dropout, masks)
-    draws_at_each_step = any(not noise.variational for noise in active_noises(dropout))
+    draws = draws_at_each_step(dropout)
 
     def run_cell(carry: PyTree, index: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
         step_rng = rng
-        if rng is not None and draws_at_each_step:
+        if rng is not None and draws:
             step_rng = jax.random.fold_in(rng, start + index)
         return dropout_cell(params, carry, x, step_rng, cell=cell, dropout=dropout, masks=masks)
 

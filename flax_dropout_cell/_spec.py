@@ -67,8 +67,17 @@ class Masks(NamedTuple):
 SITES = Masks._fields
 
 
-def active_noises(prefix: PyTree) -> list[Noise]:
-    """The noises of a prefix, or of a whole `RecurrentDropout`, that do something."""
+def draws_once(prefix: PyTree) -> bool:
+    """Whether anything in a prefix, or in a `RecurrentDropout`, draws once per sequence."""
+    return any(noise.variational for noise in _active_noises(prefix))
+
+
+def draws_at_each_step(prefix: PyTree) -> bool:
+    """Whether anything in a prefix, or in a `RecurrentDropout`, draws at each step."""
+    return any(not noise.variational for noise in _active_noises(prefix))
+
+
+def _active_noises(prefix: PyTree) -> list[Noise]:
     leaves = jax.tree.leaves(prefix, is_leaf=_is_noise_or_none)
     return [leaf for leaf in leaves if isinstance(leaf, Noise) and not is_identity(leaf)]
 

@@ -20,7 +20,7 @@ from . import _tensorflow as tf
 from ._dropout_carry import DropoutCarry as DropoutCarry
 from ._dropout_carry import run_step, start_sequence
 from ._noise import Noise
-from ._spec import Masks, PyTree, RecurrentDropout, active_noises
+from ._spec import Masks, PyTree, RecurrentDropout, draws_once
 
 _LSTM_CELLS = (nn.LSTMCell, nn.OptimizedLSTMCell, nn.ConvLSTMCell)
 
@@ -384,9 +384,25 @@ def _state_prefix(cell: nn.RNNCellBase, state: PyTree) -> PyTree:
     """Places what the user gave for `state` on the carry of the cell."""
     if isinstance(cell, _Wrapper):
         return DropoutCarry(_state_prefix(cell.cell, state), None, None)
-    if isinstance(state, Noise) and isinstance(cell, _LSTM_CELLS):
-        return (None, state)
+    if isinstance(state, Noise):
+        return _spare_lstm_memory(cell, state)
     return state
+
+
+def _spare_lstm_memory(cell: nn.RNNCellBase, noise: Noise) -> PyTree:
+    """Places one noise for a whole state: on all of it, or on the h of an LSTM-family cell."""
+    if isinstance(cell, _LSTM_CELLS):
+        return (None, noise)
+    for field in dataclasses.fields(cell):
+        for part in jax.tree.leaves(getattr(cell, field.name, None)):
+            if field.name != "parent" and isinstance(part, (*_LSTM_CELLS, _Wrapper)):
+                raise ValueError(
+                    f"one noise for the whole state of {type(cell).__name__} would reach the "
+                    f"memory c of the {type(part).__name__} that it holds; say where it goes, "
+                    f"such as state=((None, noise), (None, noise)), or with a "
+                    f"dropout_state_filter_visitor."
+                )
+    return noise
 
 
 def _visited_prefix(
@@ -409,7 +425,7 @@ def _site_shapes(
     """The shapes of what sits at each site, as far as variational masks are drawn there."""
     x = _input_shapes(input_shape)
     params, y = None, None
-    if any(noise.variational for noise in active_noises((dropout.params, dropout.output))):
+    if draws_once((dropout.params, dropout.output)):
         y, params = _trace_cell(cell, cell_carry, x)
     return Masks(params, x, cell_carry, y)
 

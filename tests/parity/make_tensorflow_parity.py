@@ -8,41 +8,51 @@ Every `.npz` beside this file is one run: inputs `[time, batch, units]`, weights
 TensorFlow used in that very run, its outputs and its states. Leaves of a state are numbered in
 the order of `tf.nest.flatten`; a leaf without a mask is one that the state filter left alone.
 """
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
+# pyright: reportPossiblyUnboundVariable=false
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# tf.compat.v1.nn.rnn_cell is gone from Keras 3.
-os.environ["TF_USE_LEGACY_KERAS"] = "1"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 import numpy as np
-import tensorflow as tf  # pyright: ignore[reportMissingImports]
 
-# The default state filter of tf.nn.RNNCellDropoutWrapper knows the LSTMStateTuple of this module
-# only: around the LSTM cells of tf.compat.v1.nn.rnn_cell it drops the memory c as well.
-from tensorflow.python.keras.layers.legacy_rnn import (  # pyright: ignore[reportMissingImports]
-    rnn_cell_impl,
-)
+if __name__ == "__main__":  # Not where pytest imports every file to look for doctests.
+    # tf.compat.v1.nn.rnn_cell is gone from Keras 3.
+    os.environ["TF_USE_LEGACY_KERAS"] = "1"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-STEPS, BATCH, DEPTH = 7, 3, 5
+    import tensorflow as tf
+
+    # The default state filter of tf.nn.RNNCellDropoutWrapper knows the LSTMStateTuple of this
+    # module only: around the LSTM cells of tf.compat.v1.nn.rnn_cell it drops c as well.
+    from tensorflow.python.keras.layers.legacy_rnn import rnn_cell_impl
+
+STEPS, BATCH, DEPTH = 7, 3, 8
 KEEP_PROBS = {"input_keep_prob": 0.8, "state_keep_prob": 0.7, "output_keep_prob": 0.6}
 FORGET_BIAS = 0.75
 SEQUENCE_LENGTHS = (7, 1, 4)
 
-CELLS = {
-    "lstm": functools.partial(rnn_cell_impl.BasicLSTMCell, forget_bias=FORGET_BIAS),
-    "gru": rnn_cell_impl.GRUCell,
-}
 WEIGHTS = {
     "lstm": ("kernel", "bias"),
     "gru": ("gate_kernel", "gate_bias", "candidate_kernel", "candidate_bias"),
 }
 
 Arrays = dict[str, np.ndarray]
+Layers = list[tuple[str, int]]
+
+
+def make_cell(layers: Layers) -> Any:
+    def make_layer(kind: str, units: int) -> Any:
+        if kind == "gru":
+            return rnn_cell_impl.GRUCell(units)
+        return rnn_cell_impl.BasicLSTMCell(units, forget_bias=FORGET_BIAS)
+
+    cells = [make_layer(*layer) for layer in layers]
+    return cells[0] if len(cells) == 1 else rnn_cell_impl.MultiRNNCell(cells)
 
 
 def visit_memories(state: Any) -> Any:
@@ -55,7 +65,7 @@ def visit_memories(state: Any) -> Any:
 
 
 def run_eagerly(
-    layers: list[tuple[str, int]],
+    layers: Layers,
     *,
     variational: bool,
     seed: int,
@@ -64,8 +74,7 @@ def run_eagerly(
     """Steps `tf.nn.RNNCellDropoutWrapper` in a Python loop."""
     tf.random.set_seed(seed)
     random = np.random.default_rng(seed)
-    cells = [CELLS[kind](units) for kind, units in layers]
-    cell = cells[0] if len(cells) == 1 else rnn_cell_impl.MultiRNNCell(cells)
+    cell = make_cell(layers)
     wrapper = tf.nn.RNNCellDropoutWrapper(
         cell,
         **KEEP_PROBS,
@@ -79,12 +88,12 @@ def run_eagerly(
     state = tf.nest.map_structure(
         lambda units: tf.constant(draw(random, BATCH, units)), wrapper.state_size
     )
-    arrays = describe("tf.nn.RNNCellDropoutWrapper", layers, variational)
+    arrays = describe("tf.nn.RNNCellDropoutWrapper", layers, variational, seed)
     arrays |= {"inputs": inputs} | number("initial_state", state)
 
     # Builds the weights; what it computes and draws is thrown away.
     wrapper(tf.constant(inputs[0]), state)
-    arrays |= set_weights(random, layers, wrapper.weights)
+    arrays |= set_weights(random, layers, cell.weights)
 
     drops: list[tuple[str, Any, Any]] = []
     wrapper._dropout = functools.partial(record_drop, wrapper._dropout, drops)
@@ -96,7 +105,8 @@ def run_eagerly(
         steps.append(step)
     stacked = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
     if variational:
-        stacked |= share_masks(stacked, read_noise(wrapper))
+        noise = tf.nest.map_structure(lambda leaf: leaf.numpy(), noise_of(wrapper))
+        stacked |= share_masks(stacked, masks_from_noise(noise))
     return arrays | stacked
 
 
@@ -124,17 +134,12 @@ def run_in_graph(units: int, *, seed: int) -> Arrays:
             initial_state=rnn_cell.LSTMStateTuple(*map(tf.constant, initial_state)),
             time_major=True,
         )
-        noise = (
-            wrapper._recurrent_input_noise,
-            wrapper._recurrent_state_noise,
-            wrapper._recurrent_output_noise,
-        )
-        weights = set_weights(random, layers, wrapper.weights, session)
-        outputs, state, noise = session.run([outputs, state, noise])
-    masks = masks_from_noise(*noise)
+        weights = set_weights(random, layers, cell.weights, session)
+        outputs, state, noise = session.run([outputs, state, noise_of(wrapper)])
+    masks = masks_from_noise(noise)
     del masks["state_mask.0"]  # The memory c, which the default filter protects.
     return (
-        describe("tf.compat.v1.nn.rnn_cell.DropoutWrapper", layers, variational=True)
+        describe("tf.compat.v1.nn.rnn_cell.DropoutWrapper", layers, True, seed)
         | {"inputs": inputs, "sequence_lengths": np.array(SEQUENCE_LENGTHS, np.int32)}
         | number("initial_state", initial_state)
         | weights
@@ -166,26 +171,26 @@ def read_drops(drops: list[tuple[str, Any, Any]]) -> Arrays:
     return masks
 
 
-def read_noise(wrapper: Any) -> Arrays:
-    """The variational masks, from the noise that the wrapper holds."""
-    noise = (
+def noise_of(wrapper: Any) -> tuple[Any, Any, Any]:
+    """The uniform noise from which a wrapper makes its variational masks."""
+    return (
         wrapper._recurrent_input_noise,
         wrapper._recurrent_state_noise,
         wrapper._recurrent_output_noise,
     )
-    return masks_from_noise(*tf.nest.map_structure(lambda leaf: leaf.numpy(), noise))
 
 
-def masks_from_noise(input_noise: Any, state_noise: Any, output_noise: Any) -> Arrays:
-    def threshold(noise: np.ndarray, site: str) -> np.ndarray:
-        return np.floor(np.float32(KEEP_PROBS[f"{site}_keep_prob"]) + noise) == 1
+def masks_from_noise(noise: tuple[Any, Any, Any]) -> Arrays:
+    def threshold(site: str, uniform: np.ndarray) -> np.ndarray:
+        return np.floor(np.float32(KEEP_PROBS[f"{site}_keep_prob"]) + uniform) == 1
 
+    input_noise, state_noise, output_noise = noise
     masks = {
-        "input_mask": threshold(input_noise, "input"),
-        "output_mask": threshold(output_noise, "output"),
+        "input_mask": threshold("input", input_noise),
+        "output_mask": threshold("output", output_noise),
     }
-    for index, noise in enumerate(tf.nest.flatten(state_noise)):
-        masks[f"state_mask.{index}"] = threshold(noise, "state")
+    for index, uniform in enumerate(tf.nest.flatten(state_noise)):
+        masks[f"state_mask.{index}"] = threshold("state", uniform)
     return masks
 
 
@@ -199,7 +204,7 @@ def share_masks(stacked: Arrays, from_noise: Arrays) -> Arrays:
 
 
 def set_weights(
-    random: np.random.Generator, layers: list[tuple[str, int]], variables: Any, session: Any = None
+    random: np.random.Generator, layers: Layers, variables: Any, session: Any = None
 ) -> Arrays:
     """Gives every weight, and every bias, a value of its own."""
     names = [f"layer{i}.{name}" for i, (kind, _) in enumerate(layers) for name in WEIGHTS[kind]]
@@ -221,45 +226,47 @@ def number(name: str, tree: Any) -> Arrays:
     return {f"{name}.{i}": np.asarray(leaf) for i, leaf in enumerate(tf.nest.flatten(tree))}
 
 
-def describe(wrapper: str, layers: list[tuple[str, int]], variational: bool) -> Arrays:
+def describe(wrapper: str, layers: Layers, variational: bool, seed: int) -> Arrays:
     return {
         "tensorflow_version": np.array(tf.__version__),
         "wrapper": np.array(wrapper),
         "mode": np.array("variational" if variational else "per-step"),
         "layers": np.array([kind for kind, _ in layers]),
         "forget_bias": np.array(FORGET_BIAS),
+        "seed": np.array(seed),
     } | {name: np.array(keep_prob) for name, keep_prob in KEEP_PROBS.items()}
 
 
-def check(name: str, arrays: Arrays) -> None:
-    """Refuses a run that could not tell a right mask from a wrong one."""
-    masks = {key: mask for key, mask in arrays.items() if "mask" in key}
-    for key, mask in masks.items():
-        if mask.all() or not mask.any():
-            raise RuntimeError(f"{name}: {key} keeps all or nothing; take another seed.")
-        if arrays["mode"] == "per-step" and np.all(mask == mask[:1]):
-            raise RuntimeError(f"{name}: {key} is the same at every step.")
-        for other, other_mask in masks.items():
-            if key != other and np.array_equal(mask, other_mask):
-                raise RuntimeError(f"{name}: {key} and {other} are equal; take another seed.")
+def tells_masks_apart(arrays: Arrays) -> bool:
+    """Whether a wrong mask, in place of any of the run's, would show."""
+    masks = [mask for name, mask in arrays.items() if "mask" in name]
+    per_step = arrays["mode"] == "per-step"
+    return (
+        all(mask.any() and not mask.all() for mask in masks)
+        and not any(np.array_equal(*pair) for pair in itertools.combinations(masks, 2))
+        and not any(per_step and np.all(mask == mask[:1]) for mask in masks)
+    )
+
+
+def first_telling(run: Callable[..., Arrays]) -> Arrays:
+    """The run of the first seed whose masks can be told apart."""
+    return next(filter(tells_masks_apart, (run(seed=seed) for seed in itertools.count())))
 
 
 def main() -> None:
-    stack = [("lstm", 6), ("gru", 4), ("lstm", 5)]
-    eager, memories = run_eagerly, functools.partial(run_eagerly, visitor=visit_memories)
-    runs = {
-        "lstm_variational": eager([("lstm", 6)], variational=True, seed=1),
-        "lstm_per_step": eager([("lstm", 6)], variational=False, seed=2),
-        "lstm_dynamic_rnn": run_in_graph(6, seed=3),
-        "gru_variational": eager([("gru", 6)], variational=True, seed=4),
-        "gru_per_step": eager([("gru", 6)], variational=False, seed=5),
-        "stack_variational": eager(stack, variational=True, seed=6),
-        "stack_per_step": eager(stack, variational=False, seed=7),
-        "stack_memories_variational": memories(stack, variational=True, seed=8),
-        "stack_memories_per_step": memories(stack, variational=False, seed=9),
+    stack = [("lstm", 8), ("gru", 6), ("lstm", 7)]
+    cases = {
+        "lstm": functools.partial(run_eagerly, [("lstm", 8)]),
+        "gru": functools.partial(run_eagerly, [("gru", 8)]),
+        "stack": functools.partial(run_eagerly, stack),
+        "stack_memories": functools.partial(run_eagerly, stack, visitor=visit_memories),
     }
-    for name, arrays in runs.items():
-        check(name, arrays)
+    runs = {"lstm_dynamic_rnn": functools.partial(run_in_graph, 8)}
+    for name, case in cases.items():
+        runs[f"{name}_variational"] = functools.partial(case, variational=True)
+        runs[f"{name}_per_step"] = functools.partial(case, variational=False)
+    for name, run in runs.items():
+        arrays = first_telling(run)
         np.savez_compressed(Path(__file__).with_name(f"{name}.npz"), allow_pickle=False, **arrays)
         print(name, {key: value.shape for key, value in arrays.items() if "mask" in key})
 

@@ -1,0 +1,614 @@
+"""Recurrent dropout around Flax NNX cells, in the stock `nnx.RNN`, `nnx.Bidirectional`, `nnx.scan`.
+
+    rngs = nnx.Rngs(params=0, dropout=1)
+    rnn = nnx.RNN(DropoutCell(nnx.LSTMCell(32, 64, rngs=rngs), dropout, rngs=rngs))
+    y = rnn(x)
+
+Hosts call `initialize_carry` before their loop: the variational masks are drawn there, once, and
+ride in the carry, with the key that each step derives its own from.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from . import _tensorflow as tf
+from ._dropout_carry import DropoutCarry as DropoutCarry
+from ._dropout_carry import run_step, start_sequence
+from ._noise import Noise
+from ._spec import Masks, PyTree, RecurrentDropout, draws_once
+
+_LSTM_CELLS = (nnx.LSTMCell, nnx.OptimizedLSTMCell)
+
+RngSource = nnx.Rngs | nnx.RngStream | None
+
+
+class _Wrapper(nnx.RNNCellBase):
+    """What both wrappers share. A subclass says the noises."""
+
+    def __init__(self, cell: nnx.RNNCellBase, deterministic: bool, rngs: RngSource) -> None:
+        _check_cell(cell)
+        self.cell = cell
+        self.deterministic = deterministic
+        self.rngs: nnx.RngStream | None
+        if isinstance(rngs, nnx.Rngs):
+            # No stream to fork is no error yet: evaluation needs none.
+            has_stream = "dropout" in rngs or "default" in rngs
+            self.rngs = rngs["dropout"].fork() if has_stream else nnx.data(None)
+        elif isinstance(rngs, nnx.RngStream):
+            self.rngs = rngs.fork()
+        elif rngs is None:
+            self.rngs = nnx.data(None)
+        else:
+            raise TypeError(
+                f"rngs must be Rngs, an RngStream or None, such as nnx.Rngs(dropout=0), "
+                f"got {rngs!r}."
+            )
+
+    def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
+        raise NotImplementedError
+
+    def _sequence_rng(self) -> jax.Array | None:
+        """The key of a new sequence; None where it is to run without dropout."""
+        if self.deterministic:
+            return None
+        if self.rngs is None:
+            raise ValueError(
+                f"{type(self).__name__} needs a 'dropout' stream in training: make it with "
+                f"rngs=nnx.Rngs(dropout=0), or evaluate with eval() or deterministic=True."
+            )
+        return self.rngs()
+
+    def initialize_carry(
+        self, input_shape: Any, rngs: RngSource = None, carry_init: Any = None
+    ) -> DropoutCarry:
+        """The cell's first carry, with the masks of a new sequence.
+
+        Draws the variational masks, once for all steps of the sequence, from this module's own
+        `dropout` stream. Call it before the loop.
+
+        Args:
+          input_shape: the shape of the input at a step, `[*batch, *features]`, or a pytree of
+            such shapes for nested inputs.
+          rngs: handed to the cell's own `initialize_carry`, and used for nothing else: a host's
+            stream starts from the same key each time that the host is made.
+          carry_init: handed to the cell's own `initialize_carry`.
+
+        Returns:
+          The carry to start a sequence with.
+
+        Raises:
+          ValueError: there is no `dropout` stream, and this is not evaluation.
+        """
+        # Cells need not know carry_init; those of Flax 0.11 do not.
+        given = () if carry_init is None else (carry_init,)
+        return self._start(self.cell.initialize_carry(input_shape, rngs, *given), input_shape)
+
+    def redraw_masks(self, carry: PyTree, input_shape: Any) -> DropoutCarry:
+        """Starts new masks on an old state, as Gal and Ghahramani do from window to window.
+
+        Args:
+          carry: this wrapper's last carry, or a carry of the wrapped cell.
+          input_shape: as in `initialize_carry`.
+
+        Returns:
+          The carry to start the next window with.
+        """
+        cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
+        if isinstance(self.cell, _Wrapper):
+            cell_carry = self.cell.redraw_masks(cell_carry, input_shape)
+        return self._start(cell_carry, input_shape)
+
+    def _start(self, cell_carry: PyTree, input_shape: Any) -> DropoutCarry:
+        sequence_rng = self._sequence_rng()
+        if sequence_rng is None:
+            return DropoutCarry(cell_carry, None, None)
+        dropout = self._dropout(cell_carry)
+        shapes = _site_shapes(self.cell, cell_carry, input_shape, dropout)
+        return start_sequence(cell_carry, sequence_rng, dropout, shapes)
+
+    @property
+    def num_feature_axes(self) -> int:
+        """The number of feature axes of the wrapped cell's inputs."""
+        return self.cell.num_feature_axes
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` calls.
+
+        Args:
+          deterministic: True is evaluation.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def __call__(self, carry: DropoutCarry, inputs: PyTree) -> tuple[DropoutCarry, PyTree]:
+        """One step of the wrapped cell, with noise."""
+        dropout = RecurrentDropout()
+        if isinstance(carry, DropoutCarry):
+            dropout = self._dropout(carry.cell_carry)
+        params = None if dropout.params is None else _params(self.cell)
+
+        def cell(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+            if params is None:
+                return self.cell(carry, x)
+            return _call_with_params(self.cell, params, carry, x)
+
+        return run_step(
+            carry,
+            inputs,
+            cell=cell,
+            params=params,
+            dropout=dropout,
+            deterministic=self.deterministic,
+        )
+
+
+class DropoutCell(_Wrapper):
+    """An NNX cell under recurrent dropout; put it wherever the cell would go.
+
+    In training it draws from its own `dropout` stream, once per sequence; evaluation, by
+    `eval()`, `nnx.view` or `deterministic=True`, needs none.
+
+    Its carry is a `DropoutCarry`. Handed on to a next window it keeps its masks, as one long
+    sequence that was cut; `redraw_masks` starts new ones on it.
+
+    Args:
+      cell: any `nnx.RNNCellBase`.
+      dropout: which noise sits where. One noise for the whole `state` of an LSTM-family cell
+        means h alone; to reach the memory c, name it: `state=(noise_c, noise_h)`. `params` takes
+        a prefix of the cell's `nnx.Param`s as a plain dict. Arrays in it are data of this module,
+        so that a new `dropout` with other values does not retrace.
+      deterministic: True is evaluation.
+      rngs: where the masks come from, an `nnx.Rngs` or an `nnx.RngStream`; it is forked.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> noise = fdc.Dropout(keep_prob=0.8, variational=True)
+      >>> dropout = fdc.RecurrentDropout(input=noise, state=noise)
+      >>> rngs = nnx.Rngs(params=0, dropout=1)
+      >>> cell = nnx.LSTMCell(32, 64, rngs=rngs)
+      >>> rnn = nnx.RNN(fdc.nnx.DropoutCell(cell, dropout, rngs=rngs))
+      >>> rnn(jnp.ones((4, 20, 32))).shape
+      (4, 20, 64)
+    """
+
+    def __init__(
+        self,
+        cell: nnx.RNNCellBase,
+        dropout: RecurrentDropout,
+        deterministic: bool = False,
+        *,
+        rngs: RngSource = None,
+    ) -> None:
+        super().__init__(cell, deterministic, rngs)
+        self.dropout = dropout
+
+    @property
+    def dropout(self) -> RecurrentDropout:
+        """Which noise sits where."""
+        arrays = iter(self._noise_arrays)
+        return jax.tree.map(
+            lambda leaf: next(arrays)[...] if leaf is ... else leaf, self._noises.tree
+        )
+
+    @dropout.setter
+    def dropout(self, dropout: RecurrentDropout) -> None:
+        if not isinstance(dropout, RecurrentDropout):
+            raise TypeError(
+                f"dropout must be a RecurrentDropout, such as "
+                f"RecurrentDropout(input=Dropout(keep_prob=0.8)), got {dropout!r}."
+            )
+        leaves, structure = jax.tree.flatten(dropout, is_leaf=_is_array)
+        self._noises = _Static(
+            jax.tree.unflatten(structure, [... if _is_array(leaf) else leaf for leaf in leaves])
+        )
+        # Variables, for Flax cannot update a bare array inside a list.
+        self._noise_arrays = nnx.data(
+            [
+                leaf if isinstance(leaf, nnx.Variable) else nnx.Variable(jnp.asarray(leaf))
+                for leaf in leaves
+                if _is_array(leaf)
+            ]
+        )
+
+    if not TYPE_CHECKING:
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            # Flax up to 0.12.8 looks for arrays in a value before it looks for a property.
+            if name == "dropout":
+                object.__setattr__(self, name, value)
+            else:
+                super().__setattr__(name, value)
+
+    def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
+        dropout = self.dropout
+        return dataclasses.replace(dropout, state=_state_prefix(self.cell, dropout.state))
+
+
+class RNNCellDropoutWrapper(_Wrapper):
+    """TensorFlow's `tf.nn.RNNCellDropoutWrapper`, for NNX cells: its arguments and their order.
+
+    Variational masks are drawn once per sequence, others at each step, from the module's own
+    `dropout` stream.
+
+    Args:
+      cell: any `nnx.RNNCellBase`.
+      input_keep_prob: probability of keeping a unit of the inputs; a number or a traced scalar.
+      output_keep_prob: the same for the outputs.
+      state_keep_prob: the same for the outgoing state.
+      variational_recurrent: one mask for all steps of a sequence (Gal and Ghahramani 2016,
+        arXiv:1512.05287). Each example has its own; `broadcast_dims=(0,)` gives the whole batch
+        one, as in TensorFlow.
+      input_size: never needed; given, it is checked against what arrives.
+      dtype: never needed; given, it is checked against what arrives.
+      seed: folded into the `dropout` stream.
+      dropout_state_filter_visitor: called on the state and then on its parts; it says which get
+        dropout. The default leaves an LSTM's memory c alone.
+      broadcast_dims: dims over which one mask is shared.
+      deterministic: True is evaluation.
+      rngs: where the masks come from, an `nnx.Rngs` or an `nnx.RngStream`; it is forked.
+
+    Raises:
+      ValueError: a keep_prob is outside [0, 1].
+      TypeError: `cell` is no RNNCell, or an argument has the wrong type.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> rngs = nnx.Rngs(params=0, dropout=1)
+      >>> cell = fdc.nnx.RNNCellDropoutWrapper(
+      ...     nnx.LSTMCell(32, 64, rngs=rngs), input_keep_prob=0.8, state_keep_prob=0.9,
+      ...     variational_recurrent=True, rngs=rngs,
+      ... )
+      >>> nnx.RNN(cell)(jnp.ones((4, 20, 32))).shape
+      (4, 20, 64)
+    """
+
+    def __init__(
+        self,
+        cell: nnx.RNNCellBase,
+        input_keep_prob: float | jax.Array = 1.0,
+        output_keep_prob: float | jax.Array = 1.0,
+        state_keep_prob: float | jax.Array = 1.0,
+        variational_recurrent: bool = False,
+        input_size: Any = None,
+        dtype: Any = None,
+        seed: int | None = None,
+        dropout_state_filter_visitor: tf.Visitor | None = None,
+        broadcast_dims: Sequence[int] = (),
+        deterministic: bool = False,
+        *,
+        rngs: RngSource = None,
+    ) -> None:
+        super().__init__(cell, deterministic, rngs)
+        self.input_keep_prob = input_keep_prob
+        self.output_keep_prob = output_keep_prob
+        self.state_keep_prob = state_keep_prob
+        keep_probs = {name: getattr(self, name) for name in tf.KEEP_PROBS}
+        tf.check_arguments(keep_probs, seed, dropout_state_filter_visitor)
+        self.variational_recurrent = variational_recurrent
+        self._input_size = _Static(input_size)
+        self.dtype = dtype
+        self.seed = seed
+        self.dropout_state_filter_visitor = dropout_state_filter_visitor
+        self.broadcast_dims = tuple(broadcast_dims)
+
+    @property
+    def input_size(self) -> Any:
+        """The feature sizes that the inputs must have, or None."""
+        return self._input_size.tree
+
+    def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
+        def noise(keep_prob: Any) -> Noise | None:
+            return tf.keep_prob_noise(keep_prob, self.variational_recurrent, self.broadcast_dims)
+
+        return RecurrentDropout(
+            input=noise(self.input_keep_prob),
+            output=noise(self.output_keep_prob),
+            state=_visited_prefix(
+                self.cell,
+                cell_carry,
+                noise(self.state_keep_prob),
+                self.dropout_state_filter_visitor,
+            ),
+        )
+
+    def _sequence_rng(self) -> jax.Array | None:
+        sequence_rng = super()._sequence_rng()
+        return None if sequence_rng is None else tf.fold_seed(sequence_rng, self.seed)
+
+    def __call__(self, carry: DropoutCarry, inputs: PyTree) -> tuple[DropoutCarry, PyTree]:
+        """One step of the wrapped cell, with noise."""
+        tf.check_inputs(inputs, self.input_size, self.dtype)
+        return super().__call__(carry, inputs)
+
+    @property
+    def wrapped_cell(self) -> nnx.RNNCellBase:
+        """The cell itself."""
+        return self.cell
+
+    @property
+    def state_size(self) -> Any:
+        """The cell's `state_size`, or else the feature sizes of its carry, leaf by leaf.
+
+        Raises:
+          ValueError: the cell's inputs have several feature axes and `input_size` is not given.
+        """
+        if hasattr(self.cell, "state_size"):
+            return self.cell.state_size
+        return jax.tree.map(lambda leaf: tf.size_of(leaf.shape), self._state_shapes(()))
+
+    @property
+    def output_size(self) -> Any:
+        """The cell's `output_size`, or else the feature sizes of its output, leaf by leaf.
+
+        Raises:
+          ValueError: the cell has no `in_features` and `input_size` is not given.
+        """
+        if hasattr(self.cell, "output_size"):
+            return self.cell.output_size
+
+        def call(cell: Any, *args: PyTree) -> PyTree:
+            cell.eval()
+            return cell(*args)
+
+        x = _input_shapes(self._features())
+        _, y = _trace(self.cell, call, self._state_shapes(()), x)
+        return jax.tree.map(lambda leaf: tf.size_of(leaf.shape), y)
+
+    def zero_state(self, batch_size: int, dtype: Any) -> Any:
+        """The cell's `zero_state`, or else zeros for each leaf of its carry.
+
+        This is a state of the cell; `redraw_masks` makes a carry of it.
+        """
+        if hasattr(self.cell, "zero_state"):
+            return self.cell.zero_state(batch_size, dtype)
+        shapes = self._state_shapes((batch_size,))
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), shapes)
+
+    def get_initial_state(
+        self, inputs: Any = None, batch_size: int | None = None, dtype: Any = None
+    ) -> Any:
+        """`zero_state` for these inputs, or for this batch size and dtype.
+
+        Raises:
+          ValueError: the arguments contradict each other or leave something open.
+        """
+        return self.zero_state(*tf.batch_and_dtype(inputs, batch_size, dtype))
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, as JSON can hold them; `from_config` reads them.
+
+        Raises:
+          ValueError: an argument has no such form: a traced keep_prob, or a function that cannot
+            be imported by name, such as a lambda.
+        """
+        visitor = self.dropout_state_filter_visitor
+        return {
+            "cell": _cell_to_config(self.cell),
+            **{name: tf.keep_prob_to_config(name, getattr(self, name)) for name in tf.KEEP_PROBS},
+            "variational_recurrent": self.variational_recurrent,
+            "input_size": tf.to_config("input_size", self.input_size),
+            "dtype": None if self.dtype is None else jnp.dtype(self.dtype).name,
+            "seed": self.seed,
+            "dropout_state_filter_visitor": None
+            if visitor is None
+            else tf.to_import_path("dropout_state_filter_visitor", visitor),
+            "broadcast_dims": list(self.broadcast_dims),
+            "deterministic": self.deterministic,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], rngs: nnx.Rngs | None = None
+    ) -> "RNNCellDropoutWrapper":
+        """Makes the wrapper that `get_config` described, with new weights.
+
+        Args:
+          config: what `get_config` gave.
+          rngs: makes the cell's weights, and is where the masks come from.
+
+        Raises:
+          ValueError: the cell has weights to make and `rngs` is None.
+        """
+        visitor = config["dropout_state_filter_visitor"]
+        return cls(
+            **{
+                **config,
+                "cell": _cell_from_config(config["cell"], rngs),
+                "input_size": tf.from_config(config["input_size"]),
+                "dropout_state_filter_visitor": visitor and tf.from_import_path(visitor),
+                "broadcast_dims": tuple(config["broadcast_dims"]),
+            },
+            rngs=rngs,
+        )
+
+    def _features(self) -> Any:
+        if self.input_size is not None:
+            return tf.feature_shapes(self.input_size, self.cell.num_feature_axes)
+        cell = self.cell
+        while isinstance(cell, _Wrapper):
+            cell = cell.cell
+        if hasattr(cell, "in_features"):
+            return (cell.in_features,)
+        raise ValueError(
+            f"the sizes of {type(cell).__name__} may depend on its inputs, and it has no "
+            f"in_features; give input_size."
+        )
+
+    def _state_shapes(self, batch: tuple[int, ...]) -> PyTree:
+        shape = jax.tree.map(lambda s: batch + s, self._features(), is_leaf=_is_shape)
+
+        def initialize_carry(cell: Any) -> PyTree:
+            cell.eval()  # a state of the cell has no masks
+            return cell.initialize_carry(shape, nnx.Rngs(0))
+
+        return _trace(self.cell, initialize_carry)
+
+
+class _Static:
+    """A pytree as one static value: Flax hashes what is no array, and dicts have no hash."""
+
+    def __init__(self, tree: PyTree) -> None:
+        self.tree = tree
+
+    def _key(self) -> Any:
+        leaves, structure = jax.tree.flatten(self.tree)
+        return tuple(leaves), structure
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        return repr(self.tree)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | nnx.Variable)
+
+
+def _check_cell(cell: Any) -> None:
+    if not (isinstance(cell, nnx.Module) and callable(cell) and hasattr(cell, "initialize_carry")):
+        raise TypeError(
+            f"{cell!r} is not an RNNCell of flax.nnx: give a cell such as "
+            f"nnx.LSTMCell(32, 64, rngs=rngs), a module with initialize_carry and "
+            f"__call__(carry, inputs)."
+        )
+
+
+def _params(cell: nnx.RNNCellBase) -> dict[str, Any]:
+    return nnx.to_pure_dict(nnx.state(cell, nnx.Param))
+
+
+def _call_with_params(
+    cell: nnx.RNNCellBase, params: PyTree, carry: PyTree, x: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Runs the cell with other weights, which are gone afterwards; what else it writes stays."""
+    graphdef, own, rest = nnx.split(cell, nnx.Param, ...)
+    others = jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(params))
+    copy = nnx.merge(graphdef, others, rest)
+    before = jax.tree.leaves(rest)
+    result = copy(carry, x)
+    after = nnx.state(copy, nnx.Not(nnx.Param))
+    # Flax forbids even an idle write where the cell comes from outside of a jax.lax.scan.
+    if list(map(id, jax.tree.leaves(after))) != list(map(id, before)):
+        nnx.update(cell, after)
+    return result
+
+
+def _trace(cell: nnx.RNNCellBase, run: Callable[..., PyTree], *args: PyTree) -> PyTree:
+    """The shapes of `run(cell, *args)`, run on a copy, so that the cell's state stays."""
+    graphdef, state = nnx.split(cell)
+    return jax.eval_shape(
+        lambda state, *args: run(nnx.merge(graphdef, state), *args), state, *args
+    )
+
+
+def _state_prefix(cell: nnx.RNNCellBase, state: PyTree) -> PyTree:
+    """Places what the user gave for `state` on the carry of the cell."""
+    if isinstance(cell, _Wrapper):
+        return DropoutCarry(_state_prefix(cell.cell, state), None, None)
+    if isinstance(state, Noise) and isinstance(cell, _LSTM_CELLS):
+        return (None, state)
+    return state
+
+
+def _visited_prefix(
+    cell: nnx.RNNCellBase, state: PyTree, noise: Noise | None, visitor: tf.Visitor | None
+) -> PyTree:
+    """Places a noise where a state filter visitor says."""
+    if noise is None:
+        return None
+    if isinstance(cell, _Wrapper):
+        inner = _visited_prefix(cell.cell, state.cell_carry, noise, visitor)
+        return DropoutCarry(inner, None, None)
+    if visitor is None and isinstance(cell, _LSTM_CELLS):
+        return (None, noise)
+    return tf.noise_where_true(noise, tf.visit_state(visitor or tf.leave_lstm_memory_alone, state))
+
+
+def _site_shapes(
+    cell: nnx.RNNCellBase, cell_carry: PyTree, input_shape: Any, dropout: RecurrentDropout
+) -> Masks:
+    """The shapes of what sits at each site, as far as variational masks are drawn there."""
+    x = _input_shapes(input_shape)
+    params = None if dropout.params is None else _params(cell)
+    y = None
+    if draws_once(dropout.output):
+        _, y = _trace(cell, lambda cell, *args: cell(*args), cell_carry, x)
+    return Masks(params, x, cell_carry, y)
+
+
+def _input_shapes(input_shape: Any) -> PyTree:
+    # Nobody says the dtype of the inputs before they come; masks are cast where they are used.
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), input_shape, is_leaf=_is_shape
+    )
+
+
+def _is_shape(node: Any) -> bool:
+    return isinstance(node, tuple) and all(isinstance(dim, int) for dim in node)
+
+
+def _cell_to_config(cell: nnx.RNNCellBase) -> dict[str, Any]:
+    cls = type(cell)
+    class_name = tf.to_import_path("the cell's class", cls)
+    if hasattr(cell, "get_config"):
+        return {"class_name": class_name, "config": cell.get_config()}
+    config = {}
+    for name, parameter in _arguments(cls).items():
+        if name == "rngs" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if not hasattr(cell, name):
+            if parameter.default is parameter.empty:
+                raise ValueError(
+                    f"{cls.__name__} needs {name} and has no attribute of that name, so a config "
+                    f"cannot hold it; set self.{name} in __init__, or write get_config."
+                )
+            continue
+        value = getattr(cell, name)
+        if value is not parameter.default:
+            config[name] = (
+                _cell_to_config(value)
+                if isinstance(value, nnx.RNNCellBase)
+                else tf.to_config(f"{cls.__name__}.{name}", value)
+            )
+    return {"class_name": class_name, "config": config}
+
+
+def _cell_from_config(config: dict[str, Any], rngs: nnx.Rngs | None) -> Any:
+    cls = tf.from_import_path(config["class_name"])
+    if hasattr(cls, "from_config"):
+        takes_rngs = "rngs" in inspect.signature(cls.from_config).parameters
+        return cls.from_config(config["config"], **({"rngs": rngs} if takes_rngs else {}))
+    arguments = {
+        name: _cell_from_config(value, rngs)
+        if isinstance(value, dict) and value.keys() == {"class_name", "config"}
+        else tf.from_config(value)
+        for name, value in config["config"].items()
+    }
+    if (parameter := _arguments(cls).get("rngs")) is not None:
+        if rngs is None and parameter.default is parameter.empty:
+            raise ValueError(
+                f"{cls.__name__} needs a key for its weights: pass rngs=nnx.Rngs(0) to from_config."
+            )
+        arguments["rngs"] = rngs
+    return cls(**arguments)
+
+
+def _arguments(cls: type) -> dict[str, inspect.Parameter]:
+    # Of a class's own signature Flax's metaclass leaves (*args, **kwargs).
+    _, *arguments = inspect.signature(cls.__init__).parameters.items()
+    return dict(arguments)
