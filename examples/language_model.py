@@ -1,13 +1,13 @@
-"""A word-level LSTM language model, without dropout and with it.
+"""A word-level LSTM language model, trained without dropout and with it.
 
 Embedding, a stack of LSTMs, softmax: the model of Zaremba et al. 2014 (arXiv:1409.2329), with
 their per-step dropout or with the variational dropout of Gal and Ghahramani 2016
 (arXiv:1512.05287). It is trained by truncated backpropagation: the carry is handed from window to
 window, and each window draws new masks.
 
-    python examples/language_model.py                        # Python's language reference
-    python examples/language_model.py --data DIR             # text in Penn Treebank's format
-    python examples/language_model.py --scheme per-step --state-keep-prob 1    # Zaremba's model
+    python examples/language_model.py                 # Python's own language reference
+    python examples/language_model.py --data DIR      # text in Penn Treebank's format
+    python examples/language_model.py --scheme per-step --state-keep-prob 1     # Zaremba's scheme
 
 It ends with a table of perplexities, and writes them to `language_model.json` and their curves to
 `language_model.png` in `--out`. Ctrl-C ends the training and reports what was learned until then.
@@ -18,11 +18,12 @@ import collections
 import dataclasses
 import gzip
 import json
+import math
 import pydoc_data.topics
 import random
 import re
 import sys
-import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -38,25 +39,22 @@ from tqdm import tqdm
 import flax_dropout_cell as fdc
 from flax_dropout_cell.linen import DropoutCell
 
-SPLITS = ("train", "valid", "test")
 SCHEMES = {
     "none": "no dropout",
     "per-step": "per-step dropout",
     "variational": "variational dropout",
 }
+SPLITS = ("train", "valid", "test")
 UNKNOWN, END_OF_SENTENCE = "<unk>", "<eos>"
+EXIT_DIVERGED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 Carry = tuple[tuple[jax.Array, jax.Array], ...]
-"""The `(c, h)` of each LSTM in the stack, which is all that windows share."""
-
-
-class InputError(Exception):
-    """The user's input cannot be used; the message is one line that says why."""
+"""The `(c, h)` of each LSTM in the stack: what is handed from window to window."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What decides the numbers that come out. The two trainings differ in `scheme` only."""
+    """All that decides the numbers, but for the text. Two trainings differ in `scheme` only."""
 
     scheme: str = "variational"
     embedding_size: int = 128
@@ -68,8 +66,8 @@ class Config:
     vocabulary_size: int = 10_000
     batch_size: int = 16
     window: int = 35
-    epochs: int = 16
-    learning_rate: float = 3e-3
+    epochs: int = 20
+    learning_rate: float = 3e-3  # Where the model without dropout does best on the default text.
     max_grad_norm: float = 1.0
     seed: int = 0
 
@@ -77,8 +75,12 @@ class Config:
 # The text ----------------------------------------------------------------------------------------
 
 
+class InputError(Exception):
+    """The text or a folder cannot be used; the message is one line."""
+
+
 class Corpus(NamedTuple):
-    """Word numbers `[words]` of each split, and the words that they stand for."""
+    """The numbers `[words]` of each split's words, and the words that they stand for."""
 
     vocabulary: list[str]
     train: np.ndarray
@@ -87,9 +89,9 @@ class Corpus(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """A split that is cut into windows, `[windows, batch, window]` each, or one of its windows.
+    """A split cut into windows, `[windows, batch, window]` each; or one of them, `[batch, window]`.
 
-    Rows run on from window to window. `weights` are 1 for a word and 0 for padding.
+    A row goes on from window to window. `weights` are 1 for a word and 0 for padding.
     """
 
     inputs: np.ndarray
@@ -97,109 +99,114 @@ class Windows(NamedTuple):
     weights: np.ndarray
 
 
-def topic_documents(min_words: int = 300) -> list[tuple[str, ...]]:
+def load_corpus(folder: Path | None, vocabulary_size: int) -> Corpus:
+    """Reads the text and numbers the most frequent words of its training split.
+
+    A word that occurs there only once counts as unknown: this is how the model learns how likely
+    an unknown word is.
+
+    Args:
+      folder: holds the splits in Penn Treebank's format; None for Python's language reference.
+      vocabulary_size: how many words get a number, besides `<unk>` and `<eos>`.
+
+    Raises:
+      InputError: the folder does not hold a split, or it cannot be read or has no words.
+    """
+    if folder is None:
+        documents = split_documents(topic_documents())
+        lines = {split: [line for doc in documents[split] for line in doc] for split in SPLITS}
+    else:
+        lines = {split: read_lines(folder, split) for split in SPLITS}
+    words = {split: list(words_of(lines[split])) for split in SPLITS}
+    counts = collections.Counter(words["train"])
+    special = (UNKNOWN, END_OF_SENTENCE)
+    known = [word for word in counts if counts[word] > 1 and word not in special]
+    known.sort(key=lambda word: (-counts[word], word))
+    vocabulary = [*special, *known[:vocabulary_size]]
+    number = {word: index for index, word in enumerate(vocabulary)}
+    train, valid, test = (
+        np.array([number.get(word, number[UNKNOWN]) for word in words[split]]) for split in SPLITS
+    )
+    return Corpus(vocabulary, train, valid, test)
+
+
+def words_of(lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        if words := line.split():
+            yield from words
+            yield END_OF_SENTENCE
+
+
+def topic_documents(min_words: int = 300) -> list[list[str]]:
     """Python's language reference, as documents of consecutive paragraphs.
 
-    Some topics contain others, so a paragraph that has been seen is left out: otherwise the model
-    could be tested on what it was trained on.
+    Some topics contain others, so a paragraph that was seen before is left out: otherwise the
+    model would be tested on what it was trained on.
     """
-    documents, document, seen = [], [], set()
+    documents: list[list[str]] = []
+    seen: set[str] = set()
     for _, topic in sorted(pydoc_data.topics.topics.items()):
-        for paragraph in re.split(r"\n\s*\n", topic):
-            words = tokenize(paragraph)
-            if words and words not in seen:
-                seen.add(words)
-                document.append(words)
-            if sum(len(words.split()) for words in document) >= min_words:
-                documents.append(tuple(document))
-                document = []
-        if document:
-            documents.append(tuple(document))
-            document = []
+        words_in_last = min_words  # A topic begins a document.
+        for paragraph in map(tokenize, re.split(r"\n\s*\n", topic)):
+            if not paragraph or paragraph in seen:
+                continue
+            seen.add(paragraph)
+            if words_in_last >= min_words:
+                documents.append([])
+                words_in_last = 0
+            documents[-1].append(paragraph)
+            words_in_last += len(paragraph.split())
     return documents
 
 
 def tokenize(paragraph: str) -> str:
-    """Lower-case words and punctuation, parted by spaces; numbers become N, rulers go."""
+    """Lower-case words and punctuation, with spaces between them; a number becomes N."""
     lines = [line for line in paragraph.lower().splitlines() if any(map(str.isalnum, line))]
     words = (match.group() for match in re.finditer(r"\w+|([^\w\s])\1*", " ".join(lines)))
     return " ".join("N" if word.isdigit() else word for word in words)
 
 
-def split_documents(documents: list[tuple[str, ...]]) -> dict[str, list[tuple[str, ...]]]:
-    """Deals the documents out, a tenth each to validation and test, the same for every seed."""
+def split_documents(documents: list[list[str]]) -> dict[str, list[list[str]]]:
+    """Deals the documents out, a tenth to validation and to test each. No seed changes it."""
     documents = random.Random(0).sample(documents, len(documents))
     tenth = len(documents) // 10
-    parts = documents[2 * tenth :], documents[:tenth], documents[tenth : 2 * tenth]
+    parts = (documents[2 * tenth :], documents[:tenth], documents[tenth : 2 * tenth])
     return dict(zip(SPLITS, parts, strict=True))
 
 
-def read_folder(folder: Path) -> dict[str, list[str]]:
-    """The lines of each split, from `ptb.train.txt` or `train.txt` and so on, or their `.gz`."""
+def read_lines(folder: Path, split: str) -> list[str]:
+    """The lines of `ptb.train.txt` or `train.txt` in the folder, plain or as `.gz`."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
-    return {split: read_lines(folder, split) for split in SPLITS}
-
-
-def read_lines(folder: Path, split: str) -> list[str]:
     names = [f"{prefix}{split}.txt{suffix}" for prefix in ("ptb.", "") for suffix in ("", ".gz")]
     path = next((folder / name for name in names if (folder / name).exists()), None)
     if path is None:
-        raise InputError(f"{folder} has none of {', '.join(names)}")
+        raise InputError(f"{folder} has no {' or '.join(names)}")
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
     if not text.split():
         raise InputError(f"{path} is empty")
     return text.splitlines()
 
 
-def load_corpus(folder: Path | None, vocabulary_size: int) -> Corpus:
-    """Reads the text and numbers its words by the vocabulary of the training split.
-
-    A word that the training split has only once is unknown, which teaches the model what it
-    needs in the other splits: how likely an unknown word is.
-    """
-    if folder is None:
-        documents = split_documents(topic_documents())
-        lines = {split: sum(documents[split], start=()) for split in SPLITS}
-    else:
-        lines = read_folder(folder)
-    words = {split: list(words_of(lines[split])) for split in SPLITS}
-    counts = collections.Counter(words["train"])
-    frequent = sorted((-count, word) for word, count in counts.items() if count > 1)
-    special = (UNKNOWN, END_OF_SENTENCE)
-    known = [word for _, word in frequent if word not in special]
-    vocabulary = [*special, *known][:vocabulary_size]
-    numbers = {word: number for number, word in enumerate(vocabulary)}
-    unknown = numbers[UNKNOWN]
-    return Corpus(
-        vocabulary,
-        *(np.array([numbers.get(word, unknown) for word in words[split]]) for split in SPLITS),
-    )
-
-
-def words_of(lines: Iterable[str]) -> Iterator[str]:
-    for line in lines:
-        if line.split():
-            yield from (*line.split(), END_OF_SENTENCE)
-
-
 def cut_windows(words: np.ndarray, batch_size: int, window: int) -> Windows:
-    """Cuts a split into `batch_size` rows, and these into windows; every word is a target once."""
-    row = -(-len(words) // batch_size)
-    steps = -(-row // window) * window
-    inputs = np.concatenate([[1], words[:-1]])  # The text before the first word ends: <eos>.
+    """Cuts a split into `batch_size` rows, and these into windows. Each word is a target once."""
+    row_length = math.ceil(len(words) / batch_size)
+    padding = -row_length % window
+    first_input = np.array([1])  # <eos>: the text begins where a sentence has ended.
 
-    def cut(values: np.ndarray, dtype: type) -> np.ndarray:
-        rows = np.pad(values, (0, row * batch_size - len(values))).reshape(batch_size, row)
-        rows = np.pad(rows, ((0, 0), (0, steps - row))).astype(dtype)
+    def cut(values: np.ndarray) -> np.ndarray:
+        values = np.pad(values, (0, row_length * batch_size - len(values)))
+        rows = np.pad(values.reshape(batch_size, row_length), ((0, 0), (0, padding)))
         return rows.reshape(batch_size, -1, window).swapaxes(0, 1)
 
     return Windows(
-        cut(inputs, np.int32), cut(words, np.int32), cut(np.ones(len(words)), np.float32)
+        inputs=cut(np.concatenate([first_input, words[:-1]]).astype(np.int32)),
+        targets=cut(words.astype(np.int32)),
+        weights=cut(np.ones(len(words), np.float32)),
     )
 
 
@@ -207,12 +214,12 @@ def cut_windows(words: np.ndarray, batch_size: int, window: int) -> Windows:
 
 
 class LanguageModel(nn.Module):
-    """Predicts each next word of a window.
+    """Predicts the next word at each step of a window.
 
     Attributes:
-      vocabulary_size: how many words there are.
-      embedding_size: the features of a word's embedding.
-      hidden_size: the features of each LSTM.
+      vocabulary_size: how many words there are to predict.
+      embedding_size: the size of a word's embedding.
+      hidden_size: the size of each LSTM.
       dropouts: the dropout of each LSTM in the stack.
       deterministic: True in evaluation.
     """
@@ -227,14 +234,15 @@ class LanguageModel(nn.Module):
     def __call__(self, words: jax.Array, carry: Carry) -> tuple[jax.Array, Carry]:
         """Logits `[batch, window, vocabulary]`, and the carry for the next window."""
         x = nn.Embed(self.vocabulary_size, self.embedding_size)(words)
-        last_carry = []
-        for dropout, cell_carry in zip(self.dropouts, carry, strict=True):
+        ends = []
+        for dropout, start in zip(self.dropouts, carry, strict=True):
             cell = DropoutCell(nn.OptimizedLSTMCell(self.hidden_size), dropout, self.deterministic)
-            # The key only counts outside a module: here, masks come from the "dropout" stream.
-            start = cell.redraw_masks(jax.random.key(0), cell_carry, x[:, 0].shape)
+            # New masks on the old state. They come from the "dropout" stream: the key given here
+            # would only count outside of a module.
+            start = cell.redraw_masks(jax.random.key(0), start, x[:, 0].shape)
             end, x = nn.RNN(cell, return_carry=True)(x, initial_carry=start)
-            last_carry.append(end.cell_carry)
-        return nn.Dense(self.vocabulary_size)(x), tuple(last_carry)
+            ends.append(end.cell_carry)
+        return nn.Dense(self.vocabulary_size)(x), tuple(ends)
 
 
 def build_model(config: Config, vocabulary_size: int) -> LanguageModel:
@@ -244,7 +252,7 @@ def build_model(config: Config, vocabulary_size: int) -> LanguageModel:
 
 
 def build_dropouts(config: Config) -> tuple[fdc.RecurrentDropout, ...]:
-    """Dropout before each LSTM, on each one's state h, and after the last."""
+    """Dropout before each LSTM, on the state h of each, and after the last one."""
     if config.scheme == "none":
         return (fdc.RecurrentDropout(),) * config.layers
 
@@ -255,7 +263,7 @@ def build_dropouts(config: Config) -> tuple[fdc.RecurrentDropout, ...]:
         input=noise(config.input_keep_prob), state=noise(config.state_keep_prob)
     )
     last = dataclasses.replace(inner, output=noise(config.output_keep_prob))
-    return (*[inner] * (config.layers - 1), last)
+    return (inner,) * (config.layers - 1) + (last,)
 
 
 def zero_carry(config: Config, batch_size: int) -> Carry:
@@ -263,19 +271,19 @@ def zero_carry(config: Config, batch_size: int) -> Carry:
     return ((zeros, zeros),) * config.layers
 
 
-# Training ----------------------------------------------------------------------------------------
+# The training ------------------------------------------------------------------------------------
 
 
 class TrainState(NamedTuple):
-    """Everything that a training needs to go on from where it is.
+    """All that a training needs to go on from where it is.
 
     Attributes:
-      step: how many windows have been learned from; it also picks the next window's masks.
-      params: the model's weights.
+      step: how many windows it has learned from; picks the next window and its masks.
+      params: the model's variables.
       opt_state: the optimizer's state.
-      carry: the LSTMs' states at the end of the last window.
-      nll: the negative log-likelihood of the words of this epoch so far.
-      perplexities: `[epochs, splits]`; nan for epochs that are not over.
+      carry: the carry at the end of the last window.
+      nll: the negative log-likelihood of this epoch's words so far.
+      perplexities: `[epochs, splits]`, nan for an epoch that is not over.
     """
 
     step: jax.Array
@@ -308,19 +316,21 @@ def start_training(config: Config, model: LanguageModel, rng: jax.Array) -> Trai
 def build_train_step(
     config: Config, model: LanguageModel, rng: jax.Array
 ) -> Callable[[TrainState, Windows], TrainState]:
-    """One window's step. Its masks depend on `rng` and on `state.step` alone."""
+    """The step that learns from one window; its masks depend on `rng` and `state.step` only."""
     optimizer = build_optimizer(config)
 
-    def loss(params: Any, carry: Carry, window: Windows, rng: jax.Array):
+    def loss_of(
+        params: Any, carry: Carry, window: Windows, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, Carry]]:
         logits, carry = model.apply(params, window.inputs, carry, rngs={"dropout": rng})
-        nll = weighted_nll(logits, window)
-        # By the size of a full window, lest the few words in an epoch's last weigh more.
+        nll = nll_of(logits, window)
+        # Over the size of a full window, or the few words in an epoch's last would weigh more.
         return nll / window.targets.size, (nll, carry)
 
     @jax.jit
     def train_step(state: TrainState, window: Windows) -> TrainState:
         window_rng = jax.random.fold_in(rng, state.step)
-        grads, (nll, carry) = jax.grad(loss, has_aux=True)(
+        grads, (nll, carry) = jax.grad(loss_of, has_aux=True)(
             state.params, state.carry, window, window_rng
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -335,28 +345,243 @@ def build_train_step(
     return train_step
 
 
-def build_evaluate(
-    config: Config, model: LanguageModel
-) -> Callable[[Any, Windows], jax.Array]:
-    """The negative log-likelihood of a whole split, the carry handed on through all of it."""
+def build_evaluate(config: Config, model: LanguageModel) -> Callable[[Any, Windows], jax.Array]:
+    """Gives the mean negative log-likelihood of a split, the carry handed on through all of it."""
     model = model.clone(deterministic=True)
 
     @jax.jit
     def evaluate(params: Any, windows: Windows) -> jax.Array:
         def step(carry: Carry, window: Windows) -> tuple[Carry, jax.Array]:
             logits, carry = model.apply(params, window.inputs, carry)
-            return carry, weighted_nll(logits, window)
+            return carry, nll_of(logits, window)
 
         _, nlls = jax.lax.scan(step, zero_carry(config, windows.inputs.shape[1]), windows)
-        return nlls.sum()
+        return nlls.sum() / windows.weights.sum()
 
     return evaluate
 
 
-def weighted_nll(logits: jax.Array, window: Windows) -> jax.Array:
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(window.targets))
-    return jnp.sum(window.weights * nll)
+def nll_of(logits: jax.Array, window: Windows) -> jax.Array:
+    nlls = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(window.targets))
+    return jnp.sum(window.weights * nlls)
 
 
-def perplexity(nll: float, words: float) -> float:
-    return float(np.exp(nll / words))
+def train(config: Config, corpus: Corpus) -> Iterator[np.ndarray]:
+    """Trains a model, and gives the perplexities, `[epochs, splits]`, as each epoch is over.
+
+    Raises:
+      FloatingPointError: the training diverged.
+    """
+    model = build_model(config, len(corpus.vocabulary))
+    init_rng, dropout_rng = jax.random.split(jax.random.key(config.seed))
+    train_step = build_train_step(config, model, dropout_rng)
+    evaluate = build_evaluate(config, model)
+    windows = cut_windows(corpus.train, config.batch_size, config.window)
+    words_until = np.cumsum(windows.weights.sum((1, 2)), dtype=int)
+    # In one row, so that each word is predicted from all those before it.
+    valid, test = (cut_windows(words, 1, config.window) for words in (corpus.valid, corpus.test))
+    state = start_training(config, model, init_rng)
+    with tqdm(
+        total=config.epochs * len(corpus.train),
+        desc=SCHEMES[config.scheme],
+        unit=" words",
+        unit_scale=True,
+    ) as bar:
+        for step in range(int(state.step), config.epochs * len(words_until)):
+            epoch, index = divmod(step, len(words_until))
+            if index == 0:
+                zeros = zero_carry(config, config.batch_size)
+                state = state._replace(carry=zeros, nll=jnp.float32(0))
+            state = train_step(state, Windows(*(part[index] for part in windows)))
+            # Reading the loss waits for the step, so that the bar and Ctrl-C keep up with it.
+            loss = float(state.nll) / words_until[index]
+            bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)
+            bar.update(epoch * len(corpus.train) + int(words_until[index]) - bar.n)
+            if index + 1 < len(words_until):
+                continue
+            with np.errstate(over="ignore"):
+                losses = [loss, *(float(evaluate(state.params, split)) for split in (valid, test))]
+                perplexities = np.exp(np.float32(losses))
+            if not np.isfinite(perplexities).all():
+                raise FloatingPointError(f"the training diverged in epoch {epoch + 1}")
+            state = state._replace(perplexities=state.perplexities.at[epoch].set(perplexities))
+            bar.write(format_epoch(config.scheme, epoch + 1, perplexities))
+            sys.stdout.flush()
+            yield np.array(state.perplexities[: epoch + 1])
+
+
+# The report --------------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """The perplexities of a training, `[epochs, splits]`."""
+
+    scheme: str
+    perplexities: np.ndarray
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch with the best validation perplexity; the table has the others' of that one."""
+        return 1 + int(self.curve("valid").argmin())
+
+    def curve(self, split: str) -> np.ndarray:
+        return self.perplexities[:, SPLITS.index(split)]
+
+    def best(self, split: str) -> float:
+        return float(self.curve(split)[self.best_epoch - 1])
+
+
+def format_epoch(scheme: str, epoch: int, perplexities: np.ndarray) -> str:
+    values = ", ".join(
+        f"{split} {value:.2f}" for split, value in zip(SPLITS, perplexities, strict=True)
+    )
+    return f"{SCHEMES[scheme]}, epoch {epoch}: perplexity {values}"
+
+
+def format_table(results: list[Result]) -> str:
+    """A row for each training, then how much the last is above or below the first."""
+    lines = [f"{'perplexity':<20}{'best epoch':>12}{'valid':>10}{'test':>10}"]
+    for result in results:
+        best = "".join(f"{result.best(split):>10.2f}" for split in ("valid", "test"))
+        lines.append(f"{SCHEMES[result.scheme]:<20}{result.best_epoch:>12}{best}")
+    if len(results) > 1:
+        first, *_, last = results
+        changes = [last.best(split) / first.best(split) - 1 for split in ("valid", "test")]
+        lines.append(f"{'':<32}" + "".join(f"{change:>+10.1%}" for change in changes))
+    return "\n".join(lines)
+
+
+def write_json(path: Path, config: Config, corpus: Corpus, results: list[Result]) -> None:
+    report = {
+        "config": dataclasses.asdict(config),
+        "words": {split: len(getattr(corpus, split)) for split in SPLITS},
+        "vocabulary": len(corpus.vocabulary),
+        "results": [
+            {
+                "scheme": result.scheme,
+                "best_epoch": result.best_epoch,
+                "valid": result.best("valid"),
+                "test": result.best("test"),
+                "curves": {split: result.curve(split).tolist() for split in SPLITS},
+            }
+            for result in results
+        ],
+    }
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def write_curves(path: Path, results: list[Result]) -> None:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for color, result in zip(("tab:red", "tab:blue"), results, strict=False):
+        epochs = range(1, 1 + len(result.perplexities))
+        for split, style in (("train", ":"), ("valid", "-")):
+            label = f"{SCHEMES[result.scheme]}, {split}"
+            axes.plot(epochs, result.curve(split), style, color=color, label=label)
+        axes.plot(result.best_epoch, result.best("valid"), "o", color=color)
+    axes.set_yscale("log")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("perplexity")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+# The command line --------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}\n")
+
+
+def count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2**32), got {text}")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return float(text)
+
+
+def keep_prob(text: str) -> float:
+    try:
+        fdc.Dropout(keep_prob=float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return float(text)
+
+
+def build_parser() -> Parser:
+    parser = Parser(description="Train an LSTM language model without dropout, then with it.")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the text's splits")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("results"))
+    parser.add_argument("--scheme", choices=SCHEMES, default=Config.scheme)
+    for name, kind, text in (
+        ("embedding_size", count, "size of a word's embedding"),
+        ("hidden_size", count, "size of each LSTM"),
+        ("layers", count, "how many LSTMs are stacked"),
+        ("input_keep_prob", keep_prob, "share of units kept before each LSTM"),
+        ("state_keep_prob", keep_prob, "share of units kept in each LSTM's state h"),
+        ("output_keep_prob", keep_prob, "share of units kept after the last LSTM"),
+        ("vocabulary_size", count, "how many words are known, the most frequent ones"),
+        ("batch_size", count, "rows that are trained side by side"),
+        ("window", count, "steps of truncated backpropagation"),
+        ("epochs", count, "passes over the training text"),
+        ("learning_rate", positive, "Adam's"),
+        ("max_grad_norm", positive, "where the gradient is clipped"),
+        ("seed", seed, "of the weights and the masks"),
+    ):
+        flag, default = f"--{name.replace('_', '-')}", getattr(Config, name)
+        parser.add_argument(flag, type=kind, default=default, help=f"{text} ({default})")
+    return parser
+
+
+def main() -> int:
+    parser = build_parser()
+    arguments = vars(parser.parse_args())
+    data, out = arguments.pop("data"), arguments.pop("out")
+    config = Config(**arguments)
+    try:
+        corpus = load_corpus(data, config.vocabulary_size)
+        out.mkdir(parents=True, exist_ok=True)
+    except (InputError, OSError) as error:
+        parser.error(str(error))
+    print(
+        f"{len(corpus.train):,} words to train on, {len(corpus.valid):,} to validate, "
+        f"{len(corpus.test):,} to test; a vocabulary of {len(corpus.vocabulary):,}",
+        flush=True,
+    )
+    results: dict[str, Result] = {}
+    status = 0
+    try:
+        for scheme in dict.fromkeys(["none", config.scheme]):
+            for perplexities in train(dataclasses.replace(config, scheme=scheme), corpus):
+                results[scheme] = Result(scheme, perplexities)
+    except KeyboardInterrupt:
+        print("interrupted; this is what was learned until then:", file=sys.stderr)
+        status = EXIT_INTERRUPTED
+    except FloatingPointError as error:
+        print(f"{error}; this is what was learned until then:", file=sys.stderr)
+        status = EXIT_DIVERGED
+    if not results:
+        print("nothing, since the first epoch was not over", file=sys.stderr)
+        return status
+    print(format_table([*results.values()]))
+    write_json(out / "language_model.json", config, corpus, [*results.values()])
+    write_curves(out / "language_model.png", [*results.values()])
+    print(f"written to {out / 'language_model.json'} and {out / 'language_model.png'}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

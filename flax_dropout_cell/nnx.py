@@ -511,9 +511,7 @@ def _call_with_params(
 def _trace(cell: nnx.RNNCellBase, run: Callable[..., PyTree], *args: PyTree) -> PyTree:
     """The shapes of `run(cell, *args)`, run on a copy, so that the cell's state stays."""
     graphdef, state = nnx.split(cell)
-    return jax.eval_shape(
-        lambda state, *args: run(nnx.merge(graphdef, state), *args), state, *args
-    )
+    return jax.eval_shape(lambda state, *args: run(nnx.merge(graphdef, state), *args), state, *args)
 
 
 def _state_prefix(cell: nnx.RNNCellBase, state: PyTree) -> PyTree:

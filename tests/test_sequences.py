@@ -1,6 +1,7 @@
 """Loops, cuts, padding and direction: the same numbers whichever way a sequence is run."""
 
 import itertools
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -39,7 +40,7 @@ specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 class Lstm:
     """A small LSTM as a plain cell, with its weights and first carry."""
 
-    params = {
+    params: ClassVar = {
         "kernel": jax.random.normal(jax.random.key(0), (F + H, 4 * H)),
         "bias": jnp.zeros((1, 4 * H)),
     }
@@ -253,7 +254,7 @@ def test_no_batch_dim_and_several() -> None:
 
 def test_convolutional_and_nested() -> None:
     conv = nn.ConvLSTMCell(4, kernel_size=(3, 3))
-    xs = jax.random.normal(jax.random.key(0), (T, B, 8, 8, 2))
+    xs = jax.random.normal(jax.random.key(0), (T, B, 8, 8, 16))
     carry = conv.initialize_carry(jax.random.key(0), xs.shape[1:])
     params = conv.init(jax.random.key(0), carry, xs[0])
     spec = fdc.RecurrentDropout(
