@@ -313,6 +313,16 @@ def start_training(config: Config, model: LanguageModel, rng: jax.Array) -> Trai
     )
 
 
+def run_window(
+    model: LanguageModel, params: Any, carry: Carry, window: Windows, rngs: dict[str, jax.Array]
+) -> tuple[jax.Array, Carry]:
+    """The negative log-likelihood of a window's words, and the carry for the next window."""
+    outputs: Any = model.apply(params, window.inputs, carry, rngs=rngs)
+    logits, carry = outputs
+    nlls = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(window.targets))
+    return jnp.sum(window.weights * nlls), carry
+
+
 def build_train_step(
     config: Config, model: LanguageModel, rng: jax.Array
 ) -> Callable[[TrainState, Windows], TrainState]:
@@ -322,8 +332,7 @@ def build_train_step(
     def loss_of(
         params: Any, carry: Carry, window: Windows, rng: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, Carry]]:
-        logits, carry = model.apply(params, window.inputs, carry, rngs={"dropout": rng})
-        nll = nll_of(logits, window)
+        nll, carry = run_window(model, params, carry, window, {"dropout": rng})
         # Over the size of a full window, or the few words in an epoch's last would weigh more.
         return nll / window.targets.size, (nll, carry)
 
@@ -352,18 +361,13 @@ def build_evaluate(config: Config, model: LanguageModel) -> Callable[[Any, Windo
     @jax.jit
     def evaluate(params: Any, windows: Windows) -> jax.Array:
         def step(carry: Carry, window: Windows) -> tuple[Carry, jax.Array]:
-            logits, carry = model.apply(params, window.inputs, carry)
-            return carry, nll_of(logits, window)
+            nll, carry = run_window(model, params, carry, window, {})
+            return carry, nll
 
         _, nlls = jax.lax.scan(step, zero_carry(config, windows.inputs.shape[1]), windows)
         return nlls.sum() / windows.weights.sum()
 
     return evaluate
-
-
-def nll_of(logits: jax.Array, window: Windows) -> jax.Array:
-    nlls = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(window.targets))
-    return jnp.sum(window.weights * nlls)
 
 
 def train(config: Config, corpus: Corpus) -> Iterator[np.ndarray]:
@@ -405,8 +409,6 @@ def train(config: Config, corpus: Corpus) -> Iterator[np.ndarray]:
             if not np.isfinite(perplexities).all():
                 raise FloatingPointError(f"the training diverged in epoch {epoch + 1}")
             state = state._replace(perplexities=state.perplexities.at[epoch].set(perplexities))
-            bar.write(format_epoch(config.scheme, epoch + 1, perplexities))
-            sys.stdout.flush()
             yield np.array(state.perplexities[: epoch + 1])
 
 
@@ -431,11 +433,11 @@ class Result(NamedTuple):
         return float(self.curve(split)[self.best_epoch - 1])
 
 
-def format_epoch(scheme: str, epoch: int, perplexities: np.ndarray) -> str:
-    values = ", ".join(
-        f"{split} {value:.2f}" for split, value in zip(SPLITS, perplexities, strict=True)
-    )
-    return f"{SCHEMES[scheme]}, epoch {epoch}: perplexity {values}"
+def format_epoch(result: Result) -> str:
+    """What the last epoch has come to."""
+    values = zip(SPLITS, result.perplexities[-1], strict=True)
+    perplexities = ", ".join(f"{split} {value:.2f}" for split, value in values)
+    return f"{SCHEMES[result.scheme]}, epoch {len(result.perplexities)}: {perplexities}"
 
 
 def format_table(results: list[Result]) -> str:
@@ -567,6 +569,8 @@ def main() -> int:
         for scheme in dict.fromkeys(["none", config.scheme]):
             for perplexities in train(dataclasses.replace(config, scheme=scheme), corpus):
                 results[scheme] = Result(scheme, perplexities)
+                tqdm.write(format_epoch(results[scheme]))
+                sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted; this is what was learned until then:", file=sys.stderr)
         status = EXIT_INTERRUPTED

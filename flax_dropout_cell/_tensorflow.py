@@ -1,6 +1,7 @@
 """TensorFlow's names for things: what both `RNNCellDropoutWrapper`s share."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,12 +9,154 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._dropout_carry import CellWrapper, DropoutCarry, input_shapes, is_shape
 from ._noise import Dropout, Noise, check_probability
-from ._spec import PyTree
+from ._spec import PyTree, RecurrentDropout
 
 Visitor = Callable[[Any], Any]
 
 KEEP_PROBS = ("input_keep_prob", "state_keep_prob", "output_keep_prob")
+
+
+class TensorFlowWrapper(CellWrapper):
+    """`tf.nn.RNNCellDropoutWrapper`'s methods, and its arguments as a `RecurrentDropout`."""
+
+    input_keep_prob: Any
+    output_keep_prob: Any
+    state_keep_prob: Any
+    variational_recurrent: bool
+    input_size: Any
+    dtype: Any
+    seed: int | None
+    dropout_state_filter_visitor: Visitor | None
+    broadcast_dims: Sequence[int]
+    deterministic: bool
+
+    def _features(self) -> Any:
+        raise NotImplementedError
+
+    def _state_shapes(self, input_shape: Any) -> PyTree:
+        raise NotImplementedError
+
+    def _arguments(self, cell: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
+        def noise(keep_prob: Any) -> Dropout | None:
+            return keep_prob_noise(keep_prob, self.variational_recurrent, self.broadcast_dims)
+
+        state = noise(self.state_keep_prob)
+        if state is not None:
+            state = _place_visited(self, cell_carry, state, self.dropout_state_filter_visitor)
+        return RecurrentDropout(
+            input=noise(self.input_keep_prob), output=noise(self.output_keep_prob), state=state
+        )
+
+    def _start(self, rng: jax.Array | None, cell_carry: PyTree, input_shape: Any) -> DropoutCarry:
+        rng = None if rng is None else fold_seed(rng, self.seed)
+        return super()._start(rng, cell_carry, input_shape)
+
+    @property
+    def wrapped_cell(self) -> Any:
+        """The cell itself."""
+        return self.cell
+
+    @property
+    def state_size(self) -> Any:
+        """The cell's `state_size`, or else the feature sizes of its carry, leaf by leaf.
+
+        Raises:
+          ValueError: the sizes depend on the cell's inputs, and `input_size` is not given.
+        """
+        if hasattr(self.cell, "state_size"):
+            return self.cell.state_size
+        return jax.tree.map(lambda leaf: size_of(leaf.shape), self._batched_state_shapes(()))
+
+    @property
+    def output_size(self) -> Any:
+        """The cell's `output_size`, or else the feature sizes of its output, leaf by leaf.
+
+        Raises:
+          ValueError: the sizes depend on the cell's inputs, and `input_size` is not given.
+        """
+        if hasattr(self.cell, "output_size"):
+            return self.cell.output_size
+        cell_carry = self._batched_state_shapes(())
+        y = self._output_shapes(cell_carry, input_shapes(self._features(), cell_carry))
+        return jax.tree.map(lambda leaf: size_of(leaf.shape), y)
+
+    def zero_state(self, batch_size: int, dtype: Any) -> Any:
+        """The cell's `zero_state`, or else zeros for each leaf of its carry.
+
+        This is a state of the cell; `redraw_masks` makes a carry of it.
+        """
+        if hasattr(self.cell, "zero_state"):
+            return self.cell.zero_state(batch_size, dtype)
+        shapes = self._batched_state_shapes((batch_size,))
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), shapes)
+
+    def _batched_state_shapes(self, batch: tuple[int, ...]) -> PyTree:
+        features = self._features()
+        return self._state_shapes(
+            jax.tree.map(lambda shape: batch + shape, features, is_leaf=is_shape)
+        )
+
+    def get_initial_state(
+        self, inputs: Any = None, batch_size: int | None = None, dtype: Any = None
+    ) -> Any:
+        """`zero_state` for these inputs, or for this batch size and dtype.
+
+        Raises:
+          ValueError: the arguments contradict each other or leave something open.
+        """
+        return self.zero_state(*batch_and_dtype(inputs, batch_size, dtype))
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, as JSON can hold them; `from_config` reads them.
+
+        Raises:
+          ValueError: an argument has no such form: a traced keep_prob, or a function that cannot
+            be imported by name, such as a lambda.
+        """
+        visitor = self.dropout_state_filter_visitor
+        return {
+            "cell": self._cell_to_config(self.cell),
+            **{name: keep_prob_to_config(name, getattr(self, name)) for name in KEEP_PROBS},
+            "variational_recurrent": self.variational_recurrent,
+            "input_size": to_config("input_size", self.input_size),
+            "dtype": None if self.dtype is None else jnp.dtype(self.dtype).name,
+            "seed": self.seed,
+            "dropout_state_filter_visitor": None
+            if visitor is None
+            else to_import_path("dropout_state_filter_visitor", visitor),
+            "broadcast_dims": list(self.broadcast_dims),
+            "deterministic": self.deterministic,
+        }
+
+    def _cell_to_config(self, cell: Any) -> dict[str, Any]:
+        class_name = to_import_path("the cell's class", type(cell))
+        if hasattr(cell, "get_config"):
+            return {"class_name": class_name, "config": cell.get_config()}
+        config = {
+            name: self._cell_to_config(value)
+            if hasattr(value, "initialize_carry")
+            else to_config(f"{type(cell).__name__}.{name}", value)
+            for name, value in self._arguments(cell).items()
+        }
+        return {"class_name": class_name, "config": config}
+
+
+def _place_visited(
+    wrapper: CellWrapper, state: PyTree, noise: Noise, visitor: Visitor | None
+) -> PyTree:
+    """Places a noise where a state filter visitor says."""
+    if isinstance(wrapper.cell, CellWrapper):
+        inner = _place_visited(wrapper.cell, state.cell_carry, noise, visitor)
+        return DropoutCarry(inner, None, None)
+    answers = visit_state(visitor or leave_lstm_memory_alone, state)
+    if visitor is None and all(jax.tree.leaves(answers)):
+        return wrapper._spare_lstm_memory(noise)
+    return noise_where_true(noise, answers)
 
 
 def check_arguments(
@@ -223,3 +366,37 @@ def keep_prob_to_config(name: str, keep_prob: Any) -> float:
         return float(keep_prob)
     except (TypeError, jax.errors.ConcretizationTypeError):
         raise ValueError(f"{name} is traced, and a config holds numbers.") from None
+
+
+def arguments_from_config(config: dict[str, Any], **rngs: Any) -> dict[str, Any]:
+    """The arguments that `get_config` wrote down."""
+    visitor = config["dropout_state_filter_visitor"]
+    return {
+        **config,
+        "cell": _cell_from_config(config["cell"], **rngs),
+        "input_size": from_config(config["input_size"]),
+        "dropout_state_filter_visitor": visitor and from_import_path(visitor),
+        "broadcast_dims": tuple(config["broadcast_dims"]),
+    }
+
+
+def _cell_from_config(config: dict[str, Any], **rngs: Any) -> Any:
+    cls = from_import_path(config["class_name"])
+    make = getattr(cls, "from_config", None)
+    takes = inspect.signature(make or cls.__init__).parameters
+    rngs_taken = {name: value for name, value in rngs.items() if name in takes}
+    if make is not None:
+        return make(config["config"], **rngs_taken)
+    for name, value in rngs_taken.items():
+        if value is None and takes[name].default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{cls.__name__} needs a key for its weights: pass {name}=nnx.Rngs(0) to "
+                f"from_config."
+            )
+    arguments = {
+        name: _cell_from_config(value, **rngs)
+        if isinstance(value, dict) and value.keys() == {"class_name", "config"}
+        else from_config(value)
+        for name, value in config["config"].items()
+    }
+    return cls(**arguments, **rngs_taken)

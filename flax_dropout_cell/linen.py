@@ -414,9 +414,10 @@ def _visited_prefix(
     if isinstance(cell, _Wrapper):
         inner = _visited_prefix(cell.cell, state.cell_carry, noise, visitor)
         return DropoutCarry(inner, None, None)
-    if visitor is None and isinstance(cell, _LSTM_CELLS):
-        return (None, noise)
-    return tf.noise_where_true(noise, tf.visit_state(visitor or tf.leave_lstm_memory_alone, state))
+    answers = tf.visit_state(visitor or tf.leave_lstm_memory_alone, state)
+    if visitor is None and all(jax.tree.leaves(answers)):
+        return _spare_lstm_memory(cell, noise)
+    return tf.noise_where_true(noise, answers)
 
 
 def _site_shapes(

@@ -10,7 +10,7 @@ ride in the carry, with the key that each step derives its own from.
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,18 +19,17 @@ import numpy as np
 from flax import nnx
 
 from . import _tensorflow as tf
+from ._dropout_carry import CellWrapper, run_step
 from ._dropout_carry import DropoutCarry as DropoutCarry
-from ._dropout_carry import run_step, start_sequence
-from ._noise import Noise
-from ._spec import Masks, PyTree, RecurrentDropout, draws_once
-
-_LSTM_CELLS = (nnx.LSTMCell, nnx.OptimizedLSTMCell)
+from ._spec import PyTree, RecurrentDropout
 
 RngSource = nnx.Rngs | nnx.RngStream | None
 
 
-class _Wrapper(nnx.RNNCellBase):
+class _Wrapper(CellWrapper, nnx.RNNCellBase):
     """What both wrappers share. A subclass says the noises."""
+
+    _lstm_cells = (nnx.LSTMCell, nnx.OptimizedLSTMCell)
 
     def __init__(self, cell: nnx.RNNCellBase, deterministic: bool, rngs: RngSource) -> None:
         _check_cell(cell)
@@ -50,9 +49,6 @@ class _Wrapper(nnx.RNNCellBase):
                 f"rngs must be Rngs, an RngStream or None, such as nnx.Rngs(dropout=0), "
                 f"got {rngs!r}."
             )
-
-    def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
-        raise NotImplementedError
 
     def _sequence_rng(self) -> jax.Array | None:
         """The key of a new sequence; None where it is to run without dropout."""
@@ -88,7 +84,8 @@ class _Wrapper(nnx.RNNCellBase):
         """
         # Cells need not know carry_init; those of Flax 0.11 do not.
         given = () if carry_init is None else (carry_init,)
-        return self._start(self.cell.initialize_carry(input_shape, rngs, *given), input_shape)
+        cell_carry = self.cell.initialize_carry(input_shape, rngs, *given)
+        return self._start(self._sequence_rng(), cell_carry, input_shape)
 
     def redraw_masks(self, carry: PyTree, input_shape: Any) -> DropoutCarry:
         """Starts new masks on an old state, as Gal and Ghahramani do from window to window.
@@ -103,20 +100,17 @@ class _Wrapper(nnx.RNNCellBase):
         cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
         if isinstance(self.cell, _Wrapper):
             cell_carry = self.cell.redraw_masks(cell_carry, input_shape)
-        return self._start(cell_carry, input_shape)
+        return self._start(self._sequence_rng(), cell_carry, input_shape)
 
-    def _start(self, cell_carry: PyTree, input_shape: Any) -> DropoutCarry:
-        sequence_rng = self._sequence_rng()
-        if sequence_rng is None:
-            return DropoutCarry(cell_carry, None, None)
-        dropout = self._dropout(cell_carry)
-        shapes = _site_shapes(self.cell, cell_carry, input_shape, dropout)
-        return start_sequence(cell_carry, sequence_rng, dropout, shapes)
+    def _parts(self) -> Iterable[Any]:
+        return (node for _, node in nnx.iter_graph(self.cell))
 
-    @property
-    def num_feature_axes(self) -> int:
-        """The number of feature axes of the wrapped cell's inputs."""
-        return self.cell.num_feature_axes
+    def _params_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
+        return _params(self.cell)
+
+    def _output_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
+        _, y = _trace(self.cell, lambda cell, *args: cell(*args), cell_carry, x)
+        return y
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view` calls.
@@ -230,10 +224,10 @@ class DropoutCell(_Wrapper):
 
     def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
         dropout = self.dropout
-        return dataclasses.replace(dropout, state=_state_prefix(self.cell, dropout.state))
+        return dataclasses.replace(dropout, state=self._place_state(dropout.state))
 
 
-class RNNCellDropoutWrapper(_Wrapper):
+class RNNCellDropoutWrapper(tf.TensorFlowWrapper, _Wrapper):
     """TensorFlow's `tf.nn.RNNCellDropoutWrapper`, for NNX cells: its arguments and their order.
 
     Variational masks are drawn once per sequence, others at each step, from the module's own
@@ -307,105 +301,10 @@ class RNNCellDropoutWrapper(_Wrapper):
         """The feature sizes that the inputs must have, or None."""
         return self._input_size.tree
 
-    def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
-        def noise(keep_prob: Any) -> Noise | None:
-            return tf.keep_prob_noise(keep_prob, self.variational_recurrent, self.broadcast_dims)
-
-        return RecurrentDropout(
-            input=noise(self.input_keep_prob),
-            output=noise(self.output_keep_prob),
-            state=_visited_prefix(
-                self.cell,
-                cell_carry,
-                noise(self.state_keep_prob),
-                self.dropout_state_filter_visitor,
-            ),
-        )
-
-    def _sequence_rng(self) -> jax.Array | None:
-        sequence_rng = super()._sequence_rng()
-        return None if sequence_rng is None else tf.fold_seed(sequence_rng, self.seed)
-
     def __call__(self, carry: DropoutCarry, inputs: PyTree) -> tuple[DropoutCarry, PyTree]:
         """One step of the wrapped cell, with noise."""
         tf.check_inputs(inputs, self.input_size, self.dtype)
         return super().__call__(carry, inputs)
-
-    @property
-    def wrapped_cell(self) -> nnx.RNNCellBase:
-        """The cell itself."""
-        return self.cell
-
-    @property
-    def state_size(self) -> Any:
-        """The cell's `state_size`, or else the feature sizes of its carry, leaf by leaf.
-
-        Raises:
-          ValueError: the cell's inputs have several feature axes and `input_size` is not given.
-        """
-        if hasattr(self.cell, "state_size"):
-            return self.cell.state_size
-        return jax.tree.map(lambda leaf: tf.size_of(leaf.shape), self._state_shapes(()))
-
-    @property
-    def output_size(self) -> Any:
-        """The cell's `output_size`, or else the feature sizes of its output, leaf by leaf.
-
-        Raises:
-          ValueError: the cell has no `in_features` and `input_size` is not given.
-        """
-        if hasattr(self.cell, "output_size"):
-            return self.cell.output_size
-
-        def call(cell: Any, *args: PyTree) -> PyTree:
-            cell.eval()
-            return cell(*args)
-
-        x = _input_shapes(self._features())
-        _, y = _trace(self.cell, call, self._state_shapes(()), x)
-        return jax.tree.map(lambda leaf: tf.size_of(leaf.shape), y)
-
-    def zero_state(self, batch_size: int, dtype: Any) -> Any:
-        """The cell's `zero_state`, or else zeros for each leaf of its carry.
-
-        This is a state of the cell; `redraw_masks` makes a carry of it.
-        """
-        if hasattr(self.cell, "zero_state"):
-            return self.cell.zero_state(batch_size, dtype)
-        shapes = self._state_shapes((batch_size,))
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), shapes)
-
-    def get_initial_state(
-        self, inputs: Any = None, batch_size: int | None = None, dtype: Any = None
-    ) -> Any:
-        """`zero_state` for these inputs, or for this batch size and dtype.
-
-        Raises:
-          ValueError: the arguments contradict each other or leave something open.
-        """
-        return self.zero_state(*tf.batch_and_dtype(inputs, batch_size, dtype))
-
-    def get_config(self) -> dict[str, Any]:
-        """The arguments, as JSON can hold them; `from_config` reads them.
-
-        Raises:
-          ValueError: an argument has no such form: a traced keep_prob, or a function that cannot
-            be imported by name, such as a lambda.
-        """
-        visitor = self.dropout_state_filter_visitor
-        return {
-            "cell": _cell_to_config(self.cell),
-            **{name: tf.keep_prob_to_config(name, getattr(self, name)) for name in tf.KEEP_PROBS},
-            "variational_recurrent": self.variational_recurrent,
-            "input_size": tf.to_config("input_size", self.input_size),
-            "dtype": None if self.dtype is None else jnp.dtype(self.dtype).name,
-            "seed": self.seed,
-            "dropout_state_filter_visitor": None
-            if visitor is None
-            else tf.to_import_path("dropout_state_filter_visitor", visitor),
-            "broadcast_dims": list(self.broadcast_dims),
-            "deterministic": self.deterministic,
-        }
 
     @classmethod
     def from_config(
@@ -420,17 +319,7 @@ class RNNCellDropoutWrapper(_Wrapper):
         Raises:
           ValueError: the cell has weights to make and `rngs` is None.
         """
-        visitor = config["dropout_state_filter_visitor"]
-        return cls(
-            **{
-                **config,
-                "cell": _cell_from_config(config["cell"], rngs),
-                "input_size": tf.from_config(config["input_size"]),
-                "dropout_state_filter_visitor": visitor and tf.from_import_path(visitor),
-                "broadcast_dims": tuple(config["broadcast_dims"]),
-            },
-            rngs=rngs,
-        )
+        return cls(**tf.arguments_from_config(config, rngs=rngs), rngs=rngs)
 
     def _features(self) -> Any:
         if self.input_size is not None:
@@ -445,14 +334,17 @@ class RNNCellDropoutWrapper(_Wrapper):
             f"in_features; give input_size."
         )
 
-    def _state_shapes(self, batch: tuple[int, ...]) -> PyTree:
-        shape = jax.tree.map(lambda s: batch + s, self._features(), is_leaf=_is_shape)
+    def _state_shapes(self, input_shape: Any) -> PyTree:
+        return _trace(self.cell, lambda cell: cell.initialize_carry(input_shape, nnx.Rngs(0)))
 
-        def initialize_carry(cell: Any) -> PyTree:
-            cell.eval()  # a state of the cell has no masks
-            return cell.initialize_carry(shape, nnx.Rngs(0))
-
-        return _trace(self.cell, initialize_carry)
+    def _arguments(self, cell: Any) -> dict[str, Any]:
+        # Of a class's own signature Flax's metaclass leaves (*args, **kwargs).
+        _, *parameters = inspect.signature(type(cell).__init__).parameters.values()
+        return {
+            parameter.name: getattr(cell, parameter.name)
+            for parameter in parameters
+            if _is_kept(cell, parameter) and getattr(cell, parameter.name) is not parameter.default
+        }
 
 
 class _Static:
@@ -509,104 +401,28 @@ def _call_with_params(
 
 
 def _trace(cell: nnx.RNNCellBase, run: Callable[..., PyTree], *args: PyTree) -> PyTree:
-    """The shapes of `run(cell, *args)`, run on a copy, so that the cell's state stays."""
+    """The shapes of `run(cell, *args)`, on a copy: the cell's own state stays as it is."""
     graphdef, state = nnx.split(cell)
-    return jax.eval_shape(lambda state, *args: run(nnx.merge(graphdef, state), *args), state, *args)
+
+    def trace(state: PyTree, *args: PyTree) -> PyTree:
+        copy = nnx.merge(graphdef, state)
+        copy.eval()  # shapes are those of training, and there is no stream to draw from
+        return run(copy, *args)
+
+    return jax.eval_shape(trace, state, *args)
 
 
-def _state_prefix(cell: nnx.RNNCellBase, state: PyTree) -> PyTree:
-    """Places what the user gave for `state` on the carry of the cell."""
-    if isinstance(cell, _Wrapper):
-        return DropoutCarry(_state_prefix(cell.cell, state), None, None)
-    if isinstance(state, Noise) and isinstance(cell, _LSTM_CELLS):
-        return (None, state)
-    return state
-
-
-def _visited_prefix(
-    cell: nnx.RNNCellBase, state: PyTree, noise: Noise | None, visitor: tf.Visitor | None
-) -> PyTree:
-    """Places a noise where a state filter visitor says."""
-    if noise is None:
-        return None
-    if isinstance(cell, _Wrapper):
-        inner = _visited_prefix(cell.cell, state.cell_carry, noise, visitor)
-        return DropoutCarry(inner, None, None)
-    if visitor is None and isinstance(cell, _LSTM_CELLS):
-        return (None, noise)
-    return tf.noise_where_true(noise, tf.visit_state(visitor or tf.leave_lstm_memory_alone, state))
-
-
-def _site_shapes(
-    cell: nnx.RNNCellBase, cell_carry: PyTree, input_shape: Any, dropout: RecurrentDropout
-) -> Masks:
-    """The shapes of what sits at each site, as far as variational masks are drawn there."""
-    x = _input_shapes(input_shape)
-    params = None if dropout.params is None else _params(cell)
-    y = None
-    if draws_once(dropout.output):
-        _, y = _trace(cell, lambda cell, *args: cell(*args), cell_carry, x)
-    return Masks(params, x, cell_carry, y)
-
-
-def _input_shapes(input_shape: Any) -> PyTree:
-    # Nobody says the dtype of the inputs before they come; masks are cast where they are used.
-    return jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), input_shape, is_leaf=_is_shape
+def _is_kept(cell: nnx.RNNCellBase, parameter: inspect.Parameter) -> bool:
+    """Whether a cell has an argument of its constructor as an attribute."""
+    name = parameter.name
+    if name == "rngs" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        return False
+    if hasattr(cell, name):
+        return True
+    # The cells of Flax 0.12 forget how their weights were made.
+    if name == "keep_rngs" or name.endswith(("_init", "_metadata")):
+        return False
+    raise ValueError(
+        f"{type(cell).__name__} takes {name} and has no attribute of that name, so a config "
+        f"cannot hold it; set self.{name} in __init__, or write get_config."
     )
-
-
-def _is_shape(node: Any) -> bool:
-    return isinstance(node, tuple) and all(isinstance(dim, int) for dim in node)
-
-
-def _cell_to_config(cell: nnx.RNNCellBase) -> dict[str, Any]:
-    cls = type(cell)
-    class_name = tf.to_import_path("the cell's class", cls)
-    if hasattr(cell, "get_config"):
-        return {"class_name": class_name, "config": cell.get_config()}
-    config = {}
-    for name, parameter in _arguments(cls).items():
-        if name == "rngs" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        if not hasattr(cell, name):
-            if parameter.default is parameter.empty:
-                raise ValueError(
-                    f"{cls.__name__} needs {name} and has no attribute of that name, so a config "
-                    f"cannot hold it; set self.{name} in __init__, or write get_config."
-                )
-            continue
-        value = getattr(cell, name)
-        if value is not parameter.default:
-            config[name] = (
-                _cell_to_config(value)
-                if isinstance(value, nnx.RNNCellBase)
-                else tf.to_config(f"{cls.__name__}.{name}", value)
-            )
-    return {"class_name": class_name, "config": config}
-
-
-def _cell_from_config(config: dict[str, Any], rngs: nnx.Rngs | None) -> Any:
-    cls = tf.from_import_path(config["class_name"])
-    if hasattr(cls, "from_config"):
-        takes_rngs = "rngs" in inspect.signature(cls.from_config).parameters
-        return cls.from_config(config["config"], **({"rngs": rngs} if takes_rngs else {}))
-    arguments = {
-        name: _cell_from_config(value, rngs)
-        if isinstance(value, dict) and value.keys() == {"class_name", "config"}
-        else tf.from_config(value)
-        for name, value in config["config"].items()
-    }
-    if (parameter := _arguments(cls).get("rngs")) is not None:
-        if rngs is None and parameter.default is parameter.empty:
-            raise ValueError(
-                f"{cls.__name__} needs a key for its weights: pass rngs=nnx.Rngs(0) to from_config."
-            )
-        arguments["rngs"] = rngs
-    return cls(**arguments)
-
-
-def _arguments(cls: type) -> dict[str, inspect.Parameter]:
-    # Of a class's own signature Flax's metaclass leaves (*args, **kwargs).
-    _, *arguments = inspect.signature(cls.__init__).parameters.items()
-    return dict(arguments)

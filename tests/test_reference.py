@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import flax_dropout_cell as fdc
 
-KEEP_PROBS = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
+KEEP_PROBS = st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0])
 """Their inverses are exact, so the reference and the library must agree to the last bit."""
 
-SHAPES = st.lists(st.integers(1, 4), min_size=0, max_size=3).map(tuple)
+SHAPES = st.sampled_from([(), (3,), (2, 3), (2, 1, 4)])  # few, since each is compiled for
 
 
 def trees(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -96,7 +96,7 @@ def numpy_cell(params: Any, carry: Any, x: Any) -> tuple[Any, Any]:
     return jax.tree.map(lambda leaf: leaf + total, carry), {"x": x, "carry": carry}
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(data=st.data(), params=trees(arrays()), carry=trees(arrays()), x=trees(arrays()))
 def test_one_step(data: Any, params: Any, carry: Any, x: Any) -> None:
     spec = fdc.RecurrentDropout(
@@ -151,7 +151,7 @@ def check_masks(prefix: Any, value: Any, drawn: Any, frozen: Any) -> None:
             np.testing.assert_array_equal(mask, every)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     data=st.data(),
     carry=trees(arrays()),
@@ -191,7 +191,8 @@ def test_a_sequence(data: Any, carry: Any, lengths: Any, steps: int, reverse: bo
     want: dict[int, Any] = {}
     for t in reversed(range(steps)) if reverse else range(steps):
         step_rng = jax.random.fold_in(rng, t)
-        new, y = fdc.dropout_cell(None, carry, xs[t], step_rng, **options, masks=masks)
+        done = fdc.dropout_cell(None, carry, xs[t], step_rng, **options, masks=masks)
+        new, y = jax.tree.map(jnp.asarray, done)
         for row, length in enumerate(lengths):
             if t >= length:
                 new = jax.tree.map(lambda n, c, row=row: n.at[row].set(c[row]), new, carry)

@@ -219,7 +219,7 @@ def test_dtypes_stay(dtype) -> None:
     """Under strict promotion: what the cell gives is what comes back."""
     cell = nn.LSTMCell(H, dtype=dtype)
     carry = cell.initialize_carry(jax.random.key(0), XS.shape[1:])
-    params = cell.init(jax.random.key(0), carry, XS[0])
+    params = nn.LSTMCell(H).init(jax.random.key(0), carry, XS[0])
     params, carry, xs = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, carry, XS))
     for variational in (True, False):
         out = fdc.dropout_scan(
