@@ -9,32 +9,26 @@ ride in the carry, with the key that each step derives its own from.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from . import _tensorflow as tf
+from ._dropout_carry import CellWrapper, run_step
 from ._dropout_carry import DropoutCarry as DropoutCarry
-from ._dropout_carry import run_step, start_sequence
-from ._noise import Noise
-from ._spec import Masks, PyTree, RecurrentDropout, draws_once
-
-_LSTM_CELLS = (nn.LSTMCell, nn.OptimizedLSTMCell, nn.ConvLSTMCell)
+from ._spec import PyTree, RecurrentDropout
 
 
-class _Wrapper(nn.RNNCellBase):
+class _Wrapper(CellWrapper, nn.RNNCellBase):
     """What both wrappers share. A subclass has `cell` and `deterministic`, and says the noises."""
+
+    _lstm_cells = (nn.LSTMCell, nn.OptimizedLSTMCell, nn.ConvLSTMCell)
 
     def setup(self) -> None:
         # The weights keep the names that they have without the wrapper.
         nn.share_scope(self, self.cell)
-
-    @nn.nowrap
-    def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
-        raise NotImplementedError
 
     @nn.nowrap
     def _sequence_rng(self, rng: jax.Array | None) -> jax.Array | None:
@@ -78,7 +72,8 @@ class _Wrapper(nn.RNNCellBase):
         Raises:
           ValueError: there is no `dropout` stream, and this is neither evaluation nor `init`.
         """
-        return self._start(rng, self.cell.initialize_carry(rng, input_shape), input_shape)
+        cell_carry = self.cell.initialize_carry(rng, input_shape)
+        return self._start(self._sequence_rng(rng), cell_carry, input_shape)
 
     @nn.nowrap
     def redraw_masks(self, rng: jax.Array | None, carry: PyTree, input_shape: Any) -> DropoutCarry:
@@ -95,21 +90,23 @@ class _Wrapper(nn.RNNCellBase):
         cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
         if isinstance(self.cell, _Wrapper):
             cell_carry = self.cell.redraw_masks(rng, cell_carry, input_shape)
-        return self._start(rng, cell_carry, input_shape)
+        return self._start(self._sequence_rng(rng), cell_carry, input_shape)
 
     @nn.nowrap
-    def _start(self, rng: jax.Array | None, cell_carry: PyTree, input_shape: Any) -> DropoutCarry:
-        sequence_rng = self._sequence_rng(rng)
-        if sequence_rng is None:
-            return DropoutCarry(cell_carry, None, None)
-        dropout = self._dropout(cell_carry)
-        shapes = _site_shapes(self.cell, cell_carry, input_shape, dropout)
-        return start_sequence(cell_carry, sequence_rng, dropout, shapes)
+    def _parts(self) -> Iterable[Any]:
+        for field in dataclasses.fields(self.cell):
+            if field.name != "parent":
+                yield from jax.tree.leaves(getattr(self.cell, field.name, None))
 
-    @property
-    def num_feature_axes(self) -> int:
-        """The number of feature axes of the wrapped cell's inputs."""
-        return self.cell.num_feature_axes
+    @nn.nowrap
+    def _params_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
+        _, variables = _trace_cell(self.cell, cell_carry, x)
+        return nn.unbox(variables).get("params")
+
+    @nn.nowrap
+    def _output_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
+        (_, y), _ = _trace_cell(self.cell, cell_carry, x)
+        return y
 
     def __call__(self, carry: DropoutCarry, inputs: PyTree) -> tuple[DropoutCarry, PyTree]:
         """One step of the wrapped cell, with noise."""
@@ -178,10 +175,10 @@ class DropoutCell(_Wrapper):
 
     @nn.nowrap
     def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
-        return dataclasses.replace(self.dropout, state=_state_prefix(self.cell, self.dropout.state))
+        return dataclasses.replace(self.dropout, state=self._place_state(self.dropout.state))
 
 
-class RNNCellDropoutWrapper(_Wrapper):
+class RNNCellDropoutWrapper(tf.TensorFlowWrapper, _Wrapper):
     """TensorFlow's `tf.nn.RNNCellDropoutWrapper`, for Flax cells: its arguments and their order.
 
     Variational masks are drawn once per sequence, others at each step, from the `dropout` stream.
@@ -237,119 +234,16 @@ class RNNCellDropoutWrapper(_Wrapper):
         tf.check_arguments(keep_probs, self.seed, self.dropout_state_filter_visitor)
         super().__post_init__()
 
-    @nn.nowrap
-    def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
-        def noise(keep_prob: Any) -> Noise | None:
-            return tf.keep_prob_noise(keep_prob, self.variational_recurrent, self.broadcast_dims)
-
-        return RecurrentDropout(
-            input=noise(self.input_keep_prob),
-            output=noise(self.output_keep_prob),
-            state=_visited_prefix(
-                self.cell,
-                cell_carry,
-                noise(self.state_keep_prob),
-                self.dropout_state_filter_visitor,
-            ),
-        )
-
-    @nn.nowrap
-    def _sequence_rng(self, rng: jax.Array | None) -> jax.Array | None:
-        sequence_rng = super()._sequence_rng(rng)
-        return None if sequence_rng is None else tf.fold_seed(sequence_rng, self.seed)
-
     def __call__(self, carry: DropoutCarry, inputs: PyTree) -> tuple[DropoutCarry, PyTree]:
         """One step of the wrapped cell, with noise."""
         tf.check_inputs(inputs, self.input_size, self.dtype)
         return super().__call__(carry, inputs)
 
-    @property
-    def wrapped_cell(self) -> nn.RNNCellBase:
-        """The cell itself."""
-        return self.cell
-
-    @property
-    def state_size(self) -> Any:
-        """The cell's `state_size`, or else the feature sizes of its carry, leaf by leaf.
-
-        Raises:
-          ValueError: the cell's inputs have several feature axes and `input_size` is not given.
-        """
-        if hasattr(self.cell, "state_size"):
-            return self.cell.state_size
-        return jax.tree.map(lambda leaf: tf.size_of(leaf.shape), self._state_shapes(()))
-
-    @property
-    def output_size(self) -> Any:
-        """The cell's `output_size`, or else the feature sizes of its output, leaf by leaf.
-
-        Raises:
-          ValueError: the cell's inputs have several feature axes and `input_size` is not given.
-        """
-        if hasattr(self.cell, "output_size"):
-            return self.cell.output_size
-        y, _ = _trace_cell(self.cell, self._state_shapes(()), _input_shapes(self._features()))
-        return jax.tree.map(lambda leaf: tf.size_of(leaf.shape), y)
-
-    @nn.nowrap
-    def zero_state(self, batch_size: int, dtype: Any) -> Any:
-        """The cell's `zero_state`, or else zeros for each leaf of its carry.
-
-        This is a state of the cell; `redraw_masks` makes a carry of it.
-        """
-        if hasattr(self.cell, "zero_state"):
-            return self.cell.zero_state(batch_size, dtype)
-        shapes = self._state_shapes((batch_size,))
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), shapes)
-
-    @nn.nowrap
-    def get_initial_state(
-        self, inputs: Any = None, batch_size: int | None = None, dtype: Any = None
-    ) -> Any:
-        """`zero_state` for these inputs, or for this batch size and dtype.
-
-        Raises:
-          ValueError: the arguments contradict each other or leave something open.
-        """
-        return self.zero_state(*tf.batch_and_dtype(inputs, batch_size, dtype))
-
-    @nn.nowrap
-    def get_config(self) -> dict[str, Any]:
-        """The arguments, as JSON can hold them; `from_config` reads them.
-
-        Raises:
-          ValueError: an argument has no such form: a traced keep_prob, or a function that cannot
-            be imported by name, such as a lambda.
-        """
-        visitor = self.dropout_state_filter_visitor
-        return {
-            "cell": _cell_to_config(self.cell),
-            **{name: tf.keep_prob_to_config(name, getattr(self, name)) for name in tf.KEEP_PROBS},
-            "variational_recurrent": self.variational_recurrent,
-            "input_size": tf.to_config("input_size", self.input_size),
-            "dtype": None if self.dtype is None else jnp.dtype(self.dtype).name,
-            "seed": self.seed,
-            "dropout_state_filter_visitor": None
-            if visitor is None
-            else tf.to_import_path("dropout_state_filter_visitor", visitor),
-            "broadcast_dims": list(self.broadcast_dims),
-            "deterministic": self.deterministic,
-        }
-
     @classmethod
     @nn.nowrap
     def from_config(cls, config: dict[str, Any]) -> "RNNCellDropoutWrapper":
         """Makes the wrapper that `get_config` described."""
-        visitor = config["dropout_state_filter_visitor"]
-        return cls(
-            **{
-                **config,
-                "cell": _cell_from_config(config["cell"]),
-                "input_size": tf.from_config(config["input_size"]),
-                "dropout_state_filter_visitor": visitor and tf.from_import_path(visitor),
-                "broadcast_dims": tuple(config["broadcast_dims"]),
-            }
-        )
+        return cls(**tf.arguments_from_config(config))
 
     @nn.nowrap
     def _features(self) -> Any:
@@ -363,9 +257,20 @@ class RNNCellDropoutWrapper(_Wrapper):
         )
 
     @nn.nowrap
-    def _state_shapes(self, batch: tuple[int, ...]) -> PyTree:
-        shape = jax.tree.map(lambda s: batch + s, self._features(), is_leaf=_is_shape)
-        return jax.eval_shape(lambda rng: self.cell.initialize_carry(rng, shape), jax.random.key(0))
+    def _state_shapes(self, input_shape: Any) -> PyTree:
+        return jax.eval_shape(
+            lambda rng: self.cell.initialize_carry(rng, input_shape), jax.random.key(0)
+        )
+
+    @nn.nowrap
+    def _arguments(self, cell: Any) -> dict[str, Any]:
+        return {
+            field.name: getattr(cell, field.name)
+            for field in dataclasses.fields(cell)
+            if field.init
+            and field.name not in ("parent", "name")
+            and getattr(cell, field.name) is not field.default
+        }
 
 
 def _call(cell: nn.RNNCellBase, *args: Any) -> Any:
@@ -380,106 +285,7 @@ def _check_cell(cell: Any) -> None:
         )
 
 
-def _state_prefix(cell: nn.RNNCellBase, state: PyTree) -> PyTree:
-    """Places what the user gave for `state` on the carry of the cell."""
-    if isinstance(cell, _Wrapper):
-        return DropoutCarry(_state_prefix(cell.cell, state), None, None)
-    if isinstance(state, Noise):
-        return _spare_lstm_memory(cell, state)
-    return state
-
-
-def _spare_lstm_memory(cell: nn.RNNCellBase, noise: Noise) -> PyTree:
-    """Places one noise for a whole state: on all of it, or on the h of an LSTM-family cell."""
-    if isinstance(cell, _LSTM_CELLS):
-        return (None, noise)
-    for field in dataclasses.fields(cell):
-        for part in jax.tree.leaves(getattr(cell, field.name, None)):
-            if field.name != "parent" and isinstance(part, (*_LSTM_CELLS, _Wrapper)):
-                raise ValueError(
-                    f"one noise for the whole state of {type(cell).__name__} would reach the "
-                    f"memory c of the {type(part).__name__} that it holds; say where it goes, "
-                    f"such as state=((None, noise), (None, noise)), or with a "
-                    f"dropout_state_filter_visitor."
-                )
-    return noise
-
-
-def _visited_prefix(
-    cell: nn.RNNCellBase, state: PyTree, noise: Noise | None, visitor: tf.Visitor | None
-) -> PyTree:
-    """Places a noise where a state filter visitor says."""
-    if noise is None:
-        return None
-    if isinstance(cell, _Wrapper):
-        inner = _visited_prefix(cell.cell, state.cell_carry, noise, visitor)
-        return DropoutCarry(inner, None, None)
-    answers = tf.visit_state(visitor or tf.leave_lstm_memory_alone, state)
-    if visitor is None and all(jax.tree.leaves(answers)):
-        return _spare_lstm_memory(cell, noise)
-    return tf.noise_where_true(noise, answers)
-
-
-def _site_shapes(
-    cell: nn.RNNCellBase, cell_carry: PyTree, input_shape: Any, dropout: RecurrentDropout
-) -> Masks:
-    """The shapes of what sits at each site, as far as variational masks are drawn there."""
-    x = _input_shapes(input_shape)
-    params, y = None, None
-    if draws_once((dropout.params, dropout.output)):
-        y, params = _trace_cell(cell, cell_carry, x)
-    return Masks(params, x, cell_carry, y)
-
-
 def _trace_cell(cell: nn.RNNCellBase, cell_carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
-    """The shapes of a cell's output and of its weights."""
+    """The shapes of what a cell returns and of its variables."""
     unbound = cell.clone(parent=None, _deep_clone=True, _reset_names=True)
-    (_, y), variables = jax.eval_shape(unbound.init_with_output, jax.random.key(0), cell_carry, x)
-    return y, nn.unbox(variables).get("params")
-
-
-def _input_shapes(input_shape: Any) -> PyTree:
-    # Nobody says the dtype of the inputs before they come; masks are cast where they are used.
-    return jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), input_shape, is_leaf=_is_shape
-    )
-
-
-def _is_shape(node: Any) -> bool:
-    return isinstance(node, tuple) and all(isinstance(dim, int) for dim in node)
-
-
-def _cell_to_config(cell: nn.RNNCellBase) -> dict[str, Any]:
-    class_name = tf.to_import_path("the cell's class", type(cell))
-    if hasattr(cell, "get_config"):
-        return {"class_name": class_name, "config": cell.get_config()}
-    changed = {
-        field.name: getattr(cell, field.name)
-        for field in dataclasses.fields(cell)
-        if field.init
-        and field.name not in ("parent", "name")
-        and getattr(cell, field.name) is not field.default
-    }
-    return {
-        "class_name": class_name,
-        "config": {
-            name: _cell_to_config(value)
-            if isinstance(value, nn.RNNCellBase)
-            else tf.to_config(f"{type(cell).__name__}.{name}", value)
-            for name, value in changed.items()
-        },
-    }
-
-
-def _cell_from_config(config: dict[str, Any]) -> Any:
-    cls = tf.from_import_path(config["class_name"])
-    if hasattr(cls, "from_config"):
-        return cls.from_config(config["config"])
-    return cls(
-        **{
-            name: _cell_from_config(value)
-            if isinstance(value, dict) and value.keys() == {"class_name", "config"}
-            else tf.from_config(value)
-            for name, value in config["config"].items()
-        }
-    )
+    return jax.eval_shape(unbound.init_with_output, jax.random.key(0), cell_carry, x)

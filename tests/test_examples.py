@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import flax_dropout_cell as fdc
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LANGUAGE_MODEL = EXAMPLES / "language_model.py"
 SPLITS = ("train", "valid", "test")
@@ -235,6 +237,20 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch):
     assert process.stdout == ""
 
 
+def test_table_has_the_epoch_that_is_best_by_validation():
+    bare = [[90, 50, 41], [80, 40, 42], [70, 60, 20]]
+    dropped = [[90, 30, 42], [80, 36, 30]]
+    results = [
+        language_model.Result("none", np.array(bare)),
+        language_model.Result("variational", np.array(dropped)),
+    ]
+    assert read_table(language_model.format_table(results)) == {
+        "no dropout": ("2", "40.00", "42.00"),
+        "variational dropout": ("1", "30.00", "42.00"),
+    }
+    assert language_model.format_table(results).splitlines()[-1].split() == ["-25.0%", "+0.0%"]
+
+
 # The text ----------------------------------------------------------------------------------------
 
 
@@ -297,6 +313,26 @@ def test_windows_hold_each_word_once(batch_size):
 
 
 TINY = language_model.Config(embedding_size=6, hidden_size=8, batch_size=2, window=7, epochs=2)
+
+
+@pytest.mark.parametrize("scheme", ["none", "per-step", "variational"])
+def test_dropout_sits_where_the_flags_say(scheme):
+    config = dataclasses.replace(
+        TINY,
+        scheme=scheme,
+        layers=3,
+        input_keep_prob=0.7,
+        state_keep_prob=0.8,
+        output_keep_prob=0.9,
+    )
+    before, state, after = (
+        fdc.Dropout(keep_prob, variational=scheme == "variational") for keep_prob in (0.7, 0.8, 0.9)
+    )
+    inner = fdc.RecurrentDropout(input=before, state=state)
+    last = fdc.RecurrentDropout(input=before, state=state, output=after)
+    bare = fdc.RecurrentDropout()
+    expected = (bare, bare, bare) if scheme == "none" else (inner, inner, last)
+    assert language_model.build_dropouts(config) == expected
 
 
 def start(config):

@@ -1,0 +1,59 @@
+"""The package itself: what it imports, what it exports, what it documents."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import flax_dropout_cell as fdc
+import flax_dropout_cell.linen
+
+PUBLIC = {
+    "Cell", "Dropout", "Masks", "Noise", "RecurrentDropout",
+    "draw_masks", "dropout_cell", "dropout_scan",
+}  # fmt: skip
+
+
+def test_the_core_does_not_import_flax() -> None:
+    code = (
+        "import sys, flax_dropout_cell; "
+        "sys.exit(any(name.split('.')[0] in ('flax', 'optax') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_submodules_come_when_they_are_asked_for() -> None:
+    code = "import flax_dropout_cell as fdc; print(fdc.linen.DropoutCell.__name__)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "DropoutCell\n"
+
+
+def test_what_is_public() -> None:
+    names = {name for name in vars(fdc) if not name.startswith("_")}
+    modules = {name for name in names if inspect.ismodule(getattr(fdc, name))}
+    assert names - modules - {"Any", "TYPE_CHECKING"} == PUBLIC
+
+
+@pytest.mark.parametrize("module", [fdc, flax_dropout_cell.linen], ids=["core", "linen"])
+def test_everything_public_is_documented(module) -> None:
+    for name, value in vars(module).items():
+        if name.startswith("_") or not getattr(value, "__module__", "").startswith("flax_dropout"):
+            continue
+        if not (inspect.isclass(value) or inspect.isfunction(value)):
+            continue
+        assert value.__doc__, name
+        for member, attribute in vars(value).items():
+            if inspect.isfunction(attribute) and not member.startswith("_"):
+                assert attribute.__doc__ or inspect.getdoc(getattr(value, member)), (name, member)
+
+
+@pytest.mark.parametrize("function", [fdc.dropout_cell, fdc.dropout_scan, fdc.draw_masks])
+def test_signatures(function) -> None:
+    """params, carry, x(s), rng by position; everything after by name."""
+    parameters = list(inspect.signature(function).parameters.values())
+    assert [p.name for p in parameters[:4]] in (
+        ["params", "carry", "x", "rng"],
+        ["params", "carry", "xs", "rng"],
+    )
+    assert all(p.kind == p.KEYWORD_ONLY for p in parameters[4:])
