@@ -182,6 +182,7 @@ HOSTS: dict[str, Host] = {
     "nn.RNN": run_linen_rnn,
     "nn.RNN in a module": run_linen_rnn_in_a_module,
     "nn.Bidirectional": run_linen_bidirectional,
+    "nn.Bidirectional, backward": functools.partial(run_linen_bidirectional, direction=1),
     "nn.scan": run_linen_scan,
     "nn.scan from outside": run_linen_scan_from_outside,
 }

@@ -55,15 +55,19 @@ def test_masks_differ_over_sites_leaves_and_examples(host: str, noise: fdc.Dropo
 
 @all_hosts
 @both_modes
-def test_masks_are_new_for_another_key_and_the_same_for_the_same(
-    host: str, noise: fdc.Dropout
-) -> None:
+def test_masks_are_new_for_another_key(host: str, noise: fdc.Dropout) -> None:
     first, second = (probes.run(host, noise, seed) for seed in (0, 1))
-    again = HOSTS[host](probes.spec_of(noise), jax.random.key(0), probes.ones())  # not compiled
     for site in SITE_NAMES:
-        np.testing.assert_array_equal(first.seen[site], again.seen[site])
         for s, t in itertools.product(range(STEPS), repeat=2):
             assert differ(first.seen[site][s], second.seen[site][t]), site
+
+
+@pytest.mark.parametrize("host", ["dropout_scan", "nn.RNN"])
+def test_masks_are_the_same_for_the_same_key_compiled_or_not(host: str) -> None:
+    compiled = probes.run(host, PER_STEP, seed=0)
+    plain = HOSTS[host](probes.spec_of(PER_STEP), jax.random.key(0), probes.ones())
+    for site in SITE_NAMES:
+        np.testing.assert_array_equal(plain.seen[site], compiled.seen[site])
 
 
 @all_hosts
@@ -113,9 +117,8 @@ def test_every_host_that_is_given_the_key_draws_the_same(noise: fdc.Dropout) -> 
 
 @both_modes
 def test_directions_have_masks_of_their_own(noise: fdc.Dropout) -> None:
-    args = (probes.spec_of(noise), jax.random.key(0), probes.ones())
-    forward = probes.run_linen_bidirectional(*args, direction=0)
-    backward = probes.run_linen_bidirectional(*args, direction=1)
+    forward = probes.run("nn.Bidirectional", noise, seed=0)
+    backward = probes.run("nn.Bidirectional, backward", noise, seed=0)
     for site in SITE_NAMES:
         if noise.variational:
             assert (backward.seen[site] == backward.seen[site][:1]).all()
