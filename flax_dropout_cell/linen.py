@@ -35,8 +35,8 @@ class _Wrapper(CellWrapper, nn.RNNCellBase):
         """The key of a new sequence; None where it is to run without dropout."""
         if self.deterministic:
             return None
-        # A host's module may hold this one and not have bound it yet: inside a call of its, the
-        # stream is at hand all the same, and the key that the host gives is a constant.
+        # A cell that is made with parent=None inside a module's call is unbound, but the stream of
+        # that module is at hand, while the key that a host gives there is a constant.
         module = self if self.scope is not None else nn.module._context.module_stack[-1]
         if module is None or module.scope is None:
             if rng is None:

@@ -212,7 +212,7 @@ def test_a_padded_window_and_then_the_next(noise) -> None:
 
 @pytest.mark.parametrize("noise", [VARIATIONAL, PER_STEP], ids=["variational", "step"])
 def test_a_users_stack_of_dropout_cells(noise) -> None:
-    """nn.RNN asks it for a carry before its layers are bound; their masks are fresh even so."""
+    """As TensorFlow's MultiRNNCell of wrappers: every layer has masks of its own."""
 
     class Stack(nn.RNNCellBase):
         layers: tuple[nn.RNNCellBase, ...]
@@ -243,6 +243,36 @@ def test_a_users_stack_of_dropout_cells(noise) -> None:
             assert (layer == layer[:1]).all() == noise.variational, site
         for one, other in itertools.combinations(layers, 2):
             assert (one[0] != other[0]).any(), site
+
+
+@pytest.mark.parametrize("noise", [VARIATIONAL, PER_STEP], ids=["variational", "step"])
+def test_an_unbound_cell_inside_a_module_reads_the_modules_stream(noise) -> None:
+    """Linen's own idiom, `parent=None`, where nn.RNN hands in a constant key."""
+    spec = probes.spec_of(noise)
+
+    class Inline(nn.RNNCellBase):
+        @nn.compact
+        def __call__(self, carry: Any, inputs: jax.Array) -> Any:
+            return DropoutCell(probes.LinenProbe(), spec)(carry, inputs)
+
+        @nn.nowrap
+        def initialize_carry(self, rng: jax.Array, input_shape: Any) -> Any:
+            cell = DropoutCell(probes.LinenProbe(parent=None), spec, parent=None)
+            return cell.initialize_carry(rng, input_shape)
+
+        @property
+        def num_feature_axes(self) -> int:
+            return 1
+
+    rnn = nn.RNN(Inline(), time_major=True)
+    xs = probes.ones()
+    variables = rnn.init(RNG, xs)
+    first, second = (train(rnn, variables, xs, jax.random.key(seed)) for seed in (0, 1))
+    for site in ("params", "input", "output"):
+        assert (first[site][0] != second[site][0]).any(), site
+        assert (first[site] == first[site][:1]).all() == noise.variational, site
+    with pytest.raises(ValueError, match="needs a 'dropout' stream in training"):
+        rnn.apply(variables, xs)
 
 
 def test_a_wrapper_in_a_wrapper() -> None:
