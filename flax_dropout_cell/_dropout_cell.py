@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._noise import Noise
+from ._random_words import fold_in
 from ._spec import (
     SITES,
     Masks,
@@ -142,7 +143,7 @@ def draw_sites(dropout: RecurrentDropout, values: Masks, rng: jax.Array) -> Mask
         leaves, structure = jax.tree.flatten(value)
         drawn = [
             noise.draw_mask(_leaf_rng(rng, site, index), tuple(leaf.shape), leaf.dtype)
-            if draws_once(noise)
+            if noise is not None and draws_once(noise)
             else None
             for index, (leaf, noise) in enumerate(
                 zip(leaves, noise_per_leaf(site, prefix, value), strict=True)
@@ -210,7 +211,7 @@ def _draw_step_mask(
 def _leaf_rng(rng: jax.Array, site: str, index: int) -> jax.Array:
     # Steps fold in numbers below 2**31 (see dropout_scan), so sites start there: a mask for the
     # sequence never shares a key with one for a step.
-    return jax.random.fold_in(rng, np.uint32(2**31 + SITES.index(site) * 2**28 + index))
+    return fold_in(rng, np.uint32(2**31 + SITES.index(site) * 2**28 + index))
 
 
 def _previous_leaves(previous: PyTree, value: PyTree) -> list[Any]:

@@ -1,5 +1,8 @@
 """Every mistake that can be seen gets an error that says what came and what to write instead."""
 
+# The mistakes are on purpose:
+# pyright: reportArgumentType=false
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

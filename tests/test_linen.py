@@ -36,8 +36,14 @@ def inputs_of(name: str) -> jax.Array:
     return IMAGES if name == "ConvLSTMCell" else XS
 
 
-def train(rnn: nn.Module, variables: Any, xs: jax.Array, rng: jax.Array = RNG, **kwargs: Any):
-    return rnn.apply(variables, xs, rngs={"dropout": rng}, **kwargs)
+def apply(rnn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return rnn.apply(*args, **kwargs)
+
+
+def train(
+    rnn: nn.Module, variables: Any, xs: jax.Array, rng: jax.Array = RNG, **kwargs: Any
+) -> Any:
+    return apply(rnn, variables, xs, rngs={"dropout": rng}, **kwargs)
 
 
 @cells
@@ -115,7 +121,7 @@ def test_a_subclass_of_an_lstm_is_an_lstm() -> None:
         pass
 
     spec = fdc.RecurrentDropout(state=VARIATIONAL)
-    carry = DropoutCell(MyLstm(H), spec).initialize_carry(RNG, (B, F))
+    carry: Any = DropoutCell(MyLstm(H), spec).initialize_carry(RNG, (B, F))
     assert carry.masks.state[0] is None
 
 
@@ -128,7 +134,7 @@ def test_a_carry_that_is_handed_on_goes_on(noise) -> None:
     variables = rnn.init(RNG, xs)
     whole_carry, whole = train(rnn, variables, xs)
     carry, first = train(rnn, variables, xs[:2])
-    carry, second = rnn.apply(variables, xs[2:], initial_carry=carry)
+    carry, second = apply(rnn, variables, xs[2:], initial_carry=carry)
     together = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
     jax.tree.map(np.testing.assert_array_equal, together, whole)
     jax.tree.map(np.testing.assert_array_equal, carry.cell_carry, whole_carry.cell_carry)
@@ -159,7 +165,7 @@ def test_new_masks_on_an_old_state() -> None:
         carry.cell_carry,
     )
     unbound = DropoutCell(probes.LinenProbe(), spec)
-    outside = unbound.redraw_masks(jax.random.key(8), again, xs.shape[1:])
+    outside: Any = unbound.redraw_masks(jax.random.key(8), again, xs.shape[1:])
     from_cell_carry = unbound.redraw_masks(jax.random.key(8), again.cell_carry, xs.shape[1:])
     jax.tree.map(np.testing.assert_array_equal, outside, from_cell_carry)
     assert (outside.masks.input != again.masks.input).any()
@@ -199,7 +205,7 @@ def test_a_padded_window_and_then_the_next(noise) -> None:
     carry, second = rnn.apply(
         variables, xs, initial_carry=carry, seq_lengths=jnp.array([5, 1, 2, 2])
     )
-    _, third = rnn.apply(variables, xs, initial_carry=carry)
+    _, third = apply(rnn, variables, xs, initial_carry=carry)
     for site in ("params", "input", "output"):
         windows = [np.asarray(ys[site]) for ys in (first, second, third)]
         if noise.variational:
@@ -287,7 +293,7 @@ def test_a_wrapper_in_a_wrapper() -> None:
     np.testing.assert_array_equal(h != 0, inner_mask & outer_mask)
     assert (inner_mask != outer_mask).any()
     assert (c != 0).all()
-    again = outer.redraw_masks(jax.random.key(1), carry, XS[:, 0].shape)
+    again: Any = outer.redraw_masks(jax.random.key(1), carry, XS[:, 0].shape)
     assert (again.masks.state.cell_carry[1] != outer_mask).any()
     assert (again.cell_carry.masks.state[1] != inner_mask).any()
 
@@ -349,7 +355,7 @@ def test_keys_of_every_kind(impl, typed) -> None:
         variables = rnn.init(rng, XS)
         lengths = jnp.array([2, 6, 1, 3])
         carry, ys = train(rnn, variables, XS, rng, seq_lengths=lengths)
-        carry, again = rnn.apply(variables, XS, initial_carry=carry)
+        carry, again = apply(rnn, variables, XS, initial_carry=carry)
         assert isinstance(carry, DropoutCarry)
         assert (ys != again).any()
         assert (train(rnn, variables, XS, jax.random.split(rng)[0])[1] != ys).any()

@@ -81,6 +81,7 @@ def disturb(prefix: Any, value: Any, masks: Any) -> Any:
         elif noise.keep_prob == 0:
             done.append(np.zeros_like(leaf))
         else:
+            assert mask is not None
             done.append(np.where(mask, leaf / np.float32(noise.keep_prob), np.float32(0)))
     return jax.tree.unflatten(structure, done)
 
@@ -145,6 +146,7 @@ def check_masks(prefix: Any, value: Any, drawn: Any, frozen: Any) -> None:
             assert mask is None and every is None
             continue
         shared = tuple(1 if d in noise.broadcast_dims else n for d, n in enumerate(leaf.shape))
+        assert every is not None
         assert every.shape == shared and every.dtype == bool
         assert (mask is not None) == noise.variational
         if mask is not None:

@@ -1,7 +1,7 @@
 """Loops, cuts, padding and direction: the same numbers whichever way a sequence is run."""
 
 import itertools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -57,7 +57,7 @@ class Lstm:
         return (c, h), h
 
 
-def scan(spec, xs=XS, carry=Lstm.carry, rng=RNG, **options):
+def scan(spec: Any, xs: Any = XS, carry: Any = Lstm.carry, rng: Any = RNG, **options: Any) -> Any:
     return fdc.dropout_scan(Lstm.params, carry, xs, rng, cell=Lstm.cell, dropout=spec, **options)
 
 
@@ -76,7 +76,7 @@ def draw(spec, **options):
     )
 
 
-def loop(spec, order=range(T), rng=RNG, masks=None):
+def loop(spec: Any, order: Any, rng: Any = RNG, masks: Any = None) -> Any:
     step = jax.jit(
         lambda carry, x, rng, masks: fdc.dropout_cell(
             Lstm.params, carry, x, rng, cell=Lstm.cell, dropout=spec, masks=masks

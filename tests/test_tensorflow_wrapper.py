@@ -28,7 +28,7 @@ class LSTMStateTuple(NamedTuple):
     h: Any
 
 
-def weights_of(cell: nn.Module, xs: jax.Array) -> Any:
+def weights_of(cell: nn.RNNCellBase, xs: jax.Array) -> Any:
     """All kernels 0.5, all biases 0, and TensorFlow's forget bias of 1."""
     variables = nn.RNN(cell, time_major=True).init(jax.random.key(0), xs)
 
@@ -39,10 +39,8 @@ def weights_of(cell: nn.Module, xs: jax.Array) -> Any:
     return jax.tree_util.tree_map_with_path(fill, variables)
 
 
-def run(xs: jax.Array = TWO_STEPS, rng: jax.Array = RNG, **arguments: Any) -> Any:
+def run(xs: Any = TWO_STEPS, rng: Any = RNG, **arguments: Any) -> Any:
     """Outputs, final c and final h of the wrapped LSTM."""
-    wrapper = RNNCellDropoutWrapper(nn.LSTMCell(3), **arguments)
-    rnn = nn.RNN(wrapper, time_major=True, return_carry=True)
     batch = xs.shape[1]
 
     class Model(nn.Module):
@@ -54,8 +52,8 @@ def run(xs: jax.Array = TWO_STEPS, rng: jax.Array = RNG, **arguments: Any) -> An
             return nn.RNN(cell, time_major=True, return_carry=True)(xs, initial_carry=carry)
 
     variables = weights_of(nn.LSTMCell(3), xs)
-    del rnn
-    carry, outputs = Model().apply(variables, xs, rngs={"dropout": rng})  # type: ignore[misc]
+    model: Any = Model()
+    carry, outputs = model.apply(variables, xs, rngs={"dropout": rng})
     c, h = carry.cell_carry
     return outputs, c, h
 
@@ -234,8 +232,11 @@ def masked_leaves(cell: nn.RNNCellBase, visitor: Any = None) -> list[str]:
         variational_recurrent=True,
         dropout_state_filter_visitor=visitor,
     )
-    masks = wrapper.initialize_carry(RNG, (2, 4)).masks.state
-    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(masks)]
+    carry: Any = wrapper.initialize_carry(RNG, (2, 4))
+    return [
+        jax.tree_util.keystr(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(carry.masks.state)
+    ]
 
 
 PLAIN, NAMED = lambda c, h: (c, h), LSTMStateTuple
@@ -433,7 +434,7 @@ def test_arguments_of_a_wrong_type(arguments, text) -> None:
 
 def test_not_a_cell() -> None:
     with pytest.raises(TypeError, match="is not an RNNCell of flax"):
-        RNNCellDropoutWrapper(nn.Dense(3))
+        RNNCellDropoutWrapper(nn.Dense(3))  # type: ignore[arg-type]
 
 
 def test_keep_prob_zero_gives_zeros() -> None:

@@ -35,8 +35,8 @@ def equations(jaxpr: Any, in_scan: bool = False) -> Iterator[tuple[str, bool]]:
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         yield name, in_scan
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
                 yield from equations(inner, in_scan or name == "scan")
 
