@@ -348,7 +348,7 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, _Wrapper):
 
 
 class _Static:
-    """A pytree as one static value: Flax hashes what is no array, and dicts have no hash."""
+    """A pytree as one static value: graphdefs are compared and hashed, and dicts have no hash."""
 
     def __init__(self, tree: PyTree) -> None:
         self.tree = tree

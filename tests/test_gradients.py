@@ -36,18 +36,18 @@ def spec_of(variational):
     return fdc.RecurrentDropout(params=noise, input=noise, state=(None, noise), output=noise)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("variational", [True, False], ids=["variational", "step"])
 def test_finite_differences(variational) -> None:
     """In float64, with the masks held fast by the key."""
-    with jax.enable_x64(True):
 
-        def loss(params, carry, xs):
-            carry, ys = fdc.dropout_scan(
-                params, carry, xs, RNG, cell=lstm, dropout=spec_of(variational)
-            )
-            return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves((carry, ys)))
+    def loss(params, carry, xs):
+        carry, ys = fdc.dropout_scan(
+            params, carry, xs, RNG, cell=lstm, dropout=spec_of(variational)
+        )
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves((carry, ys)))
 
-        check_grads(jax.jit(loss), values("float64"), order=1, modes=("fwd", "rev"), rtol=1e-6)
+    check_grads(jax.jit(loss), values("float64"), order=1, modes=("fwd", "rev"), rtol=1e-6)
 
 
 def test_a_learned_keep_prob() -> None:
