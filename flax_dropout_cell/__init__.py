@@ -20,6 +20,7 @@ from ._spec import RecurrentDropout as RecurrentDropout
 
 if TYPE_CHECKING:
     from . import linen as linen
+    from . import nnx as nnx
 
 __version__ = importlib.metadata.version("flax_dropout_cell")
 

@@ -29,8 +29,11 @@ class RecurrentDropout:
 
     Args:
       input: noises on what the cell reads at a step.
-      state: noises on the carry that the cell returns. An LSTM's carry is `(c, h)`, and dropout
-        on the memory c makes it explode: write `state=(None, Dropout(0.8))`.
+      state: noises on the carry that the cell returns. What a cell adds to at each step, an LSTM's
+        memory c or a GRU's h, grows by `1 / keep_prob` at each step under dropout. For an LSTM,
+        whose carry is `(c, h)`, write `state=(None, Dropout(0.8))`: here one noise means both,
+        while the Flax wrappers, which know the cell, place it on h. For a GRU keep keep_prob
+        near 1.
       output: noises on what the cell emits, independent of `state` even where it emits h.
       params: noises on the cell's weights (weight-drop: Merity et al. 2017, arXiv:1708.02182,
         section 2).

@@ -8,6 +8,7 @@ import pytest
 
 import flax_dropout_cell as fdc
 import flax_dropout_cell.linen
+import flax_dropout_cell.nnx
 
 PUBLIC = {
     "Cell", "Dropout", "Masks", "Noise", "RecurrentDropout",
@@ -35,7 +36,9 @@ def test_what_is_public() -> None:
     assert names - modules - {"Any", "TYPE_CHECKING"} == PUBLIC
 
 
-@pytest.mark.parametrize("module", [fdc, flax_dropout_cell.linen], ids=["core", "linen"])
+@pytest.mark.parametrize(
+    "module", [fdc, flax_dropout_cell.linen, flax_dropout_cell.nnx], ids=["core", "linen", "nnx"]
+)
 def test_everything_public_is_documented(module) -> None:
     for name, value in vars(module).items():
         if name.startswith("_") or not getattr(value, "__module__", "").startswith("flax_dropout"):
