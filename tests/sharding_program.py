@@ -1,0 +1,405 @@
+"""The cases of test_sharding.py, on 8 CPU devices.
+
+    python tests/sharding_program.py                    # all of them
+    python tests/sharding_program.py 'CASE' 'CASE' ...   # these
+
+Values are compared bit for bit, so keep_prob is a half and all numbers are small integers: sums of
+them are exact in float32 in whatever order a compiler or a collective adds them up.
+"""
+
+import functools
+import itertools
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import probes
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from programs import Cases
+
+import flax_dropout_cell as fdc
+from flax_dropout_cell.linen import DropoutCell
+
+DEVICES = 8
+STEPS, BATCH, UNITS = 4, 24, 64  # no other size in a program is 24
+
+SCHEMES = ("variational", "per-step")
+LAYOUTS = {  # over how many devices the batch is cut, and over how many the features
+    "batch": (8, 1),
+    "features": (1, 8),
+    "both": (4, 2),
+}
+HOSTS = ("dropout_scan", "nn.RNN")
+# JAX 0.7 has explicit sharding, but cannot mix arrays that are sharded with ones that are not.
+HAS_SET_MESH = hasattr(jax, "set_mesh")
+
+CASES = Cases()
+
+
+# What is run -------------------------------------------------------------------------------------
+
+
+def noise_of(scheme: str, keep_prob: Any = None) -> fdc.Dropout:
+    # An array takes the path with the hash, whatever its value.
+    keep_prob = jnp.float32(0.5) if keep_prob is None else keep_prob
+    return fdc.Dropout(keep_prob, variational=scheme == "variational")
+
+
+def spec_of(scheme: str, keep_prob: Any = None) -> fdc.RecurrentDropout:
+    noise = noise_of(scheme, keep_prob)
+    return fdc.RecurrentDropout(params=noise, input=noise, state=noise, output=noise)
+
+
+def masks_of(host: str, scheme: str) -> Callable[..., Any]:
+    """Gives every mask of a sequence, from its key and its inputs."""
+    return lambda rng, xs: probes.HOSTS[host](probes.spec_of(noise_of(scheme)), rng, xs).seen
+
+
+def exact_cell(params: Any, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    h = h + x * params
+    return h, h
+
+
+def gradient_of(scheme: str, cell: fdc.Cell = exact_cell, masks: Any = None) -> Callable[..., Any]:
+    """Gives the outputs, and the gradients of all that goes in."""
+
+    def loss(rng: jax.Array | None, values: Any) -> tuple[jax.Array, Any]:
+        params, h, xs, weights = values
+        spec = spec_of(scheme)
+        h, ys = fdc.dropout_scan(params, h, xs, rng, cell=cell, dropout=spec, masks=masks)
+        return jnp.sum(weights * ys), (h, ys)
+
+    return jax.grad(loss, argnums=1, has_aux=True)
+
+
+def numbers() -> Any:
+    """Weights `[units]`, a carry, inputs and what the outputs weigh in the loss."""
+    draw = np.random.default_rng(0)
+
+    def integers(*shape: int) -> np.ndarray:
+        return draw.integers(-2, 3, shape).astype(np.float32)
+
+    row, sequence = (BATCH, UNITS), (STEPS, BATCH, UNITS)
+    return integers(1, UNITS), integers(*row), integers(*sequence), integers(*sequence)
+
+
+def ones() -> jax.Array:
+    return jnp.ones((STEPS, BATCH, UNITS))
+
+
+RNG_SEED = 3
+
+
+@functools.cache
+def on_one_device(what: str, *args: Any) -> Any:
+    rng = jax.random.key(RNG_SEED)
+    if what == "masks":
+        result = jax.jit(masks_of(*args))(rng, ones())
+    else:
+        result = jax.jit(gradient_of(*args))(rng, numbers())
+    assert len(jax.tree.leaves(result)[0].sharding.device_set) == 1
+    return jax.tree.map(np.asarray, result)
+
+
+def assert_same(got: Any, want: Any) -> None:
+    got, want = (jax.tree.map(np.asarray, tree) for tree in (got, want))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    for leaf in jax.tree.leaves(want):  # nothing is equal for being all zeros
+        assert leaf.any()
+
+
+# jit, where the compiler shards ------------------------------------------------------------------
+
+
+def mesh_of(layout: str, axis_type: AxisType = AxisType.Auto) -> Mesh:
+    return jax.make_mesh(LAYOUTS[layout], ("batch", "features"), axis_types=(axis_type,) * 2)
+
+
+def spread(mesh: Mesh, tree: Any) -> Any:
+    """Cuts each array's last dim over "features", and the one before over "batch"."""
+
+    def put(leaf: Any) -> jax.Array:
+        spec = ["batch" if leaf.shape[-2] > 1 else None, "features"]
+        return jax.device_put(leaf, NamedSharding(mesh, P(*[None] * (leaf.ndim - 2), *spec)))
+
+    return jax.tree.map(put, tree)
+
+
+def everywhere(mesh: Mesh) -> jax.Array:
+    return jax.device_put(jax.random.key(RNG_SEED), NamedSharding(mesh, P()))
+
+
+def assert_spread(tree: Any) -> None:
+    for leaf in jax.tree.leaves(tree):
+        assert len(leaf.sharding.device_set) == DEVICES
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(tree))
+
+
+@CASES.over(layout=LAYOUTS, scheme=SCHEMES)
+def masks_under_jit(layout: str, scheme: str, host: str = "dropout_scan") -> None:
+    mesh = mesh_of(layout)
+    got = jax.jit(masks_of(host, scheme))(everywhere(mesh), spread(mesh, ones()))
+    assert_spread(got["input"])
+    assert_same(got, on_one_device("masks", host, scheme))
+
+
+@CASES.over(scheme=SCHEMES)
+def masks_of_nn_rnn_under_jit(scheme: str) -> None:
+    masks_under_jit("both", scheme, host="nn.RNN")
+
+
+@CASES.over(layout=LAYOUTS, scheme=SCHEMES)
+def gradient_under_jit(layout: str, scheme: str) -> None:
+    mesh = mesh_of(layout)
+    got = jax.jit(gradient_of(scheme))(everywhere(mesh), spread(mesh, numbers()))
+    assert_spread(got)
+    assert_same(got, on_one_device("gradient", scheme))
+
+
+@CASES.over(layout=LAYOUTS if HAS_SET_MESH else (), scheme=SCHEMES)
+def gradient_under_explicit_sharding(layout: str, scheme: str) -> None:
+    mesh = mesh_of(layout, AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        got = jax.jit(gradient_of(scheme))(everywhere(mesh), spread(mesh, numbers()))
+    assert_spread(got)
+    assert_same(got, on_one_device("gradient", scheme))
+
+
+@CASES.over(what=("the cell", "the sequence"), scheme=SCHEMES)
+def gradient_under_checkpoint(what: str, scheme: str) -> None:
+    """Masks that are drawn a second time, in the backward pass, are the first ones."""
+    mesh = mesh_of("batch")
+    if what == "the cell":
+        gradient = gradient_of(scheme, jax.checkpoint(exact_cell))
+    else:
+
+        def loss(values: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
+            params, h, xs, weights = values
+            h, ys = fdc.dropout_scan(params, h, xs, rng, cell=exact_cell, dropout=spec_of(scheme))
+            return jnp.sum(weights * ys), (h, ys)
+
+        def gradient(rng: jax.Array, values: Any) -> Any:
+            return jax.grad(jax.checkpoint(loss), has_aux=True)(values, rng)
+
+    got = jax.jit(gradient)(everywhere(mesh), spread(mesh, numbers()))
+    assert_same(got, on_one_device("gradient", scheme))
+
+
+# Maps, where each shard has a key of its own -----------------------------------------------------
+
+
+def cut(tree: Any) -> Any:
+    """Each array's rows, by shard: `[shards, ..., rows, units]`; weights `[1, units]` for each."""
+
+    def cut_leaf(leaf: Any) -> Any:
+        if leaf.shape[-2] == 1:
+            return jnp.stack([leaf] * DEVICES)
+        return jnp.stack(jnp.split(jnp.asarray(leaf), DEVICES, axis=-2))
+
+    return jax.tree.map(cut_leaf, tree)
+
+
+def shard_mapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    def one(rng: jax.Array, shard: Any) -> Any:
+        result = function(rng, jax.tree.map(lambda leaf: leaf[0], shard))
+        return jax.tree.map(lambda leaf: leaf[None], result)
+
+    mesh = jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(one, mesh=mesh, in_specs=(P(), P("batch")), out_specs=P("batch"))
+    return jax.jit(mapped)
+
+
+def pmapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.pmap(function, axis_name="batch", in_axes=(None, 0))
+
+
+def vmapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    mesh = jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
+    mapped = jax.jit(jax.vmap(function, axis_name="batch", in_axes=(None, 0)))
+
+    def run(rng: jax.Array, shards: Any) -> Any:
+        return mapped(everywhere(mesh), jax.device_put(shards, NamedSharding(mesh, P("batch"))))
+
+    return run
+
+
+MAPS = {"shard_map": shard_mapped, "pmap": pmapped, "vmap": vmapped}
+
+
+def with_own_key(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What the docs say: one line makes the shards differ."""
+    return lambda rng, shard: function(jax.random.fold_in(rng, jax.lax.axis_index("batch")), shard)
+
+
+@functools.cache
+def one_by_one(what: str, scheme: str) -> Any:
+    """Each shard on one device, under the key that is its own."""
+    function, whole = function_and_numbers(what, scheme)
+    run, rng = jax.jit(function), jax.random.key(RNG_SEED)
+    results = [
+        run(jax.random.fold_in(rng, index), jax.tree.map(lambda leaf, i=index: leaf[i], cut(whole)))
+        for index in range(DEVICES)
+    ]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *results)
+
+
+def function_and_numbers(what: str, scheme: str) -> tuple[Callable[..., Any], Any]:
+    if what == "masks":
+        return masks_of("dropout_scan", scheme), ones()
+    return gradient_of(scheme), numbers()
+
+
+@CASES.over(mapping=MAPS, what=("masks", "gradient"), scheme=SCHEMES)
+def shards_with_their_own_keys(mapping: str, what: str, scheme: str) -> None:
+    function, whole = function_and_numbers(what, scheme)
+    got = MAPS[mapping](with_own_key(function))(jax.random.key(RNG_SEED), cut(whole))
+    assert_spread(got)
+    assert_same(got, one_by_one(what, scheme))
+    if what == "masks":
+        for site, masks in got.items():
+            for one, other in itertools.combinations(np.asarray(masks), 2):
+                assert (one != other).any(), site
+
+
+@CASES.over(mapping=("shard_map", "pmap"), scheme=SCHEMES)
+def shards_with_one_key(mapping: str, scheme: str) -> None:
+    """Without that line every shard has the same masks: why the docs tell of it."""
+    function = masks_of("dropout_scan", scheme)
+    got = MAPS[mapping](function)(jax.random.key(RNG_SEED), cut(ones()))
+    for masks in got.values():
+        for other in np.asarray(masks)[1:]:
+            np.testing.assert_array_equal(other, masks[0])
+
+
+@CASES.over()
+def masks_drawn_outside_of_shard_map() -> None:
+    """Drawn for the whole batch and cut with it, masks are those of one device."""
+    mesh = mesh_of("batch")
+
+    def local(masks: fdc.Masks, values: Any) -> Any:
+        (params, *_), results = gradient_of("variational", masks=masks)(None, values)
+        return jax.lax.psum(params, "batch"), results
+
+    def whole(rng: jax.Array, values: Any) -> Any:
+        params, h, xs, _ = values
+        masks = fdc.draw_masks(
+            params, h, xs[0], rng, cell=exact_cell, dropout=spec_of("variational")
+        )
+        rows, steps = P("batch"), P(None, "batch")
+        specs = (fdc.Masks(P(), rows, rows, rows), (P(), rows, steps, steps))
+        mapped = jax.shard_map(
+            local, mesh=mesh, in_specs=specs, out_specs=(P(), (rows, steps)), check_vma=False
+        )
+        return mapped(masks, values)
+
+    params, results = jax.jit(whole)(everywhere(mesh), spread(mesh, numbers()))
+    want, want_results = on_one_device("gradient", "variational")
+    assert_same((params, results), (want[0], want_results))
+
+
+@CASES.over(scheme=SCHEMES)
+def nn_rnn_in_shard_map(scheme: str) -> None:
+    """The carry that a host makes inside of a map does not vary over it, so nobody may check."""
+    mesh = mesh_of("batch")
+    mapped = jax.shard_map(
+        with_own_key(masks_of("nn.RNN", scheme)),
+        mesh=mesh,
+        in_specs=(P(), P(None, "batch")),
+        out_specs=P(None, "batch"),
+        check_vma=False,
+    )
+    got = jax.tree.map(np.asarray, jax.jit(mapped)(everywhere(mesh), spread(mesh, ones())))
+    run, rng = jax.jit(masks_of("nn.RNN", scheme)), jax.random.key(RNG_SEED)
+    for index, rows in enumerate(np.split(np.arange(BATCH), DEVICES)):
+        want = run(jax.random.fold_in(rng, index), ones()[:, rows])
+        assert_same({site: masks[:, rows] for site, masks in got.items()}, want)
+
+
+# The compiled program ----------------------------------------------------------------------------
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    r"|collective-broadcast)(?:-start)?\("
+)
+
+
+def collectives(program: str) -> list[tuple[str, str]]:
+    """Which collectives a compiled program holds, and for arrays of which shapes."""
+    return sorted(
+        (kind, shape)
+        # One collective may carry several arrays.
+        for shapes, kind in COLLECTIVE.findall(program)
+        for shape in re.findall(r"\w+\[[\d,]*\]", shapes)
+    )
+
+
+def program_of(host: str, dropout: fdc.RecurrentDropout) -> Callable[..., Any]:
+    cell = nn.SimpleCell(UNITS)
+    if host == "nn.RNN":
+        rnn = nn.RNN(DropoutCell(cell, dropout), time_major=True)
+        return lambda rng, params, xs: rnn.apply(
+            {"params": {"cell": params}}, xs, rngs={"dropout": rng}
+        )
+
+    def run(rng: jax.Array, params: Any, xs: jax.Array) -> jax.Array:
+        h, params = jnp.zeros_like(xs[0]), {"params": params}
+        _, ys = fdc.dropout_scan(params, h, xs, rng, cell=cell.apply, dropout=dropout)
+        return ys
+
+    return run
+
+
+@functools.cache
+def compiled(host: str, scheme: str, gradient: bool, keep_prob: float = 0.7) -> str:
+    """The program, sharded over the batch, with dropout at each site; scheme "none" has none."""
+    dropout = fdc.RecurrentDropout() if scheme == "none" else spec_of(scheme, keep_prob)
+    run: Any = program_of(host, dropout)
+    if gradient:
+        run = jax.grad(lambda *args: program_of(host, dropout)(*args).sum(), argnums=(1, 2))
+    mesh, zeros = mesh_of("batch"), jnp.zeros((BATCH, UNITS))
+    params = nn.SimpleCell(UNITS).init(jax.random.key(0), zeros, zeros)["params"]
+    params = jax.device_put(params, NamedSharding(mesh, P()))
+    lowered = jax.jit(run).lower(everywhere(mesh), params, spread(mesh, ones()))
+    text = lowered.compile().as_text()
+    assert text is not None
+    return text
+
+
+@CASES.over(host=HOSTS, scheme=SCHEMES)
+def no_collective_in_the_forward_pass(host: str, scheme: str) -> None:
+    assert collectives(compiled(host, scheme, False)) == []
+
+
+@CASES.over(scheme=SCHEMES)
+def no_collective_with_a_keep_prob_of_a_half(scheme: str) -> None:
+    """That is drawn as bits alone, other values with a hash besides."""
+    assert collectives(compiled("dropout_scan", scheme, False, 0.5)) == []
+
+
+@CASES.over(host=HOSTS, scheme=SCHEMES)
+def no_collective_more_in_the_gradient(host: str, scheme: str) -> None:
+    bare = collectives(compiled(host, "none", True))
+    assert bare, "the weights' gradients are summed over the batch"
+    assert collectives(compiled(host, scheme, True)) == bare
+
+
+@CASES.over(host=HOSTS, scheme=SCHEMES)
+def a_device_draws_its_own_rows(host: str, scheme: str) -> None:
+    """What masks are drawn as is 32-bit words."""
+    shapes = re.findall(r"\bu32\[([\d,]+)\]", compiled(host, scheme, False))
+    sizes = {int(size) for shape in shapes for size in shape.split(",")}
+    assert BATCH // DEVICES in sizes
+    assert BATCH not in sizes
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    CASES.report(sys.argv[1:])
