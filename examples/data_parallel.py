@@ -1,0 +1,296 @@
+"""A recurrent model with dropout, trained on all devices of all hosts at once.
+
+Each device has its share of every batch, and draws the masks of that share. The batch, the masks
+and the losses are those of one device, however many there are.
+
+    python examples/data_parallel.py                        # all devices of this host
+    JAX_NUM_CPU_DEVICES=4 python examples/data_parallel.py  # a CPU as four devices
+    srun python examples/data_parallel.py --cluster         # SLURM, Open MPI or a TPU pod
+    python examples/data_parallel.py --coordinator HOST:PORT --processes 2 --process-id 0
+
+The task is to say what came in `DELAY` steps ago. The first process prints the loss of each step,
+and writes them all to `--out`.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flax_dropout_cell as fdc
+from flax_dropout_cell.linen import DropoutCell
+
+SCHEMES = ("none", "per-step", "variational")
+FEATURES, LENGTH, DELAY = 8, 24, 3
+EXIT_BAD_INPUT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that decides the numbers; neither devices nor processes do."""
+
+    scheme: str = "variational"
+    steps: int = 100
+    batch_size: int = 32
+    hidden_size: int = 32
+    keep_prob: float = 0.9
+    learning_rate: float = 1e-2
+    seed: int = 0
+
+
+# The model ---------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """Reads a sequence, `[batch, time, features]`, and gives one of the same shape."""
+
+    hidden_size: int
+    dropout: fdc.RecurrentDropout
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cell = DropoutCell(nn.OptimizedLSTMCell(self.hidden_size), self.dropout)
+        return nn.Dense(x.shape[-1])(nn.RNN(cell)(x))
+
+
+def build_model(config: Config) -> Model:
+    noise = None
+    if config.scheme != "none":
+        noise = fdc.Dropout(config.keep_prob, variational=config.scheme == "variational")
+    dropout = fdc.RecurrentDropout(input=noise, state=noise, output=noise)
+    return Model(config.hidden_size, dropout)
+
+
+# The data ----------------------------------------------------------------------------------------
+
+
+def make_batch(config: Config, step: int, sharding: NamedSharding) -> jax.Array:
+    """A batch of sequences. A process makes the rows that its own devices hold, and no others."""
+
+    def make_row(row: int) -> np.ndarray:
+        draw = np.random.default_rng((config.seed, step, row))
+        return draw.choice(np.array([-1, 1], np.float32), (LENGTH, FEATURES))
+
+    def make_rows(index: Any) -> np.ndarray:
+        return np.stack([make_row(row) for row in range(config.batch_size)[index[0]]])
+
+    shape = (config.batch_size, LENGTH, FEATURES)
+    return jax.make_array_from_callback(shape, sharding, make_rows)
+
+
+# The training ------------------------------------------------------------------------------------
+
+
+class TrainState(NamedTuple):
+    """All that a training needs to go on from where it is; the same on every device.
+
+    Attributes:
+      step: how many batches it has learned from; picks the next batch and its masks.
+      params: the model's variables.
+      opt_state: the optimizer's state.
+      losses: the loss of each step, nan where it is still to come.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+    losses: jax.Array
+
+
+def build_mesh() -> Mesh:
+    # Of all processes' devices. In Flax's RNN the compiler has to find the shardings: the carry
+    # starts as zeros of which nobody says how they are sharded.
+    return jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
+
+
+def start_training(config: Config, mesh: Mesh) -> TrainState:
+    def start() -> TrainState:
+        rng = jax.random.key(config.seed)
+        params = build_model(config).init(rng, jnp.zeros((1, LENGTH, FEATURES)))
+        opt_state = optax.adam(config.learning_rate).init(params)
+        return TrainState(jnp.int32(0), params, opt_state, jnp.full(config.steps, jnp.nan))
+
+    return jax.jit(start, out_shardings=NamedSharding(mesh, P()))()
+
+
+def build_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, jax.Array], TrainState]:
+    """The step that learns from one batch; its masks depend on the seed and `state.step` only."""
+    model, optimizer = build_model(config), optax.adam(config.learning_rate)
+
+    def loss_of(params: Any, x: jax.Array, rng: jax.Array) -> jax.Array:
+        y: Any = model.apply(params, x, rngs={"dropout": rng})
+        return jnp.mean((y[:, DELAY:] - x[:, :-DELAY]) ** 2)
+
+    def train_step(state: TrainState, x: jax.Array) -> TrainState:
+        _, dropout_rng = jax.random.split(jax.random.key(config.seed))
+        rng = jax.random.fold_in(dropout_rng, state.step)
+        loss, grads = jax.value_and_grad(loss_of)(state.params, x, rng)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            losses=state.losses.at[state.step].set(loss),
+        )
+
+    return jax.jit(train_step, out_shardings=NamedSharding(mesh, P()))
+
+
+def train(config: Config) -> Iterator[np.ndarray]:
+    """Trains a model, and gives the losses so far after each step."""
+    mesh = build_mesh()
+    train_step = build_train_step(config, mesh)
+    rows = NamedSharding(mesh, P("batch"))
+    state = start_training(config, mesh)
+    for step in range(int(state.step), config.steps):
+        state = train_step(state, make_batch(config, step, rows))
+        yield np.asarray(state.losses)[: step + 1]
+
+
+# The processes -----------------------------------------------------------------------------------
+
+
+def join(options: argparse.Namespace) -> None:
+    """Joins the other processes, if there are to be any; comes before all else that is JAX's.
+
+    When one of them is lost or does not come, JAX ends all others after this timeout.
+    """
+    by_hand = (options.coordinator, options.processes, options.process_id)
+    if not options.cluster and by_hand == (None, None, None):
+        return
+    timeouts = {
+        "initialization_timeout": options.timeout,
+        "heartbeat_timeout_seconds": options.timeout,
+        "shutdown_timeout_seconds": options.timeout,  # not in every JAX
+    }
+    known = inspect.signature(jax.distributed.initialize).parameters
+    timeouts = {name: timeout for name, timeout in timeouts.items() if name in known}
+    jax.distributed.initialize(*by_hand, **timeouts)
+
+
+# The command line --------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}\n")
+
+
+def count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2**32), got {text}")
+    return int(text)
+
+
+def address(text: str) -> str:
+    if not text.rpartition(":")[0] or not text.rpartition(":")[2].isdigit():
+        raise argparse.ArgumentTypeError(f"must be HOST:PORT, got {text}")
+    return text
+
+
+def positive(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return float(text)
+
+
+def keep_prob(text: str) -> float:
+    try:
+        fdc.Dropout(keep_prob=float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return float(text)
+
+
+def build_parser() -> Parser:
+    parser = Parser(description="Train a recurrent model with dropout on many devices.")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the losses go, as JSON")
+    parser.add_argument("--scheme", choices=SCHEMES, default=Config.scheme)
+    for name, kind, text in (
+        ("steps", count, "batches to learn from"),
+        ("batch_size", count, "sequences in a batch, on all devices together"),
+        ("hidden_size", count, "size of the LSTM"),
+        ("keep_prob", keep_prob, "share of units kept at each site"),
+        ("learning_rate", positive, "Adam's"),
+        ("seed", seed, "of the weights, the data and the masks"),
+    ):
+        flag, default = f"--{name.replace('_', '-')}", getattr(Config, name)
+        parser.add_argument(flag, type=kind, default=default, help=f"{text} ({default})")
+    group = parser.add_argument_group("several processes")
+    group.add_argument("--cluster", action="store_true", help="JAX asks the launcher for the rest")
+    group.add_argument(
+        "--coordinator", type=address, metavar="HOST:PORT", help="where process 0 listens"
+    )
+    group.add_argument("--processes", type=count, help="how many there are")
+    group.add_argument("--process-id", type=seed, help="which of them this one is")
+    group.add_argument(
+        "--timeout",
+        type=count,
+        default=100,
+        metavar="SECONDS",
+        help="until one counts as lost (100)",
+    )
+    return parser
+
+
+def main() -> int:
+    parser = build_parser()
+    options = parser.parse_args()
+    names = [field.name for field in dataclasses.fields(Config)]
+    config = Config(**{name: getattr(options, name) for name in names})
+    by_hand = [options.coordinator, options.processes, options.process_id]
+    if None in by_hand and by_hand != [None, None, None]:
+        parser.error("--coordinator, --processes and --process-id go together")
+    if options.cluster and by_hand != [None, None, None]:
+        parser.error("--cluster finds out what --coordinator and the others would say")
+    if None not in by_hand and options.process_id >= options.processes:
+        parser.error(f"--process-id must be below --processes, got {options.process_id}")
+    try:
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+        join(options)
+    except (OSError, RuntimeError, ValueError) as error:
+        parser.error(str(error).splitlines()[0])
+    if config.batch_size % jax.device_count():
+        parser.error(
+            f"--batch-size must be a multiple of the number of devices, {jax.device_count()}, "
+            f"got {config.batch_size}"
+        )
+    first, losses = jax.process_index() == 0, np.zeros(0)
+    if first:
+        print(f"{jax.device_count()} devices, {jax.process_count()} processes", flush=True)
+    for losses in train(config):
+        if first:
+            print(f"step {len(losses)}: loss {losses[-1]:.6f}", flush=True)
+    if first and options.out is not None:
+        report = {
+            "config": dataclasses.asdict(config),
+            "devices": jax.device_count(),
+            "processes": jax.process_count(),
+            "losses": losses.tolist(),
+        }
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
