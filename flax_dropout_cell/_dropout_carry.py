@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ._dropout_cell import Cell, draw_sites, dropout_cell
 from ._noise import Noise
+from ._random_words import fold_in
 from ._spec import Masks, PyTree, RecurrentDropout, draws_at_each_step, draws_once
 
 
@@ -82,7 +83,7 @@ def run_step(
         # Where rows are at different steps, the furthest sets the pace: no row then sees a mask
         # for a second time.
         step = jnp.max(step_rng.step)
-        rng = jax.random.fold_in(step_rng.key[0], step)
+        rng = fold_in(step_rng.key[0], step)
         step_rng = step_rng._replace(step=jnp.full_like(step_rng.step, step + 1))
     cell_carry, y = dropout_cell(
         params, carry.cell_carry, x, rng, cell=cell, dropout=dropout, masks=masks

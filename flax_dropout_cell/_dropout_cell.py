@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._noise import Noise
+from ._random_words import fold_in
 from ._spec import (
     SITES,
     Masks,
@@ -210,7 +211,7 @@ def _draw_step_mask(
 def _leaf_rng(rng: jax.Array, site: str, index: int) -> jax.Array:
     # Steps fold in numbers below 2**31 (see dropout_scan), so sites start there: a mask for the
     # sequence never shares a key with one for a step.
-    return jax.random.fold_in(rng, np.uint32(2**31 + SITES.index(site) * 2**28 + index))
+    return fold_in(rng, np.uint32(2**31 + SITES.index(site) * 2**28 + index))
 
 
 def _previous_leaves(previous: PyTree, value: PyTree) -> list[Any]:

@@ -17,6 +17,7 @@ from ._dropout_cell import (
     draw_masks,
     dropout_cell,
 )
+from ._random_words import fold_in
 from ._spec import (
     SITES,
     Masks,
@@ -114,7 +115,7 @@ def dropout_scan(
     def run_cell(carry: PyTree, index: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
         step_rng = rng
         if rng is not None and draws:
-            step_rng = jax.random.fold_in(rng, start + index)
+            step_rng = fold_in(rng, start + index)
         return dropout_cell(params, carry, x, step_rng, cell=cell, dropout=dropout, masks=masks)
 
     def step(carry: PyTree, indexed_x: tuple[jax.Array, PyTree]) -> tuple[PyTree, PyTree]:

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._random_words import draw_words
+
 Number = int | float | np.number
 """A value that is known on the host, so it can be checked and can pick an algorithm."""
-
-_TIE_BITS = 16
 
 
 def draw_keep_mask(
@@ -15,16 +15,10 @@ def draw_keep_mask(
 ) -> jax.Array:
     """Draws a boolean mask whose units are True with probability `keep_prob`.
 
-    A unit takes as many fresh bits as the denominator of `keep_prob` needs: one for 1/2, two
-    for 3/4, up to eight for n/256. Any other `keep_prob`, and every traced one, takes eight
-    fresh bits and settles the one comparison in 256 that they leave open with sixteen more,
-    which a strongly universal hash of the unit's place in its row provides (Dietzfelbinger
-    1996; two random words per row). Each unit is then kept with probability
-    `round(2**24 keep_prob) / 2**24`, and any two units are independent in rows of up to
-    131,072 units.
-
-    Words are shared only along the last dim, so a draw that is sharded over any other dim stays
-    local.
+    A unit takes as many random bits as the denominator of `keep_prob` needs: one for 1/2, two
+    for 3/4, four for n/16. Any other `keep_prob`, and every traced one, takes eight, and is exact
+    to 24 bits all the same: see `_mark_dropped`. Words are shared along the last dim only, so a
+    draw that is sharded over any other dim stays local.
 
     Args:
       rng: a typed or raw key.
@@ -37,46 +31,72 @@ def draw_keep_mask(
     if isinstance(keep_prob, Number) and keep_prob in (0, 1):
         return jnp.full(shape, bool(keep_prob))
     *rows, units = shape or (1,)
-    fresh_bits, exact = _fresh_bits(keep_prob)
-    fresh_words = -(-units * fresh_bits // 32)
-    words = jax.random.bits(rng, (*rows, fresh_words + (0 if exact else 2)), jnp.uint32)
-    numbers = _split_words(words[..., :fresh_words], fresh_bits)[..., :units]
-    if exact:
-        threshold = jnp.uint32(float(keep_prob) * 2**fresh_bits)
+    bits = _bits_per_unit(keep_prob)
+    words_shape = (*rows, -(-units * bits // 32))
+    if bits == 8:
+        drop = _drop_prob_in_24_bits(keep_prob)
+        words = draw_words(rng, words_shape, lambda words: _mark_dropped(words, drop))
+        mask = jax.lax.bitcast_convert_type(words, jnp.uint8) == jnp.uint8(0)
     else:
-        threshold = _round_to_24_bits(keep_prob)
-        ties = _universal_hash(words[..., -2:-1], words[..., -1:], units)
-        numbers = (numbers << _TIE_BITS) | ties
-    return (numbers < threshold).reshape(shape)
+        words = draw_words(rng, words_shape, lambda words: words)
+        mask = _split_words(words, bits) < jnp.uint32(float(keep_prob) * 2**bits)
+    return mask.reshape(*rows, -1)[..., :units].reshape(shape)
 
 
-def _fresh_bits(keep_prob: Number | jax.Array) -> tuple[int, bool]:
-    """How many fresh bits a unit takes, and whether they alone give `keep_prob` exactly."""
+def _bits_per_unit(keep_prob: Number | jax.Array) -> int:
     if isinstance(keep_prob, Number):
-        for bits in (1, 2, 4, 8):
+        for bits in (1, 2, 4):
             if (float(keep_prob) * 2**bits).is_integer():
-                return bits, True
-    return 8, False
+                return bits
+    return 8
 
 
 def _split_words(words: jax.Array, bits: int) -> jax.Array:
     """Cuts 32-bit words `[..., W]` into numbers `[..., W * 32 / bits]` of `bits` bits each."""
-    shifts = jnp.arange(0, 32, bits, dtype=jnp.uint32)
-    shifts = shifts.reshape((1,) * words.ndim + (-1,))
-    numbers = (words[..., None] >> shifts) & jnp.uint32(2**bits - 1)
-    return numbers.reshape(*words.shape[:-1], -1)
+    per_word = 32 // bits
+    shape = (*words.shape[:-1], words.shape[-1] * per_word)
+    words = jnp.broadcast_to(words[..., None], (*words.shape, per_word)).reshape(shape)
+    places = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    return (words >> (places % per_word * bits)) & (2**bits - 1)
 
 
-def _round_to_24_bits(keep_prob: Number | jax.Array) -> jax.Array:
+def _drop_prob_in_24_bits(keep_prob: Number | jax.Array) -> jax.Array:
     # Through float32 for numbers too, so that a number and its traced value give one mask.
     if isinstance(keep_prob, Number):
-        return jnp.uint32(np.round(np.float32(keep_prob) * np.float32(2**24)))
-    scaled = jnp.round(keep_prob.astype(jnp.float32) * jnp.float32(2**24))
-    return jnp.maximum(scaled, jnp.float32(0)).astype(jnp.uint32)
+        keep = np.round(np.float32(keep_prob) * np.float32(2**24))
+        return jnp.uint32(2**24 - int(keep))
+    keep = jnp.round(keep_prob.astype(jnp.float32) * jnp.float32(2**24))
+    return jnp.uint32(2**24) - jnp.clip(keep, 0, 2**24).astype(jnp.uint32)
 
 
-def _universal_hash(multiplier: jax.Array, offset: jax.Array, units: int) -> jax.Array:
-    """Multiply-shift: 16 bits for each of a row's units, pairwise independent."""
-    places = jnp.arange(units, dtype=jnp.uint32)
-    places = places.reshape((1,) * (multiplier.ndim - 1) + (-1,))
-    return (multiplier * places + offset) >> (32 - _TIE_BITS)
+def _mark_dropped(words: jax.Array, drop: jax.Array) -> jax.Array:
+    """Sets each byte of `words` to 1 with probability `drop / 2**24`, and to 0 otherwise.
+
+    A byte is dropped where adding `drop` to the number of three bytes that it starts carries out.
+    Two bytes of a word are computed at a time, each with a byte of room above it.
+    """
+    second, third = _later_digits(words)
+    digits = ((third, drop & 0xFF), (second, (drop >> 8) & 0xFF), (words, drop >> 16))
+
+    def carry_out(shift: int) -> jax.Array:
+        carry = jnp.zeros_like(words)
+        for digit, summand in digits:
+            total = ((digit >> shift) & 0x00FF00FF) + summand * 0x00010001 + carry
+            carry = (total >> 8) & 0x00010001
+        return carry
+
+    return carry_out(0) | (carry_out(8) << 8)
+
+
+def _later_digits(words: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The second and third digit, in base 256, of the numbers that the bytes of a word start.
+
+    They matter only where the first leaves it open, once in 256 times, and so may be made of the
+    word's other bytes: byte i starts the number `(b[i], b[i+1] ^ b[i+2], b[i+1] ^ b[i+3])`, with
+    indices mod 4. Each number is uniform, and the first two digits of any two are independent.
+    """
+    return _rotate(words, 8) ^ _rotate(words, 16), _rotate(words, 8) ^ _rotate(words, 24)
+
+
+def _rotate(words: jax.Array, bits: int) -> jax.Array:
+    return (words >> bits) | (words << (32 - bits))

@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from compiled import random_work
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -73,54 +74,14 @@ def compiled(scheme: str, prng: str, direction: str) -> Any:
     return lowered.compile()
 
 
-def computations(text: str) -> dict[str, list[str]]:
-    """The lines of each computation in a compiled program."""
-    found: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        if header := re.match(r"(?:ENTRY )?%([\w.-]+) \(.*\{$", line):
-            lines = found.setdefault(header[1], [])
-        lines.append(line)
-    return found
-
-
-def random_work(text: str) -> dict[str, int]:
-    """How many operations of a PRNG stand inside loops, and how many anywhere.
-
-    Threefry is made of exclusive ors of words, and nothing else in these programs is; rbg is an
-    operation of its own.
-    """
-    found = computations(text)
-    inside: set[str] = set()
-    waiting = re.findall(r" while\(.*body=%([\w.-]+)", text)
-    while waiting:
-        name = waiting.pop()
-        if name in inside:
-            continue
-        inside.add(name)
-        for line in found[name]:
-            called = re.findall(r"=\{?((?:%[\w.-]+(?:, )?)+)\}?", line)
-            names = [name for names in called for name in re.findall(r"%([\w.-]+)", names)]
-            waiting += [name for name in names if name in found]
-
-    def count(lines: list[str]) -> int:
-        return sum(bool(re.search(r"u32\[.* xor\(| rng-bit-generator\(", line)) for line in lines)
-
-    assert inside
-    return {
-        "inside": sum(count(found[name]) for name in inside),
-        "anywhere": sum(count(lines) for lines in found.values()),
-    }
-
-
 @CASES.over(scheme=SCHEMES, prng=PRNGS, direction=PASSES)
 def random_bits_are_drawn_where_they_belong(scheme: str, prng: str, direction: str) -> Any:
-    work = random_work(compiled(scheme, prng, direction).as_text())
+    work = random_work(compiled(scheme, prng, direction).as_text(), STEPS)
     if scheme == "variational":
         assert work["inside"] == 0 < work["anywhere"], work
     else:
         assert work["inside"] > 0, work
-    bare = random_work(compiled("none", "threefry2x32", direction).as_text())
+    bare = random_work(compiled("none", "threefry2x32", direction).as_text(), STEPS)
     assert bare["anywhere"] == 0, bare
     return work
 

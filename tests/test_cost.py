@@ -1,0 +1,160 @@
+"""What dropout costs, counted: random words, bytes kept for the gradient, kernels in the loop."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from compiled import random_work, scans
+from flax import nnx
+
+import flax_dropout_cell as fdc
+
+STEPS, BATCH, UNITS = 6, 4, 64
+SITES = 3  # an LSTM's input, h and output
+ROWS = SITES * BATCH
+
+Program = tuple[Callable[..., jax.Array], Any]
+"""`run(params, xs, rng)`, which gives the outputs, and the params."""
+
+
+def spec_of(noise: fdc.Dropout | None) -> fdc.RecurrentDropout:
+    return fdc.RecurrentDropout(input=noise, state=(None, noise), output=noise)
+
+
+def core_program(noise: fdc.Dropout | None) -> Program:
+    cell = nn.LSTMCell(UNITS)
+    row = jnp.zeros((BATCH, UNITS))
+    params = cell.init(jax.random.key(0), (row, row), row)
+
+    def run(params: Any, xs: jax.Array, rng: jax.Array) -> jax.Array:
+        return fdc.dropout_scan(
+            params, (row, row), xs, rng, cell=cell.apply, dropout=spec_of(noise)
+        )[1]
+
+    return run, params
+
+
+def linen_program(noise: fdc.Dropout | None) -> Program:
+    cell = fdc.linen.DropoutCell(nn.LSTMCell(UNITS), spec_of(noise))
+    rnn = nn.RNN(cell, time_major=True)
+    params = rnn.init(jax.random.key(0), jnp.zeros((1, BATCH, UNITS)))
+    return lambda params, xs, rng: rnn.apply(params, xs, rngs={"dropout": rng}), params
+
+
+def nnx_program(noise: fdc.Dropout | None) -> Program:
+    cell = nnx.LSTMCell(UNITS, UNITS, rngs=nnx.Rngs(0))
+    cell = fdc.nnx.DropoutCell(cell, spec_of(noise), rngs=nnx.Rngs(dropout=1))
+    graph, params, rest = nnx.split(nnx.RNN(cell, time_major=True), nnx.Param, ...)
+
+    def run(params: Any, xs: jax.Array, rng: jax.Array) -> jax.Array:
+        rnn = nnx.merge(graph, params, jax.tree.map(jnp.asarray, rest))
+        nnx.reseed(rnn, dropout=rng)
+        return rnn(xs)
+
+    return run, params
+
+
+PROGRAMS = {"dropout_scan": core_program, "nn.RNN": linen_program, "nnx.RNN": nnx_program}
+programs = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+
+
+def inputs() -> tuple[jax.Array, jax.Array]:
+    return jnp.ones((STEPS, BATCH, UNITS)), jax.random.key(0)
+
+
+def words_drawn(jaxpr: Any, in_scan: bool = False) -> Iterator[tuple[int, bool]]:
+    """The 32-bit words of each draw in a program, and whether it stands in the body of a scan."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "random_bits":
+            # JAX computes a word per element, however few of its bits are asked for.
+            yield math.prod(equation.outvars[0].aval.shape), in_scan
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from words_drawn(inner, in_scan or name == "scan")
+
+
+@programs
+@pytest.mark.parametrize(
+    ("keep_prob", "bits"), [(0.5, 1), (0.75, 2), (5 / 16, 4), (0.7, 8), (255 / 256, 8)]
+)
+@pytest.mark.parametrize("variational", [True, False], ids=["variational", "step"])
+def test_words_drawn(program, keep_prob, bits, variational) -> None:
+    """As many bits per unit as said, once per sequence or once per step, and none elsewhere."""
+    run, params = program(fdc.Dropout(keep_prob, variational=variational))
+    found = list(words_drawn(jax.make_jaxpr(run)(params, *inputs()).jaxpr))
+    inside = sum(words for words, in_scan in found if in_scan)
+    outside = sum(words for words, in_scan in found if not in_scan)
+    wanted = ROWS * UNITS * bits // 32
+    assert (inside, outside) == ((0, wanted) if variational else (wanted, 0))
+
+
+def compile_program(program: Program, direction: str) -> Any:
+    run, params = program
+
+    def loss(*args: Any) -> jax.Array:
+        return (run(*args) ** 2).mean()
+
+    function = run if direction == "forward" else jax.grad(loss)
+    return jax.jit(function).lower(params, *inputs()).compile()
+
+
+@programs
+@pytest.mark.parametrize("direction", ["forward", "gradient"])
+@pytest.mark.parametrize("variational", [True, False], ids=["variational", "step"])
+def test_the_compiled_loop_draws_only_per_step_masks(program, variational, direction) -> None:
+    noise = fdc.Dropout(0.7, variational=variational)
+    compiled = compile_program(program(noise), direction)
+    work = random_work(compiled.as_text(), STEPS)
+    assert work["anywhere"] > 0
+    assert (work["inside"] == 0) == variational
+
+
+def histories(compiled: Any) -> dict[str, int]:
+    """How many arrays `[time, batch, units]` of each dtype the compiled loop that runs first has.
+
+    These are the inputs and outputs, and all that it keeps for the gradient.
+    """
+    types = scans(compiled.as_text(), STEPS)[0].split(" while(")[0]
+    found = re.findall(rf"(\w+)\[{STEPS},{BATCH},{UNITS}\]", types)
+    return {dtype: found.count(dtype) for dtype in sorted(set(found))}
+
+
+@programs
+@pytest.mark.parametrize("keep_prob", [0.5, 0.7])
+def test_the_gradient_keeps_masks_as_booleans_and_the_disturbed_input(program, keep_prob) -> None:
+    """Beyond the bare cell's, and not even masks where these are variational."""
+    bare = histories(compile_program(program(None), "gradient"))
+    assert set(bare) == {"f32"}
+    variational = program(fdc.Dropout(keep_prob, variational=True))
+    kept = histories(compile_program(variational, "gradient"))
+    assert kept == {"f32": bare["f32"] + 1}
+    per_step = histories(compile_program(program(fdc.Dropout(keep_prob)), "gradient"))
+    assert per_step == {"f32": bare["f32"] + 1, "pred": SITES - 1}  # no gradient by the inputs
+
+
+@programs
+def test_the_forward_pass_keeps_no_masks(program) -> None:
+    bare = histories(compile_program(program(None), "forward"))
+    for variational in (True, False):
+        noise = fdc.Dropout(0.7, variational=variational)
+        assert histories(compile_program(program(noise), "forward")) == bare
+
+
+def test_masks_are_booleans() -> None:
+    _, params = core_program(None)
+    cell = nn.LSTMCell(UNITS).apply
+    row = jnp.zeros((BATCH, UNITS))
+    noise = fdc.Dropout(0.7, variational=True)
+    masks = fdc.draw_masks(
+        params, (row, row), row, jax.random.key(0), cell=cell, dropout=spec_of(noise)
+    )
+    leaves = jax.tree.leaves(masks)
+    assert [leaf.dtype for leaf in leaves] == [bool] * SITES
+    assert sum(leaf.nbytes for leaf in leaves) == ROWS * UNITS
