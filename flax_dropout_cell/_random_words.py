@@ -45,8 +45,8 @@ def draw_words(
         always = (number * number) & jnp.uint32(3) != jnp.uint32(2)
         return jax.lax.cond(always, written_out, lambda _: jnp.zeros(shape, jnp.uint32), rng)
 
-    partitionable = jax.config.jax_threefry_partitionable and math.prod(shape) < 2**32
-    if not (_is_threefry(rng) and partitionable):
+    partitionable = jax.config.jax_threefry_partitionable  # type: ignore
+    if not (_is_threefry(rng) and partitionable and math.prod(shape) < 2**32):
         return with_jax(rng)
     return jax.lax.platform_dependent(rng, cpu=on_cpu, default=with_jax)
 

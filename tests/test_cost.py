@@ -18,7 +18,7 @@ STEPS, BATCH, UNITS = 6, 4, 64
 SITES = 3  # an LSTM's input, h and output
 ROWS = SITES * BATCH
 
-Program = tuple[Callable[..., jax.Array], Any]
+Program = tuple[Callable[..., Any], Any]
 """`run(params, xs, rng)`, which gives the outputs, and the params."""
 
 
@@ -31,7 +31,7 @@ def core_program(noise: fdc.Dropout | None) -> Program:
     row = jnp.zeros((BATCH, UNITS))
     params = cell.init(jax.random.key(0), (row, row), row)
 
-    def run(params: Any, xs: jax.Array, rng: jax.Array) -> jax.Array:
+    def run(params: Any, xs: jax.Array, rng: jax.Array) -> Any:
         return fdc.dropout_scan(
             params, (row, row), xs, rng, cell=cell.apply, dropout=spec_of(noise)
         )[1]
@@ -51,7 +51,7 @@ def nnx_program(noise: fdc.Dropout | None) -> Program:
     cell = fdc.nnx.DropoutCell(cell, spec_of(noise), rngs=nnx.Rngs(dropout=1))
     graph, params, rest = nnx.split(nnx.RNN(cell, time_major=True), nnx.Param, ...)
 
-    def run(params: Any, xs: jax.Array, rng: jax.Array) -> jax.Array:
+    def run(params: Any, xs: jax.Array, rng: jax.Array) -> Any:
         rnn = nnx.merge(graph, params, jax.tree.map(jnp.asarray, rest))
         nnx.reseed(rnn, dropout=rng)
         return rnn(xs)
