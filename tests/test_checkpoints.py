@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_examples import EXAMPLES, load_example, write_corpus
+from test_examples import EXAMPLES, language_model, load_example, write_corpus
 from test_processes import JAX_SAYS, LIMIT, environment, output, two_processes, wait_for
 
 checkpoints = load_example(EXAMPLES / "checkpoints.py")  # where the examples will find it as well
-language_model = load_example(EXAMPLES / "language_model.py")
 data_parallel = load_example(EXAMPLES / "data_parallel.py")
 
 SETTINGS = {"seed": 3, "learning_rate": 0.1, "scheme": "none"}
