@@ -9,7 +9,8 @@ and the losses are those of one device, however many there are.
     python examples/data_parallel.py --coordinator HOST:PORT --processes 2 --process-id 0
 
 The task is to say what came in `DELAY` steps ago. The first process prints the loss of each step,
-and writes them all to `--out`.
+and writes them all to `--out`. With `--checkpoint DIR`, a training that was killed goes on when it
+is started again, to the same losses.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import flax.linen as nn
 import jax
@@ -32,6 +33,9 @@ from jax.sharding import PartitionSpec as P
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell.linen import DropoutCell
+
+if TYPE_CHECKING:
+    from checkpoints import Checkpoints
 
 SCHEMES = ("none", "per-step", "variational")
 FEATURES, LENGTH, DELAY = 8, 24, 3
@@ -149,14 +153,20 @@ def build_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, jax.Ar
     return jax.jit(train_step, out_shardings=NamedSharding(mesh, P()))
 
 
-def train(config: Config) -> Iterator[np.ndarray]:
+def train(config: Config, checkpoints: "Checkpoints | None" = None) -> Iterator[np.ndarray]:
     """Trains a model, and gives the losses so far after each step."""
     mesh = build_mesh()
     train_step = build_train_step(config, mesh)
     rows = NamedSharding(mesh, P("batch"))
     state = start_training(config, mesh)
-    for step in range(int(state.step), config.steps):
+    if checkpoints is not None:
+        state = checkpoints.restore(state)
+    if start := int(state.step):
+        yield np.asarray(state.losses)[:start]
+    for step in range(start, config.steps):
         state = train_step(state, make_batch(config, step, rows))
+        if checkpoints is not None:
+            checkpoints.save(step + 1, state, last=step + 1 == config.steps)
         yield np.asarray(state.losses)[: step + 1]
 
 
@@ -235,6 +245,12 @@ def build_parser() -> Parser:
     ):
         flag, default = f"--{name.replace('_', '-')}", getattr(Config, name)
         parser.add_argument(flag, type=kind, default=default, help=f"{text} ({default})")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="folder to save in, and to go on from"
+    )
+    parser.add_argument(
+        "--checkpoint-every", type=count, metavar="N", default=20, help="steps between saves (20)"
+    )
     group = parser.add_argument_group("several processes")
     group.add_argument("--cluster", action="store_true", help="JAX asks the launcher for the rest")
     group.add_argument(
@@ -250,6 +266,21 @@ def build_parser() -> Parser:
         help="until one counts as lost (100)",
     )
     return parser
+
+
+def open_checkpoints(
+    parser: Parser, options: argparse.Namespace, config: Config
+) -> "Checkpoints | None":
+    if options.checkpoint is None:
+        return None
+    import checkpoints  # Not at the top: this brings Orbax, which takes half a second.
+
+    try:
+        return checkpoints.open_checkpoints(
+            options.checkpoint, dataclasses.asdict(config), options.checkpoint_every
+        )
+    except checkpoints.CheckpointError as error:
+        parser.error(str(error))
 
 
 def main() -> int:
@@ -275,10 +306,11 @@ def main() -> int:
             f"--batch-size must be a multiple of the number of devices, {jax.device_count()}, "
             f"got {config.batch_size}"
         )
+    checkpoints = open_checkpoints(parser, options, config)
     first, losses = jax.process_index() == 0, np.zeros(0)
     if first:
         print(f"{jax.device_count()} devices, {jax.process_count()} processes", flush=True)
-    for losses in train(config):
+    for losses in train(config, checkpoints):
         if first:
             print(f"step {len(losses)}: loss {losses[-1]:.6f}", flush=True)
     if first and options.out is not None:

@@ -11,12 +11,15 @@ window, and each window draws new masks.
 
 It ends with a table of perplexities, and writes them to `language_model.json` and their curves to
 `language_model.png` in `--out`. Ctrl-C ends the training and reports what was learned until then.
+With `--checkpoint DIR`, a training that was killed goes on when it is started again, to the same
+perplexities.
 """
 
 import argparse
 import collections
 import dataclasses
 import gzip
+import hashlib
 import json
 import math
 import pydoc_data.topics
@@ -26,7 +29,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import flax.linen as nn
 import jax
@@ -39,6 +42,9 @@ from tqdm import tqdm
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell.linen import DropoutCell
+
+if TYPE_CHECKING:
+    from checkpoints import Checkpoints
 
 SCHEMES = {
     "none": "no dropout",
@@ -130,6 +136,12 @@ def load_corpus(folder: Path | None, vocabulary_size: int) -> Corpus:
         np.array([number.get(word, number[UNKNOWN]) for word in words[split]]) for split in SPLITS
     )
     return Corpus(vocabulary, train, valid, test)
+
+
+def fingerprint(corpus: Corpus) -> str:
+    """Another one for another text."""
+    numbers = [words.tolist() for words in (corpus.train, corpus.valid, corpus.test)]
+    return hashlib.sha256(json.dumps([corpus.vocabulary, numbers]).encode()).hexdigest()[:12]
 
 
 def words_of(lines: Iterable[str]) -> Iterator[str]:
@@ -371,7 +383,9 @@ def build_evaluate(config: Config, model: LanguageModel) -> Callable[[Any, Windo
     return evaluate
 
 
-def train(config: Config, corpus: Corpus) -> Iterator[np.ndarray]:
+def train(
+    config: Config, corpus: Corpus, checkpoints: "Checkpoints | None" = None
+) -> Iterator[np.ndarray]:
     """Trains a model, and gives the perplexities, `[epochs, splits]`, as each epoch is over.
 
     Raises:
@@ -383,16 +397,24 @@ def train(config: Config, corpus: Corpus) -> Iterator[np.ndarray]:
     evaluate = build_evaluate(config, model)
     windows = cut_windows(corpus.train, config.batch_size, config.window)
     words_until = np.cumsum(windows.weights.sum((1, 2)), dtype=int)
+    steps = config.epochs * len(words_until)
     # In one row, so that each word is predicted from all those before it.
     valid, test = (cut_windows(words, 1, config.window) for words in (corpus.valid, corpus.test))
     state = start_training(config, model, init_rng)
+    if checkpoints is not None:
+        state = checkpoints.restore(state)
+    start = int(state.step)
+    epochs, index = divmod(start, len(words_until))
+    if epochs:
+        yield np.array(state.perplexities[:epochs])
     with tqdm(
         total=config.epochs * len(corpus.train),
+        initial=epochs * len(corpus.train) + (int(words_until[index - 1]) if index else 0),
         desc=SCHEMES[config.scheme],
         unit=" words",
         unit_scale=True,
     ) as bar:
-        for step in range(int(state.step), config.epochs * len(words_until)):
+        for step in range(start, steps):
             epoch, index = divmod(step, len(words_until))
             if index == 0:
                 zeros = zero_carry(config, config.batch_size)
@@ -402,15 +424,18 @@ def train(config: Config, corpus: Corpus) -> Iterator[np.ndarray]:
             loss = float(state.nll) / words_until[index]
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)
             bar.update(epoch * len(corpus.train) + int(words_until[index]) - bar.n)
-            if index + 1 < len(words_until):
-                continue
-            with np.errstate(over="ignore"):
-                losses = [loss, *(float(evaluate(state.params, split)) for split in (valid, test))]
-                perplexities = np.exp(np.float32(losses))
-            if not np.isfinite(perplexities).all():
-                raise FloatingPointError(f"the training diverged in epoch {epoch + 1}")
-            state = state._replace(perplexities=state.perplexities.at[epoch].set(perplexities))
-            yield np.array(state.perplexities[: epoch + 1])
+            epoch_is_over = index + 1 == len(words_until)
+            if epoch_is_over:
+                with np.errstate(over="ignore"):
+                    losses = [float(evaluate(state.params, part)) for part in (valid, test)]
+                    perplexities = np.exp(np.float32([loss, *losses]))
+                if not np.isfinite(perplexities).all():
+                    raise FloatingPointError(f"the training diverged in epoch {epoch + 1}")
+                state = state._replace(perplexities=state.perplexities.at[epoch].set(perplexities))
+            if checkpoints is not None:
+                checkpoints.save(step + 1, state, last=step + 1 == steps)
+            if epoch_is_over:
+                yield np.array(state.perplexities[: epoch + 1])
 
 
 # The report --------------------------------------------------------------------------------------
@@ -531,6 +556,12 @@ def build_parser() -> Parser:
     parser = Parser(description="Train an LSTM language model without dropout, then with it.")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the text's splits")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("results"))
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="folder to save in, and to go on from"
+    )
+    parser.add_argument(
+        "--checkpoint-every", type=count, metavar="N", default=100, help="windows to a save (100)"
+    )
     parser.add_argument("--scheme", choices=SCHEMES, default=Config.scheme)
     for name, kind, text in (
         ("embedding_size", count, "size of a word's embedding"),
@@ -552,16 +583,37 @@ def build_parser() -> Parser:
     return parser
 
 
+def open_checkpoints(
+    parser: Parser, folder: Path, every: int, schemes: list[str], config: Config, corpus: Corpus
+) -> "dict[str, Checkpoints]":
+    """Those of each training, in a folder of its own."""
+    import checkpoints  # Not at the top: this brings Orbax, which takes half a second.
+
+    settings = dataclasses.asdict(config) | {"text": fingerprint(corpus)}
+    try:
+        return {
+            scheme: checkpoints.open_checkpoints(folder / scheme, settings, every)
+            for scheme in schemes
+        }
+    except checkpoints.CheckpointError as error:
+        parser.error(str(error))
+
+
 def main() -> int:
     parser = build_parser()
     arguments = vars(parser.parse_args())
     data, out = arguments.pop("data"), arguments.pop("out")
+    folder, every = arguments.pop("checkpoint"), arguments.pop("checkpoint_every")
     config = Config(**arguments)
     try:
         corpus = load_corpus(data, config.vocabulary_size)
         out.mkdir(parents=True, exist_ok=True)
     except (InputError, OSError) as error:
         parser.error(str(error))
+    schemes = [*dict.fromkeys(["none", config.scheme])]
+    checkpoints: dict[str, Checkpoints] = {}
+    if folder is not None:
+        checkpoints = open_checkpoints(parser, folder, every, schemes, config, corpus)
     print(
         f"{len(corpus.train):,} words to train on, {len(corpus.valid):,} to validate, "
         f"{len(corpus.test):,} to test; a vocabulary of {len(corpus.vocabulary):,}",
@@ -570,8 +622,9 @@ def main() -> int:
     results: dict[str, Result] = {}
     status = 0
     try:
-        for scheme in dict.fromkeys(["none", config.scheme]):
-            for perplexities in train(dataclasses.replace(config, scheme=scheme), corpus):
+        for scheme in schemes:
+            scheme_config = dataclasses.replace(config, scheme=scheme)
+            for perplexities in train(scheme_config, corpus, checkpoints.get(scheme)):
                 results[scheme] = Result(scheme, perplexities)
                 tqdm.write(format_epoch(results[scheme]))
                 sys.stdout.flush()

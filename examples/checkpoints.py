@@ -1,0 +1,174 @@
+"""Checkpoints of a training: killed at any moment and started again, it goes on from the last one.
+
+    checkpoints = open_checkpoints(folder, settings, every=100)
+    state = checkpoints.restore(state)
+    for step in range(int(state.step), steps):
+        state = train_step(state)
+        checkpoints.save(step + 1, state, last=step + 1 == steps)
+
+Orbax writes them, as tensors and JSON: `STEP/state` and `STEP/settings`. To each are added the
+checksums of its files, since Orbax would read a large array with a flipped bit as it is. With
+several processes, the folder is one that all of them see, and all of them call everything here.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+CHECKSUMS = "checksums.json"
+KEPT = 3
+
+State = TypeVar("State")
+
+
+class CheckpointError(Exception):
+    """The folder cannot be used, or its checkpoints are another training's; one line says why."""
+
+
+class Checkpoints(NamedTuple):
+    """The checkpoints of one training.
+
+    Attributes:
+      manager: Orbax's, of the folder where they are.
+      settings: all that decides the training's numbers, for JSON.
+      every: how many steps there are from one checkpoint to the next.
+      newest: the step to go on from; None for the beginning.
+    """
+
+    manager: ocp.CheckpointManager
+    settings: Mapping[str, Any]
+    every: int
+    newest: int | None
+
+    def restore(self, state: State) -> State:
+        """The state to go on from, sharded as the one given; at the beginning, the one given."""
+        if self.newest is None:
+            return state
+        target = ocp.checkpoint_utils.construct_restore_args(state)
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(state, restore_args=target))
+        return self.manager.restore(self.newest, args=args)["state"]
+
+    def save(self, step: int, state: Any, last: bool) -> None:
+        """Saves the state after `step` steps, if it is the turn of these or they were the last."""
+        if step % self.every and not last:
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state), settings=ocp.args.JsonSave(dict(self.settings))
+        )
+        self.manager.save(step, args=args, force=True)
+        if jax.process_index() == 0:  # All processes have written by now.
+            folder = Path(self.manager.directory) / str(step)
+            half_written = folder / f"{CHECKSUMS}.tmp"
+            half_written.write_text(json.dumps(compute_checksums(folder), indent=2) + "\n")
+            half_written.replace(folder / CHECKSUMS)
+
+
+def open_checkpoints(folder: Path, settings: Mapping[str, Any], every: int) -> Checkpoints:
+    """Finds the checkpoint to go on from, and says on stderr which it is and which it is not.
+
+    What is damaged is renamed to `STEP.damaged`, so that its step can be saved again.
+
+    Raises:
+      CheckpointError: the folder cannot be written to, or it is from other settings.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        message = f"--checkpoint must be a folder to write to, got {folder}: {error.strerror}"
+        raise CheckpointError(message) from None
+    # Process 0 looks, and all go on from what it has found.
+    newest = find_newest(folder) if jax.process_index() == 0 else None
+    newest = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if newest is None else newest)))
+    manager = build_manager(folder)
+    if newest < 0:
+        return Checkpoints(manager, settings, every, None)
+    args = ocp.args.Composite(settings=ocp.args.JsonRestore())
+    check_settings(folder, manager.restore(newest, args=args)["settings"], settings)
+    say(f"going on from checkpoint {newest} in {folder}")
+    return Checkpoints(manager, settings, every, newest)
+
+
+def build_manager(folder: Path) -> ocp.CheckpointManager:
+    # An array is written by one process, not in pieces by all: these need more than JAX 0.7.
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    registry = ocp.handlers.create_default_handler_registry(
+        state=ocp.PyTreeCheckpointHandler(type_handler_registry=types),
+        settings=ocp.JsonCheckpointHandler(),
+    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(folder.absolute(), options=options, handler_registry=registry)
+
+
+def check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if names:
+        changes = ", ".join(f"{name} is {new.get(name)} and was {old.get(name)}" for name in names)
+        raise CheckpointError(
+            f"{folder} has checkpoints of other settings: {changes}; "
+            f"start with what was, or with another --checkpoint"
+        )
+
+
+def find_newest(folder: Path) -> int | None:
+    """The newest step that is whole. Removes what is half-written, and renames what is damaged."""
+    half_written = [*folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")]
+    for path in half_written:
+        say(f"skipped checkpoint {path.name.partition('.')[0]} in {folder}: it is half-written")
+        shutil.rmtree(path)
+    found = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
+    for path in sorted(found, key=lambda path: int(path.name), reverse=True):
+        damage = find_damage(path)
+        if damage is None:
+            return int(path.name)
+        say(f"skipped checkpoint {path.name} in {folder}: {damage}")
+        aside = path.with_suffix(".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    if half_written or found:
+        say(f"no good checkpoint in {folder}: starting from the beginning")
+    return None
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words."""
+    try:
+        written, found = json.loads((folder / CHECKSUMS).read_bytes()), compute_checksums(folder)
+        differing = {name for name, _ in written.items() ^ found.items()}
+    except FileNotFoundError:
+        return f"it is half-written, without {CHECKSUMS}"
+    except OSError as error:
+        return str(error)
+    except (ValueError, AttributeError, TypeError):
+        return f"{CHECKSUMS} is damaged"
+    if not differing:
+        return None
+    name = min(differing)
+    return f"{name} is {'missing' if name not in found else 'damaged'}"
+
+
+def compute_checksums(folder: Path) -> dict[str, str]:
+    checksums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith(CHECKSUMS):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            checksums[path.relative_to(folder).as_posix()] = digest
+    return checksums
+
+
+def say(message: str) -> None:
+    """Once, however many processes there are."""
+    if jax.process_index() == 0:
+        print(message, file=sys.stderr, flush=True)
