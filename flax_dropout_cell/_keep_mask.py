@@ -1,10 +1,12 @@
 """Boolean keep-masks from few random bits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._random_words import draw_words
+from ._random_words import as_typed, draw_words
 
 Number = int | float | np.number
 """A value that is known on the host, so it can be checked and can pick an algorithm."""
@@ -30,16 +32,23 @@ def draw_keep_mask(
     """
     if isinstance(keep_prob, Number) and keep_prob in (0, 1):
         return jnp.full(shape, bool(keep_prob))
-    *rows, units = shape or (1,)
     bits = _bits_per_unit(keep_prob)
-    words_shape = (*rows, -(-units * bits // 32))
-    if bits == 8:
-        drop = _drop_prob_in_24_bits(keep_prob)
-        words = draw_words(rng, words_shape, lambda words: _mark_dropped(words, drop))
-        mask = jax.lax.bitcast_convert_type(words, jnp.uint8) == jnp.uint8(0)
+    if bits < 8:
+        limit = jnp.uint32(float(keep_prob) * 2**bits)
     else:
-        words = draw_words(rng, words_shape, lambda words: words)
-        mask = _split_words(words, bits) < jnp.uint32(float(keep_prob) * 2**bits)
+        limit = _drop_prob_in_24_bits(keep_prob)
+    return _draw(as_typed(rng), limit, bits, tuple(shape))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _draw(rng: jax.Array, limit: jax.Array, bits: int, shape: tuple[int, ...]) -> jax.Array:
+    *rows, units = shape or (1,)
+    words_shape = (*rows, -(-units * bits // 32))
+    if bits < 8:
+        mask = _split_words(draw_words(rng, words_shape), bits) < limit
+    else:
+        words = draw_words(rng, words_shape, lambda words: _mark_dropped(words, limit))
+        mask = jax.lax.bitcast_convert_type(words, jnp.uint8) == jnp.uint8(0)
     return mask.reshape(*rows, -1)[..., :units].reshape(shape)
 
 

@@ -17,14 +17,16 @@ _PARITY = 0x1BD11BDA
 
 
 def draw_words(
-    rng: jax.Array, shape: tuple[int, ...], finish: Callable[[jax.Array], jax.Array]
+    rng: jax.Array,
+    shape: tuple[int, ...],
+    finish: Callable[[jax.Array], jax.Array] = lambda words: words,
 ) -> jax.Array:
     """Gives `finish(jax.random.bits(rng, shape, jnp.uint32))`, bit for bit.
 
     Args:
-      rng: a typed or raw key.
+      rng: a typed key.
       shape: the shape of the words.
-      finish: what to do with each of them, elementwise.
+      finish: what to do with each of them, elementwise and once.
 
     Returns:
       A uint32 array of shape `shape`.
@@ -34,16 +36,19 @@ def draw_words(
         return finish(jax.random.bits(rng, shape, jnp.uint32))
 
     def written_out(rng: jax.Array) -> jax.Array:
-        words = jnp.bitwise_xor(*_threefry_2x32(_key_data(rng), _flat_indices(shape)))
+        words = jnp.bitwise_xor(*_threefry_2x32(jax.random.key_data(rng), _flat_indices(shape)))
         return finish(words)
+
+    def never(rng: jax.Array) -> jax.Array:
+        return jnp.full(shape, jax.random.key_data(rng)[0])
 
     def on_cpu(rng: jax.Array) -> jax.Array:
         # XLA merges the words into what reads them, and would compute a word afresh for each of
         # the units that are cut from it. It merges nothing over the border of a branch. This one
         # is always taken, for no square is 2 mod 4, but XLA cannot tell.
-        number = _key_data(rng)[0]
+        number = jax.random.key_data(rng)[0]
         always = (number * number) & jnp.uint32(3) != jnp.uint32(2)
-        return jax.lax.cond(always, written_out, lambda _: jnp.zeros(shape, jnp.uint32), rng)
+        return jax.lax.cond(always, written_out, never, rng)
 
     partitionable = jax.config.jax_threefry_partitionable  # type: ignore
     if not (_is_threefry(rng) and partitionable and math.prod(shape) < 2**32):
@@ -53,26 +58,30 @@ def draw_words(
 
 def fold_in(rng: jax.Array, data: int | np.integer | jax.Array) -> jax.Array:
     """Gives `jax.random.fold_in(rng, data)`, bit for bit."""
-    return _fold_in(rng, jnp.uint32(data)) if _is_threefry(rng) else jax.random.fold_in(rng, data)
+    if not _is_threefry(rng):
+        return jax.random.fold_in(rng, data)
+    folded = _fold_in(as_typed(rng), jnp.uint32(data))
+    return folded if _is_typed(rng) else jax.random.key_data(folded)
 
 
 @jax.jit
 def _fold_in(rng: jax.Array, data: jax.Array) -> jax.Array:
     # On every platform, since a branch for each would not differentiate before JAX 0.9.
-    folded = jnp.stack(_threefry_2x32(_key_data(rng), data))
-    return jax.random.wrap_key_data(folded, impl="threefry2x32") if _is_typed(rng) else folded
+    folded = jnp.stack(_threefry_2x32(jax.random.key_data(rng), data))
+    return jax.random.wrap_key_data(folded, impl="threefry2x32")
 
 
-def _is_threefry(rng: jax.Array) -> bool:
-    return jax.random.key_impl(rng) == "threefry2x32"
+def as_typed(rng: jax.Array) -> jax.Array:
+    """Types a raw key. To be done outside of a `jit`, which forgets which PRNG is the default."""
+    return rng if _is_typed(rng) else jax.random.wrap_key_data(rng)
 
 
 def _is_typed(rng: jax.Array) -> bool:
     return jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
 
 
-def _key_data(rng: jax.Array) -> jax.Array:
-    return jax.random.key_data(rng) if _is_typed(rng) else rng
+def _is_threefry(rng: jax.Array) -> bool:
+    return jax.random.key_impl(rng) == "threefry2x32"
 
 
 def _flat_indices(shape: tuple[int, ...]) -> jax.Array:
