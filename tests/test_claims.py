@@ -1,8 +1,10 @@
 """The numbers in the README are those of the stored results, and its links lead somewhere."""
 
+import importlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,3 +42,31 @@ def test_tests_that_are_named_exist(page) -> None:
     ):
         assert not file or file in sources, file
         assert not name or f"def {name}(" in sources.get(file, everything), name
+
+
+def benchmark(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / f"docs/results/benchmark_{name}.json").read_text())
+
+
+def test_the_benchmarks_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `compare.py` prints for the stored results is what the page shows."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    compare = importlib.import_module("compare")
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    runs = [benchmark(f"table_{number}") for number in (1, 2, 3)]
+    for name in ("scan: variational", "scan: per step, 0.7", "scan: per step, 0.5"):
+        rows = [{row["name"]: row for row in run["rows"]} for run in runs]
+        cells = [name]
+        for part in ("forward", "gradient"):
+            medians = [compare.ratios(row[name], row["scan: bare"], part)[1] for row in rows]
+            cells.append(", ".join(f"{median:.2f}" for median in medians))
+        sizes = [rows[0][which]["gradient_bytes"] for which in (name, "scan: bare")]
+        line = f"| {' | '.join([*cells, f'{sizes[0] / sizes[1]:.2f}'])} |"
+        assert line in page
+        assert line in (ROOT / "README.md").read_text()
+    assert compare.format_table(runs[1]["rows"]) in page
+    assert compare.format_sweep(benchmark("sweep")["points"]) in page
+    ours = [row for row in benchmark("table_rbg")["rows"] if row["name"].startswith(("scan", "nn"))]
+    assert compare.format_table(ours) in page
+    for version in runs[1]["versions"].values():
+        assert version in page
