@@ -98,7 +98,7 @@ def draw_masks(
 
     Call it before the loop, once per sequence, and hand the result to every `dropout_cell` of
     that sequence (Gal and Ghahramani 2016, arXiv:1512.05287, section 4). Each mask depends on
-    `rng`, its site and its leaf, and on nothing else.
+    `rng`, its site, its leaf and the noise there.
 
     Args:
       params: the cell's weights.
@@ -181,15 +181,25 @@ def disturb_site(
             return leaf
         leaf = jnp.asarray(leaf)
         if evaluate:
-            return noise.expected(leaf, old)
+            return _check_kind(site, noise, "expected", leaf, noise.expected(leaf, old))
         if mask is None:
             if is_identity(noise):
                 return leaf
             mask = _draw_step_mask(site, index, noise, leaf, rng)
-        return noise.apply(mask, leaf, old)
+        return _check_kind(site, noise, "apply", leaf, noise.apply(mask, leaf, old))
 
     with jax.named_scope(f"dropout_{site}"):
         return jax.tree.unflatten(structure, [disturb(index) for index in range(len(leaves))])
+
+
+def _check_kind(site: str, noise: Noise, method: str, leaf: jax.Array, result: Any) -> Any:
+    got, wanted = jax.typeof(result), jax.typeof(leaf)
+    if (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
+        raise TypeError(
+            f"dropout.{site}: {type(noise).__name__}.{method} gave {got.dtype}{list(got.shape)} "
+            f"for a value of {wanted.dtype}{list(wanted.shape)}; both must be the same."
+        )
+    return result
 
 
 def _draw_step_mask(

@@ -78,7 +78,8 @@ class Dropout:
 
     Args:
       keep_prob: in [0, 1], a number or a scalar array, which may be traced. 1 is the identity
-        and draws nothing; 0 gives zeros.
+        and draws nothing; 0 gives zeros. An array's value is not checked: above 1 it counts as
+        1, below 0 as 0.
       variational: one mask for all steps of a sequence instead of a fresh one at each.
       broadcast_dims: the value's dims over which one mask is shared, as in
         `flax.linen.Dropout`: `(0,)` gives the whole batch one mask.
@@ -161,7 +162,9 @@ class Dropout:
         wide = value.dtype if jnp.finfo(value.dtype).bits >= 32 else jnp.dtype(jnp.float32)
         keep_prob = jnp.asarray(self.keep_prob).astype(wide)
         if not isinstance(self.keep_prob, Number):
-            keep_prob = jnp.where(keep_prob == 0, jnp.ones((), wide), keep_prob)
+            # At 0 there is nothing to divide, and above 1 nothing is dropped.
+            unscaled = (keep_prob == 0) | (keep_prob > 1)
+            keep_prob = jnp.where(unscaled, jnp.ones((), wide), keep_prob)
         return (kept.astype(wide) / keep_prob).astype(value.dtype)
 
     def expected(self, value: jax.Array, previous: jax.Array | None = None) -> jax.Array:

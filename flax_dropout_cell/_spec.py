@@ -92,7 +92,7 @@ def noise_per_leaf(site: str, prefix: PyTree, value: PyTree) -> list[Noise | Non
         if not _is_noise_or_none(noise):
             raise TypeError(
                 f"dropout.{site} must hold noises such as Dropout(keep_prob=0.8) or None, "
-                f"got {noise!r}."
+                f"got {_describe(noise)}."
             )
         spread += [noise] * len(jax.tree.leaves(subtree))
     for (path, leaf), noise in zip(tree_leaves_with_path(value), spread, strict=True):
@@ -102,6 +102,14 @@ def noise_per_leaf(site: str, prefix: PyTree, value: PyTree) -> list[Noise | Non
                 f"floating-point values; give dropout.{site} a structure with None there."
             )
     return spread
+
+
+def _describe(value: Any) -> str:
+    members = ("variational", "draw_mask", "apply", "expected")
+    missing = [name for name in members if not hasattr(value, name)]
+    if len(missing) == len(members):
+        return repr(value)
+    return f"a {type(value).__name__}, which lacks {', '.join(missing)} to be one"
 
 
 def mask_per_leaf(site: str, masks: PyTree, value: PyTree) -> list[jax.Array | None]:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from compiled import random_work, scans
+from compiled import computations, random_work, scans
 from flax import nnx
 
 import flax_dropout_cell as fdc
@@ -158,3 +158,14 @@ def test_masks_are_booleans() -> None:
     leaves = jax.tree.leaves(masks)
     assert [leaf.dtype for leaf in leaves] == [bool] * SITES
     assert sum(leaf.nbytes for leaf in leaves) == ROWS * UNITS
+
+
+@programs
+@pytest.mark.parametrize("keep_prob", [0.5, 0.7])
+def test_a_word_is_computed_once(program, keep_prob) -> None:
+    """No kernel that computes random words goes on to cut them: it would do so for each unit."""
+    text = compile_program(program(fdc.Dropout(keep_prob)), "gradient").as_text()
+    kernels = [lines for lines in computations(text).values() if re.search(r" xor\(", str(lines))]
+    roots = [line for lines in kernels for line in lines if line.strip().startswith("ROOT")]
+    assert roots
+    assert not [root for root in roots if re.search(r"= (pred|f32|u8)\[\d", root)]

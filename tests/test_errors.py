@@ -279,3 +279,52 @@ def test_one_noise_over_a_cell_that_holds_lstms() -> None:
 def test_a_misspelt_submodule() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'lstm'"):
         _ = fdc.lstm  # type: ignore[attr-defined]
+
+
+class Flip:
+    """A noise of one's own; what is wrong with it, its subclasses say."""
+
+    variational = False
+
+    def draw_mask(self, rng, shape, dtype):
+        return jax.random.bernoulli(rng, 0.5, shape)
+
+    def apply(self, mask, value, previous):
+        return jnp.where(mask, value, -value)
+
+    def expected(self, value, previous):
+        return value
+
+
+class FlipToHalf(Flip):
+    def apply(self, mask, value, previous):
+        return super().apply(mask, value, previous).astype("float16")
+
+
+class FlipToOneRow(Flip):
+    def expected(self, value, previous):
+        return value[0]
+
+
+class FlipWithoutModes:
+    draw_mask, apply = Flip.draw_mask, Flip.apply
+
+
+@pytest.mark.parametrize(
+    ("noise", "rng", "text"),
+    [
+        (FlipToHalf(), RNG, r"dropout.input: FlipToHalf.apply gave float16\[2, 3\] for a value of"),
+        (FlipToOneRow(), None, r"FlipToOneRow.expected gave float32\[3\] for .* float32\[2, 3\]"),
+        (FlipWithoutModes(), RNG, "got a FlipWithoutModes, which lacks variational, expected to"),
+        (0.8, RNG, "must hold noises such as Dropout.keep_prob=0.8. or None, got 0.8"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_noise_of_ones_own_that_is_none(noise, rng, text) -> None:
+    with pytest.raises(TypeError, match=text):
+        step(spec_of(input=noise), rng)
+
+
+def test_a_noise_of_ones_own_that_is_one() -> None:
+    _, y = step(spec_of(input=Flip()))
+    np.testing.assert_array_equal(np.abs(y), X)

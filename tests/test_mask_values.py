@@ -117,6 +117,18 @@ def test_traced_keep_prob_zero_and_one(dtype) -> None:
     np.testing.assert_array_equal(drop(0.0), jnp.zeros_like(x))
 
 
+@pytest.mark.parametrize(("beyond", "bound"), [(1.5, 1.0), (float("inf"), 1.0), (-0.2, 0.0)])
+def test_traced_keep_prob_beyond_its_bounds_counts_as_the_bound(beyond, bound) -> None:
+    """A schedule that overshoots neither drops nor scales more than the bound does."""
+    x = jnp.full((50, 40), 3.0)
+
+    @jax.jit
+    def drop(keep_prob):
+        return drop_input(fdc.Dropout(keep_prob), x, jax.random.key(0))
+
+    np.testing.assert_array_equal(drop(beyond), drop(bound))
+
+
 def test_keep_prob_one_is_exactly_the_identity_and_adds_nothing() -> None:
     x = jnp.array([1.0, jnp.nan, -jnp.inf, -0.0])
     noise = fdc.Dropout(1)
