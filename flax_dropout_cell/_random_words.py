@@ -2,7 +2,7 @@
 
 There, JAX compiles threefry to a loop over its rounds: many passes over memory for an array, and
 a dozen little kernels for a key. Here the rounds are written out, so that they become one kernel.
-Other platforms and other PRNGs have JAX's own code.
+Other PRNGs have JAX's own code, and so have the words on other platforms.
 """
 
 import math
@@ -66,7 +66,7 @@ def fold_in(rng: jax.Array, data: int | np.integer | jax.Array) -> jax.Array:
 
 @jax.jit
 def _fold_in(rng: jax.Array, data: jax.Array) -> jax.Array:
-    # On every platform, since a branch for each would not differentiate before JAX 0.9.
+    # On every platform: a branch for each, as above, does not differentiate in JAX 0.7 and 0.8.
     folded = jnp.stack(_threefry_2x32(jax.random.key_data(rng), data))
     return jax.random.wrap_key_data(folded, impl="threefry2x32")
 
