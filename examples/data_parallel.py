@@ -17,17 +17,17 @@ import argparse
 import dataclasses
 import inspect
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flags import Parser, count, keep_prob, positive, seed
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 SCHEMES = ("none", "per-step", "variational")
 FEATURES, LENGTH, DELAY = 8, 24, 3
-EXIT_BAD_INPUT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,41 +193,10 @@ def join(options: argparse.Namespace) -> None:
 # The command line --------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}\n")
-
-
-def count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2**32), got {text}")
-    return int(text)
-
-
 def address(text: str) -> str:
     if not text.rpartition(":")[0] or not text.rpartition(":")[2].isdigit():
         raise argparse.ArgumentTypeError(f"must be HOST:PORT, got {text}")
     return text
-
-
-def positive(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return float(text)
-
-
-def keep_prob(text: str) -> float:
-    try:
-        fdc.Dropout(keep_prob=float(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return float(text)
 
 
 def build_parser() -> Parser:

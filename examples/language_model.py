@@ -15,7 +15,6 @@ With `--checkpoint DIR`, a training that was killed goes on when it is started a
 perplexities.
 """
 
-import argparse
 import collections
 import dataclasses
 import gzip
@@ -29,13 +28,14 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flags import Parser, count, keep_prob, positive, seed
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
@@ -53,7 +53,7 @@ SCHEMES = {
 }
 SPLITS = ("train", "valid", "test")
 UNKNOWN, END_OF_SENTENCE = "<unk>", "<eos>"
-EXIT_DIVERGED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_DIVERGED, EXIT_INTERRUPTED = 1, 130
 
 Carry = tuple[tuple[jax.Array, jax.Array], ...]
 """The `(c, h)` of each LSTM in the stack: what is handed from window to window."""
@@ -519,37 +519,6 @@ def write_curves(path: Path, results: list[Result]) -> None:
 
 
 # The command line --------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}\n")
-
-
-def count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2**32), got {text}")
-    return int(text)
-
-
-def positive(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return float(text)
-
-
-def keep_prob(text: str) -> float:
-    try:
-        fdc.Dropout(keep_prob=float(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return float(text)
 
 
 def build_parser() -> Parser:

@@ -162,4 +162,5 @@ def input_shapes(input_shape: Any, cell_carry: PyTree) -> PyTree:
 
 
 def is_shape(node: Any) -> bool:
+    """Tells a shape such as `(4, 20)` from a tuple of shapes."""
     return isinstance(node, tuple) and all(isinstance(dim, int) for dim in node)

@@ -242,6 +242,7 @@ def call_cell(cell: Cell, params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyT
 
 
 def check_dropout(dropout: Any) -> None:
+    """Refuses what is no `RecurrentDropout`."""
     if not isinstance(dropout, RecurrentDropout):
         raise TypeError(
             f"dropout must be a RecurrentDropout, such as "
@@ -250,11 +251,13 @@ def check_dropout(dropout: Any) -> None:
 
 
 def check_masks(masks: Any) -> None:
+    """Refuses what is neither `Masks` nor None."""
     if masks is not None and not isinstance(masks, Masks):
         raise TypeError(f"masks must be Masks, as draw_masks gives them, got {masks!r}.")
 
 
 def check_rng(rng: Any) -> None:
+    """Refuses what is neither one key, typed or raw, nor None."""
     if rng is None:
         return
     dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", None)

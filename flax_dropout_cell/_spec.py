@@ -146,6 +146,7 @@ def line_up(name: str, prefix: PyTree, value: PyTree) -> list[tuple[Any, PyTree]
 
 
 def outline(tree: PyTree) -> str:
+    """A tree as its structure, for messages: noises and Nones are its leaves."""
     structure = jax.tree.structure(tree, is_leaf=_is_noise_or_none)
     return str(structure).removeprefix("PyTreeDef(").removesuffix(")")
 
@@ -155,6 +156,7 @@ def _is_noise_or_none(node: Any) -> bool:
 
 
 def is_identity(noise: Noise) -> bool:
+    """Whether a noise changes nothing and is to be skipped."""
     return getattr(noise, "is_identity", False)
 
 

@@ -328,6 +328,7 @@ def to_import_path(what: str, value: Any) -> str:
 
 
 def from_import_path(path: str) -> Any:
+    """Finds what stands at `module:qualname`."""
     module, _, qualname = path.partition(":")
     found = importlib.import_module(module)
     for name in qualname.split("."):
@@ -362,6 +363,7 @@ def from_config(value: Any) -> Any:
 
 
 def keep_prob_to_config(name: str, keep_prob: Any) -> float:
+    """A keep_prob as a number for JSON; a traced one is refused."""
     try:
         return float(keep_prob)
     except (TypeError, jax.errors.ConcretizationTypeError):
