@@ -1,7 +1,7 @@
 """Recurrent dropout for JAX: any cell, any framework, masks that are drawn where they belong.
 
-Read the files in this order: `_noise.py` (what is drawn), `_spec.py` (where it sits),
-`_dropout_cell.py` (one step), `_dropout_scan.py` (a sequence). `linen` and `nnx` put the same
+Read the files in this order: `noises` (what is drawn), `_sites.py` (where it sits),
+`_step.py` (one step), `_scan.py` (a sequence). `linen` and `nnx` put the same
 step into Flax cells; importing this package does not import Flax.
 """
 
@@ -9,14 +9,14 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-from ._dropout_cell import Cell as Cell
-from ._dropout_cell import draw_masks as draw_masks
-from ._dropout_cell import dropout_cell as dropout_cell
-from ._dropout_scan import dropout_scan as dropout_scan
-from ._noise import Dropout as Dropout
-from ._noise import Noise as Noise
-from ._spec import Masks as Masks
-from ._spec import RecurrentDropout as RecurrentDropout
+from ._scan import dropout_scan as dropout_scan
+from ._sites import Masks as Masks
+from ._sites import RecurrentDropout as RecurrentDropout
+from ._step import Cell as Cell
+from ._step import draw_masks as draw_masks
+from ._step import dropout_cell as dropout_cell
+from .noises import Dropout as Dropout
+from .noises import Noise as Noise
 
 if TYPE_CHECKING:
     from . import linen as linen

@@ -14,7 +14,7 @@ from flax import nnx
 from probes import BATCH, SITE_NAMES, STEPS, UNITS
 
 import flax_dropout_cell as fdc
-from flax_dropout_cell._random_words import fold_in
+from flax_dropout_cell._random.keys import fold_in
 
 KEEP_PROB = 0.7
 FROZEN = ("params", "state.a", "state.b")

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_dropout_cell._keep_mask import _later_digits, _mark_dropped
-from flax_dropout_cell._random_words import as_typed, draw_words, fold_in
+from flax_dropout_cell._random.keep_masks import _later_digits, _mark_dropped
+from flax_dropout_cell._random.keys import as_typed, fold_in
+from flax_dropout_cell._random.words import draw_words
 
 KEYS = {
     "typed": jax.random.key(7),

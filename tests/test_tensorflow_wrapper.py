@@ -177,7 +177,7 @@ class TestPortedFromTensorFlow:
 
     def test_depth_1_structures_of_the_visitor(self) -> None:
         """TensorFlow's nest tests of traverse_shallow_structure."""
-        from flax_dropout_cell._tensorflow import visit_state
+        from flax_dropout_cell._flax.state_filters import visit_state
 
         state = [3, 4, (1, 2, [0]), [5, 6], {"a": (7,)}, []]
         answers = visit_state(lambda node: not isinstance(node, tuple), state)

@@ -8,17 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from ._dropout_cell import (
-    Cell,
-    check_dropout,
-    check_masks,
-    check_rng,
-    disturb_site,
-    draw_masks,
-    dropout_cell,
-)
-from ._random_words import fold_in
-from ._spec import (
+from ._random.keys import check_rng, fold_in
+from ._sites import (
     SITES,
     Masks,
     PyTree,
@@ -27,6 +18,14 @@ from ._spec import (
     line_up,
     mask_per_leaf,
     noise_per_leaf,
+)
+from ._step import (
+    Cell,
+    check_dropout,
+    check_masks,
+    disturb_site,
+    draw_masks,
+    dropout_cell,
 )
 
 

@@ -10,10 +10,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_PARITY = 0x1BD11BDA
+from .keys import is_threefry
+from .threefry import threefry_2x32
 
 
 def draw_words(
@@ -36,7 +35,7 @@ def draw_words(
         return finish(jax.random.bits(rng, shape, jnp.uint32))
 
     def written_out(rng: jax.Array) -> jax.Array:
-        words = jnp.bitwise_xor(*_threefry_2x32(jax.random.key_data(rng), _flat_indices(shape)))
+        words = jnp.bitwise_xor(*threefry_2x32(jax.random.key_data(rng), _flat_indices(shape)))
         return finish(words)
 
     def never(rng: jax.Array) -> jax.Array:
@@ -51,37 +50,9 @@ def draw_words(
         return jax.lax.cond(always, written_out, never, rng)
 
     partitionable = jax.config.jax_threefry_partitionable  # type: ignore
-    if not (_is_threefry(rng) and partitionable and math.prod(shape) < 2**32):
+    if not (is_threefry(rng) and partitionable and math.prod(shape) < 2**32):
         return with_jax(rng)
     return jax.lax.platform_dependent(rng, cpu=on_cpu, default=with_jax)
-
-
-def fold_in(rng: jax.Array, data: int | np.integer | jax.Array) -> jax.Array:
-    """Gives `jax.random.fold_in(rng, data)`, bit for bit."""
-    if not _is_threefry(rng):
-        return jax.random.fold_in(rng, data)
-    folded = _fold_in(as_typed(rng), jnp.uint32(data))
-    return folded if _is_typed(rng) else jax.random.key_data(folded)
-
-
-@jax.jit
-def _fold_in(rng: jax.Array, data: jax.Array) -> jax.Array:
-    # On every platform: a branch for each, as above, does not differentiate in JAX 0.7 and 0.8.
-    folded = jnp.stack(_threefry_2x32(jax.random.key_data(rng), data))
-    return jax.random.wrap_key_data(folded, impl="threefry2x32")
-
-
-def as_typed(rng: jax.Array) -> jax.Array:
-    """Types a raw key. To be done outside of a `jit`, which forgets which PRNG is the default."""
-    return rng if _is_typed(rng) else jax.random.wrap_key_data(rng)
-
-
-def _is_typed(rng: jax.Array) -> bool:
-    return jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
-
-
-def _is_threefry(rng: jax.Array) -> bool:
-    return jax.random.key_impl(rng) == "threefry2x32"
 
 
 def _flat_indices(shape: tuple[int, ...]) -> jax.Array:
@@ -91,17 +62,3 @@ def _flat_indices(shape: tuple[int, ...]) -> jax.Array:
         stride = jnp.uint32(math.prod(shape[dim + 1 :]))
         indices += stride * jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
     return indices
-
-
-def _threefry_2x32(key: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds (Salmon et al. 2011) of the blocks `(0, counts)`."""
-    keys = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))
-    left, right = jnp.full_like(counts, keys[0]), counts + keys[1]
-    for group in range(5):
-        for rotation in _ROTATIONS[group % 2]:
-            left += right
-            right = (right << jnp.uint32(rotation)) | (right >> jnp.uint32(32 - rotation))
-            right ^= left
-        left += keys[(group + 1) % 3]
-        right += keys[(group + 2) % 3] + jnp.uint32(group + 1)
-    return left, right

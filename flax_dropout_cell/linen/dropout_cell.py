@@ -1,27 +1,18 @@
-"""Recurrent dropout around Flax linen cells, in the stock `nn.RNN`, `nn.Bidirectional`, `nn.scan`.
-
-    rnn = nn.RNN(DropoutCell(nn.LSTMCell(64), dropout))
-    variables = rnn.init(params_key, x)
-    y = rnn.apply(variables, x, rngs={"dropout": key})
-
-Hosts call `initialize_carry` before their loop: the variational masks are drawn there, once, and
-ride in the carry, with the key that each step derives its own from.
-"""
+"""`DropoutCell`: a linen cell under recurrent dropout."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-from . import _tensorflow as tf
-from ._dropout_carry import CellWrapper, run_step
-from ._dropout_carry import DropoutCarry as DropoutCarry
-from ._spec import PyTree, RecurrentDropout
+from .._flax.carry import DropoutCarry, run_step
+from .._flax.wrapper import CellWrapper
+from .._sites import PyTree, RecurrentDropout
 
 
-class _Wrapper(CellWrapper, nn.RNNCellBase):
+class Wrapper(CellWrapper, nn.RNNCellBase):
     """What both wrappers share. A subclass has `cell` and `deterministic`, and says the noises."""
 
     _lstm_cells = (nn.LSTMCell, nn.OptimizedLSTMCell, nn.ConvLSTMCell)
@@ -88,7 +79,7 @@ class _Wrapper(CellWrapper, nn.RNNCellBase):
           The carry to start the next window with.
         """
         cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
-        if isinstance(self.cell, _Wrapper):
+        if isinstance(self.cell, Wrapper):
             cell_carry = self.cell.redraw_masks(rng, cell_carry, input_shape)
         return self._start(self._sequence_rng(rng), cell_carry, input_shape)
 
@@ -132,7 +123,7 @@ class _Wrapper(CellWrapper, nn.RNNCellBase):
         )
 
 
-class DropoutCell(_Wrapper):
+class DropoutCell(Wrapper):
     """A Flax cell under recurrent dropout; put it wherever the cell would go.
 
     In training it reads the `dropout` stream, once per sequence; `init` and evaluation need none.
@@ -165,7 +156,7 @@ class DropoutCell(_Wrapper):
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        _check_cell(self.cell)
+        check_cell(self.cell)
         if not isinstance(self.dropout, RecurrentDropout):
             raise TypeError(
                 f"dropout must be a RecurrentDropout, such as "
@@ -178,106 +169,11 @@ class DropoutCell(_Wrapper):
         return dataclasses.replace(self.dropout, state=self._place_state(self.dropout.state))
 
 
-class RNNCellDropoutWrapper(tf.TensorFlowWrapper, _Wrapper):
-    """TensorFlow's `tf.nn.RNNCellDropoutWrapper`, for Flax cells: its arguments and their order.
-
-    Variational masks are drawn once per sequence, others at each step, from the `dropout` stream.
-
-    Args:
-      cell: any `nn.RNNCellBase`.
-      input_keep_prob: probability of keeping a unit of the inputs; a number or a traced scalar.
-      output_keep_prob: the same for the outputs.
-      state_keep_prob: the same for the outgoing state.
-      variational_recurrent: one mask for all steps of a sequence (Gal and Ghahramani 2016,
-        arXiv:1512.05287). Each example has its own; `broadcast_dims=(0,)` gives the whole batch
-        one, as in TensorFlow.
-      input_size: never needed; given, it is checked against what arrives.
-      dtype: never needed; given, it is checked against what arrives.
-      seed: folded into the `dropout` stream.
-      dropout_state_filter_visitor: called on the state and then on its parts; it says which get
-        dropout. The default leaves an LSTM's memory c alone.
-      broadcast_dims: dims over which one mask is shared.
-      deterministic: True is evaluation.
-
-    Raises:
-      ValueError: a keep_prob is outside [0, 1].
-      TypeError: `cell` is no RNNCell, or an argument has the wrong type.
-
-    Example:
-      >>> import flax.linen as nn
-      >>> import jax, jax.numpy as jnp
-      >>> import flax_dropout_cell as fdc
-      >>> cell = fdc.linen.RNNCellDropoutWrapper(
-      ...     nn.LSTMCell(64), input_keep_prob=0.8, state_keep_prob=0.9, variational_recurrent=True
-      ... )
-      >>> x = jnp.ones((4, 20, 32))
-      >>> variables = nn.RNN(cell).init(jax.random.key(0), x)
-      >>> nn.RNN(cell).apply(variables, x, rngs={"dropout": jax.random.key(1)}).shape
-      (4, 20, 64)
-    """
-
-    cell: nn.RNNCellBase
-    input_keep_prob: float | jax.Array = 1.0
-    output_keep_prob: float | jax.Array = 1.0
-    state_keep_prob: float | jax.Array = 1.0
-    variational_recurrent: bool = False
-    input_size: Any = None
-    dtype: Any = None
-    seed: int | None = None
-    dropout_state_filter_visitor: tf.Visitor | None = None
-    broadcast_dims: Sequence[int] = ()
-    deterministic: bool = False
-
-    def __post_init__(self) -> None:
-        _check_cell(self.cell)
-        keep_probs = {name: getattr(self, name) for name in tf.KEEP_PROBS}
-        tf.check_arguments(keep_probs, self.seed, self.dropout_state_filter_visitor)
-        super().__post_init__()
-
-    def __call__(self, carry: DropoutCarry, inputs: PyTree) -> tuple[DropoutCarry, PyTree]:
-        """One step of the wrapped cell, with noise."""
-        tf.check_inputs(inputs, self.input_size, self.dtype)
-        return super().__call__(carry, inputs)
-
-    @classmethod
-    @nn.nowrap
-    def from_config(cls, config: dict[str, Any]) -> "RNNCellDropoutWrapper":
-        """Makes the wrapper that `get_config` described."""
-        return cls(**tf.arguments_from_config(config))
-
-    @nn.nowrap
-    def _features(self) -> Any:
-        if self.input_size is not None:
-            return tf.feature_shapes(self.input_size, self.cell.num_feature_axes)
-        if self.cell.num_feature_axes == 1:
-            return (1,)  # a stock cell's sizes do not depend on the width of its input
-        raise ValueError(
-            f"the sizes of {type(self.cell).__name__} depend on its inputs' "
-            f"{self.cell.num_feature_axes} feature axes; give input_size."
-        )
-
-    @nn.nowrap
-    def _state_shapes(self, input_shape: Any) -> PyTree:
-        return jax.eval_shape(
-            lambda rng: self.cell.initialize_carry(rng, input_shape), jax.random.key(0)
-        )
-
-    @nn.nowrap
-    def _arguments(self, cell: Any) -> dict[str, Any]:
-        return {
-            field.name: getattr(cell, field.name)
-            for field in dataclasses.fields(cell)
-            if field.init
-            and field.name not in ("parent", "name")
-            and getattr(cell, field.name) is not field.default
-        }
-
-
 def _call(cell: nn.RNNCellBase, *args: Any) -> Any:
     return cell(*args)
 
 
-def _check_cell(cell: Any) -> None:
+def check_cell(cell: Any) -> None:
     if not (isinstance(cell, nn.Module) and callable(cell) and hasattr(cell, "initialize_carry")):
         raise TypeError(
             f"{cell!r} is not an RNNCell of flax.linen: give a cell such as nn.LSTMCell(64), "

@@ -7,19 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._noise import Noise
-from ._random_words import fold_in
-from ._spec import (
+from ._random.keys import check_rng, fold_in
+from ._sites import (
     SITES,
     Masks,
     PyTree,
     RecurrentDropout,
     draws_once,
-    is_identity,
     mask_per_leaf,
     noise_per_leaf,
     outline,
 )
+from .noises.protocol import Noise, is_identity
 
 Cell = Callable[[Any, Any, Any], tuple[Any, Any]]
 """`cell(params, carry, x) -> (carry, y)`, any pytrees; `flax.linen.LSTMCell(64).apply` is one."""
@@ -254,19 +253,3 @@ def check_masks(masks: Any) -> None:
     """Refuses what is neither `Masks` nor None."""
     if masks is not None and not isinstance(masks, Masks):
         raise TypeError(f"masks must be Masks, as draw_masks gives them, got {masks!r}.")
-
-
-def check_rng(rng: Any) -> None:
-    """Refuses what is neither one key, typed or raw, nor None."""
-    if rng is None:
-        return
-    dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        is_key = shape == ()
-    else:
-        is_key = dtype == jnp.uint32 and shape in ((2,), (4,))
-    if not is_key:
-        what = f"{dtype}{list(shape)}" if shape is not None else repr(rng)
-        raise TypeError(
-            f"rng must be one key, such as jax.random.key(0), or None for evaluation; got {what}."
-        )

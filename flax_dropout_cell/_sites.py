@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from ._noise import Noise
+from .noises.protocol import Noise, is_identity
 
 PyTree = Any
 
@@ -153,11 +153,6 @@ def outline(tree: PyTree) -> str:
 
 def _is_noise_or_none(node: Any) -> bool:
     return node is None or isinstance(node, Noise)
-
-
-def is_identity(noise: Noise) -> bool:
-    """Whether a noise changes nothing and is to be skipped."""
-    return getattr(noise, "is_identity", False)
 
 
 def _dtype(leaf: Any) -> Any:

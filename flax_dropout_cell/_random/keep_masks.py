@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._random_words import as_typed, draw_words
+from .keys import as_typed
+from .words import draw_words
 
 Number = int | float | np.number
 """A value that is known on the host, so it can be checked and can pick an algorithm."""

@@ -1,19 +1,20 @@
-"""TensorFlow's names for things: what both `RNNCellDropoutWrapper`s share."""
+"""TensorFlow's arguments: what both `RNNCellDropoutWrapper`s share."""
 
-import importlib
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._dropout_carry import CellWrapper, DropoutCarry, input_shapes, is_shape
-from ._noise import Dropout, Noise, check_probability
-from ._spec import PyTree, RecurrentDropout
-
-Visitor = Callable[[Any], Any]
+from .._sites import PyTree, RecurrentDropout
+from ..noises.dropout import Dropout
+from ..noises.protocol import check_probability
+from .carry import DropoutCarry
+from .configs import arguments_from_config as arguments_from_config
+from .configs import keep_prob_to_config, to_config, to_import_path
+from .state_filters import Visitor, place_visited
+from .wrapper import CellWrapper, input_shapes, is_shape
 
 KEEP_PROBS = ("input_keep_prob", "state_keep_prob", "output_keep_prob")
 
@@ -47,7 +48,7 @@ class TensorFlowWrapper(CellWrapper):
 
         state = noise(self.state_keep_prob)
         if state is not None:
-            state = _place_visited(self, cell_carry, state, self.dropout_state_filter_visitor)
+            state = place_visited(self, cell_carry, state, self.dropout_state_filter_visitor)
         return RecurrentDropout(
             input=noise(self.input_keep_prob), output=noise(self.output_keep_prob), state=state
         )
@@ -146,19 +147,6 @@ class TensorFlowWrapper(CellWrapper):
         return {"class_name": class_name, "config": config}
 
 
-def _place_visited(
-    wrapper: CellWrapper, state: PyTree, noise: Noise, visitor: Visitor | None
-) -> PyTree:
-    """Places a noise where a state filter visitor says."""
-    if isinstance(wrapper.cell, CellWrapper):
-        inner = _place_visited(wrapper.cell, state.cell_carry, noise, visitor)
-        return DropoutCarry(inner, None, None)
-    answers = visit_state(visitor or leave_lstm_memory_alone, state)
-    if visitor is None and all(jax.tree.leaves(answers)):
-        return wrapper._spare_lstm_memory(noise)
-    return noise_where_true(noise, answers)
-
-
 def check_arguments(
     keep_probs: dict[str, Any], seed: Any, dropout_state_filter_visitor: Any
 ) -> None:
@@ -191,71 +179,6 @@ def fold_seed(rng: jax.Array, seed: int | None) -> jax.Array:
         return rng
     low, high = np.uint32(seed % 2**32), np.uint32((seed >> 32) % 2**32)
     return jax.random.fold_in(jax.random.fold_in(rng, low), high)
-
-
-def visit_state(visitor: Visitor, state: PyTree) -> PyTree:
-    """Asks a state filter visitor which parts of a state get dropout.
-
-    The visitor is called on a part of the state, first on the whole. It answers False: no dropout
-    below here. True: call it again on each child, or, at an array, dropout. A structure of bools
-    for its children: go on below those that are True.
-
-    Args:
-      visitor: the `dropout_state_filter_visitor`.
-      state: a cell's carry.
-
-    Returns:
-      A prefix of `state` with True at the arrays that get dropout and False elsewhere.
-
-    Raises:
-      TypeError: the visitor answered something else.
-    """
-    answer = visitor(state)
-    children, structure = jax.tree.flatten(state, is_leaf=lambda node: node is not state)
-    if jax.tree_util.all_leaves([state]):
-        if not isinstance(answer, bool):
-            raise TypeError(
-                f"dropout_state_filter_visitor returned {answer!r} for an array; "
-                f"return True or False."
-            )
-        return answer
-    if answer is False:
-        return False
-    answers = [True] * len(children) if answer is True else _child_answers(answer, structure)
-    return jax.tree.unflatten(
-        structure,
-        [
-            visit_state(visitor, child) if descend else False
-            for child, descend in zip(children, answers, strict=True)
-        ],
-    )
-
-
-def _child_answers(answer: Any, structure: Any) -> list[bool]:
-    answers, answered = jax.tree.flatten(answer)
-    if answered != structure or not all(isinstance(entry, bool) for entry in answers):
-        what = (
-            "a non-bool scalar"
-            if jax.tree_util.all_leaves([answer])
-            else "no depth=1 structure of bools like the state's"
-        )
-        raise TypeError(
-            f"dropout_state_filter_visitor returned {answer!r}, {what}; return True, False or "
-            f"a structure of bools such as (False, True) for a state (c, h)."
-        )
-    return answers
-
-
-def leave_lstm_memory_alone(state: Any) -> Any:
-    """TensorFlow's default visitor: dropout on everything but the c of a named (c, h) tuple."""
-    if getattr(state, "_fields", None) == ("c", "h"):
-        return state._replace(c=False, h=True)
-    return True
-
-
-def noise_where_true(noise: Noise, answers: PyTree) -> PyTree:
-    """A prefix of noises from a visitor's answers."""
-    return jax.tree.map(lambda answer: noise if answer else None, answers)
 
 
 def check_inputs(x: PyTree, input_size: Any, dtype: Any) -> None:
@@ -306,99 +229,3 @@ def batch_and_dtype(inputs: Any, batch_size: Any, dtype: Any) -> tuple[Any, Any]
             f"give inputs, or batch_size and dtype; got batch_size={batch_size}, dtype={dtype}."
         )
     return batch_size, dtype
-
-
-def to_import_path(what: str, value: Any) -> str:
-    """Names a module-level function or class as `module:qualname`.
-
-    Raises:
-      ValueError: it cannot be imported by that name, as a lambda cannot.
-    """
-    path = f"{getattr(value, '__module__', None)}:{getattr(value, '__qualname__', None)}"
-    try:
-        found = from_import_path(path)
-    except (ImportError, AttributeError, ValueError):
-        found = None
-    if found is not value:
-        raise ValueError(
-            f"{what} {value!r} has no import path, and a config holds no code: "
-            f"use a module-level function."
-        )
-    return path
-
-
-def from_import_path(path: str) -> Any:
-    """Finds what stands at `module:qualname`."""
-    module, _, qualname = path.partition(":")
-    found = importlib.import_module(module)
-    for name in qualname.split("."):
-        found = getattr(found, name)
-    return found
-
-
-def to_config(what: str, value: Any) -> Any:
-    """Writes an argument of a cell as JSON can hold it."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [to_config(what, entry) for entry in value]
-    try:
-        return {"dtype": jnp.dtype(value).name}  # jnp.float32 and its like
-    except TypeError:
-        pass
-    if callable(value):
-        return {"import_path": to_import_path(what, value)}
-    raise ValueError(f"{what} is {value!r}, which a config cannot hold.")
-
-
-def from_config(value: Any) -> Any:
-    """Reads what `to_config` wrote; a list comes back as a tuple."""
-    if isinstance(value, list):
-        return tuple(from_config(entry) for entry in value)
-    if isinstance(value, dict) and value.keys() == {"dtype"}:
-        return jnp.dtype(value["dtype"])
-    if isinstance(value, dict) and value.keys() == {"import_path"}:
-        return from_import_path(value["import_path"])
-    return value
-
-
-def keep_prob_to_config(name: str, keep_prob: Any) -> float:
-    """A keep_prob as a number for JSON; a traced one is refused."""
-    try:
-        return float(keep_prob)
-    except (TypeError, jax.errors.ConcretizationTypeError):
-        raise ValueError(f"{name} is traced, and a config holds numbers.") from None
-
-
-def arguments_from_config(config: dict[str, Any], **rngs: Any) -> dict[str, Any]:
-    """The arguments that `get_config` wrote down."""
-    visitor = config["dropout_state_filter_visitor"]
-    return {
-        **config,
-        "cell": _cell_from_config(config["cell"], **rngs),
-        "input_size": from_config(config["input_size"]),
-        "dropout_state_filter_visitor": visitor and from_import_path(visitor),
-        "broadcast_dims": tuple(config["broadcast_dims"]),
-    }
-
-
-def _cell_from_config(config: dict[str, Any], **rngs: Any) -> Any:
-    cls = from_import_path(config["class_name"])
-    make = getattr(cls, "from_config", None)
-    takes = inspect.signature(make or cls.__init__).parameters
-    rngs_taken = {name: value for name, value in rngs.items() if name in takes}
-    if make is not None:
-        return make(config["config"], **rngs_taken)
-    for name, value in rngs_taken.items():
-        if value is None and takes[name].default is inspect.Parameter.empty:
-            raise ValueError(
-                f"{cls.__name__} needs a key for its weights: pass {name}=nnx.Rngs(0) to "
-                f"from_config."
-            )
-    arguments = {
-        name: _cell_from_config(value, **rngs)
-        if isinstance(value, dict) and value.keys() == {"class_name", "config"}
-        else from_config(value)
-        for name, value in config["config"].items()
-    }
-    return cls(**arguments, **rngs_taken)

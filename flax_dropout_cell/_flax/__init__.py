@@ -1,0 +1,1 @@
+"""What the linen and NNX wrappers share."""

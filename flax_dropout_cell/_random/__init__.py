@@ -1,0 +1,1 @@
+"""Which bits come from which key: keys, random words, keep-masks."""

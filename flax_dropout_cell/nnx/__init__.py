@@ -1,0 +1,13 @@
+"""Recurrent dropout around Flax NNX cells, in the stock `nnx.RNN`, `nnx.Bidirectional`, `nnx.scan`.
+
+    rngs = nnx.Rngs(params=0, dropout=1)
+    rnn = nnx.RNN(DropoutCell(nnx.LSTMCell(32, 64, rngs=rngs), dropout, rngs=rngs))
+    y = rnn(x)
+
+Hosts call `initialize_carry` before their loop: the variational masks are drawn there, once, and
+ride in the carry, with the key that each step derives its own from.
+"""
+
+from .._flax.carry import DropoutCarry as DropoutCarry
+from .dropout_cell import DropoutCell as DropoutCell
+from .tensorflow import RNNCellDropoutWrapper as RNNCellDropoutWrapper

@@ -1,0 +1,149 @@
+"""TensorFlow's wrapper around NNX cells."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from .._flax import tensorflow as tf
+from .._flax.carry import DropoutCarry
+from .._sites import PyTree
+from .dropout_cell import RngSource, Static, Wrapper, trace
+
+
+class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
+    """TensorFlow's `tf.nn.RNNCellDropoutWrapper`, for NNX cells: its arguments and their order.
+
+    Variational masks are drawn once per sequence, others at each step, from the module's own
+    `dropout` stream.
+
+    Args:
+      cell: any `nnx.RNNCellBase`.
+      input_keep_prob: probability of keeping a unit of the inputs; a number or a traced scalar.
+      output_keep_prob: the same for the outputs.
+      state_keep_prob: the same for the outgoing state.
+      variational_recurrent: one mask for all steps of a sequence (Gal and Ghahramani 2016,
+        arXiv:1512.05287). Each example has its own; `broadcast_dims=(0,)` gives the whole batch
+        one, as in TensorFlow.
+      input_size: never needed; given, it is checked against what arrives.
+      dtype: never needed; given, it is checked against what arrives.
+      seed: folded into the `dropout` stream.
+      dropout_state_filter_visitor: called on the state and then on its parts; it says which get
+        dropout. The default leaves an LSTM's memory c alone.
+      broadcast_dims: dims over which one mask is shared.
+      deterministic: True is evaluation.
+      rngs: where the masks come from, an `nnx.Rngs` or an `nnx.RngStream`; it is forked.
+
+    Raises:
+      ValueError: a keep_prob is outside [0, 1].
+      TypeError: `cell` is no RNNCell, or an argument has the wrong type.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> rngs = nnx.Rngs(params=0, dropout=1)
+      >>> cell = fdc.nnx.RNNCellDropoutWrapper(
+      ...     nnx.LSTMCell(32, 64, rngs=rngs), input_keep_prob=0.8, state_keep_prob=0.9,
+      ...     variational_recurrent=True, rngs=rngs,
+      ... )
+      >>> nnx.RNN(cell)(jnp.ones((4, 20, 32))).shape
+      (4, 20, 64)
+    """
+
+    def __init__(
+        self,
+        cell: nnx.RNNCellBase,
+        input_keep_prob: float | jax.Array = 1.0,
+        output_keep_prob: float | jax.Array = 1.0,
+        state_keep_prob: float | jax.Array = 1.0,
+        variational_recurrent: bool = False,
+        input_size: Any = None,
+        dtype: Any = None,
+        seed: int | None = None,
+        dropout_state_filter_visitor: tf.Visitor | None = None,
+        broadcast_dims: Sequence[int] = (),
+        deterministic: bool = False,
+        *,
+        rngs: RngSource = None,
+    ) -> None:
+        super().__init__(cell, deterministic, rngs)
+        self.input_keep_prob = input_keep_prob
+        self.output_keep_prob = output_keep_prob
+        self.state_keep_prob = state_keep_prob
+        keep_probs = {name: getattr(self, name) for name in tf.KEEP_PROBS}
+        tf.check_arguments(keep_probs, seed, dropout_state_filter_visitor)
+        self.variational_recurrent = variational_recurrent
+        self._input_size = Static(input_size)
+        self.dtype = dtype
+        self.seed = seed
+        self.dropout_state_filter_visitor = dropout_state_filter_visitor
+        self.broadcast_dims = tuple(broadcast_dims)
+
+    @property
+    def input_size(self) -> Any:
+        """The feature sizes that the inputs must have, or None."""
+        return self._input_size.tree
+
+    def __call__(self, carry: DropoutCarry, inputs: PyTree) -> tuple[DropoutCarry, PyTree]:
+        """One step of the wrapped cell, with noise."""
+        tf.check_inputs(inputs, self.input_size, self.dtype)
+        return super().__call__(carry, inputs)
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], rngs: nnx.Rngs | None = None
+    ) -> "RNNCellDropoutWrapper":
+        """Makes the wrapper that `get_config` described, with new weights.
+
+        Args:
+          config: what `get_config` gave.
+          rngs: makes the cell's weights, and is where the masks come from.
+
+        Raises:
+          ValueError: the cell has weights to make and `rngs` is None.
+        """
+        return cls(**tf.arguments_from_config(config, rngs=rngs), rngs=rngs)
+
+    def _features(self) -> Any:
+        if self.input_size is not None:
+            return tf.feature_shapes(self.input_size, self.cell.num_feature_axes)
+        cell = self.cell
+        while isinstance(cell, Wrapper):
+            cell = cell.cell
+        if hasattr(cell, "in_features"):
+            return (cell.in_features,)
+        raise ValueError(
+            f"the sizes of {type(cell).__name__} may depend on its inputs, and it has no "
+            f"in_features; give input_size."
+        )
+
+    def _state_shapes(self, input_shape: Any) -> PyTree:
+        return trace(self.cell, lambda cell: cell.initialize_carry(input_shape, nnx.Rngs(0)))
+
+    def _arguments(self, cell: Any) -> dict[str, Any]:
+        # Of a class's own signature Flax's metaclass leaves (*args, **kwargs).
+        _, *parameters = inspect.signature(type(cell).__init__).parameters.values()
+        return {
+            parameter.name: getattr(cell, parameter.name)
+            for parameter in parameters
+            if _is_kept(cell, parameter) and getattr(cell, parameter.name) is not parameter.default
+        }
+
+
+def _is_kept(cell: nnx.RNNCellBase, parameter: inspect.Parameter) -> bool:
+    """Whether a cell has an argument of its constructor as an attribute."""
+    name = parameter.name
+    if name == "rngs" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        return False
+    if hasattr(cell, name):
+        return True
+    # The cells of Flax 0.12 forget how their weights were made.
+    if name == "keep_rngs" or name.endswith(("_init", "_metadata")):
+        return False
+    raise ValueError(
+        f"{type(cell).__name__} takes {name} and has no attribute of that name, so a config "
+        f"cannot hold it; set self.{name} in __init__, or write get_config."
+    )

@@ -1,0 +1,4 @@
+"""The noises: a file each."""
+
+from .dropout import Dropout as Dropout
+from .protocol import Noise as Noise
