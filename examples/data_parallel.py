@@ -72,7 +72,7 @@ class Model(nn.Module):
 def build_model(config: Config) -> Model:
     noise = None
     if config.scheme != "none":
-        noise = fdc.Dropout(config.keep_prob, variational=config.scheme == "variational")
+        noise = fdc.Dropout(keep_prob=config.keep_prob, variational=config.scheme == "variational")
     dropout = fdc.RecurrentDropout(input=noise, state=noise, output=noise)
     return Model(config.hidden_size, dropout)
 

@@ -270,7 +270,7 @@ def build_dropouts(config: Config) -> tuple[fdc.RecurrentDropout, ...]:
         return (fdc.RecurrentDropout(),) * config.layers
 
     def noise(keep_prob: float) -> fdc.Dropout:
-        return fdc.Dropout(keep_prob, variational=config.scheme == "variational")
+        return fdc.Dropout(keep_prob=keep_prob, variational=config.scheme == "variational")
 
     inner = fdc.RecurrentDropout(
         input=noise(config.input_keep_prob), state=noise(config.state_keep_prob)

@@ -5,27 +5,33 @@ Read the files in this order: `noises` (what is drawn), `_sites.py` (where it si
 step into Flax cells; importing this package does not import Flax.
 """
 
-import importlib
-import importlib.metadata
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import importlib.metadata as _metadata
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from ._inside import Cell as Cell
+from ._inside import undisturbed as undisturbed
 from ._scan import dropout_scan as dropout_scan
 from ._sites import Masks as Masks
 from ._sites import RecurrentDropout as RecurrentDropout
-from ._step import Cell as Cell
 from ._step import draw_masks as draw_masks
 from ._step import dropout_cell as dropout_cell
+from .cells import LSTMState as LSTMState
 from .noises import Dropout as Dropout
 from .noises import Noise as Noise
+from .noises import register_noise as register_noise
 
-if TYPE_CHECKING:
+if _TYPE_CHECKING:
     from . import linen as linen
     from . import nnx as nnx
 
-__version__ = importlib.metadata.version("flax_dropout_cell")
+__version__ = _metadata.version("flax_dropout_cell")
+
+RANDOM_STREAM = 1
+"""The version of the random stream: while it stays, a key's masks stay."""
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in ("linen", "nnx"):
-        return importlib.import_module(f".{name}", __name__)
+        return _importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

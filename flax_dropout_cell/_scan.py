@@ -8,25 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from ._random.keys import check_rng, fold_in
+from ._disturb import Disturbance
+from ._inside import Cell
+from ._leaky import family_of, place_state
+from ._random.keys import as_rng, step_rng
 from ._sites import (
-    SITES,
+    PARAMS,
+    Leaf,
     Masks,
     PyTree,
     RecurrentDropout,
+    Site,
     draws_at_each_step,
-    line_up,
-    mask_per_leaf,
-    noise_per_leaf,
+    dtype_of,
+    make_masks,
+    pair_up,
+    sites_of,
 )
-from ._step import (
-    Cell,
-    check_dropout,
-    check_masks,
-    disturb_site,
-    draw_masks,
-    dropout_cell,
-)
+from ._step import as_ids, check_dropout, check_masks, check_step, draw_masks, run_step
 
 
 def dropout_scan(
@@ -39,21 +38,21 @@ def dropout_scan(
     dropout: RecurrentDropout,
     masks: Masks | None = None,
     seq_lengths: jax.typing.ArrayLike | None = None,
+    sequence_ids: jax.typing.ArrayLike | None = None,
     reverse: bool = False,
     start: int | jax.Array = 0,
     unroll: int | bool = 1,
 ) -> tuple[PyTree, PyTree]:
     """Runs `cell` over a sequence under dropout.
 
-    Variational masks are drawn once, outside the scan; per-step masks inside it, at step t from
-    `jax.random.fold_in(rng, t)`, where t counts along `xs` from `start`. The same as a Python
-    loop, bit for bit:
+    Variational masks are drawn once, outside the scan; per-step masks inside it, from a key of
+    each step's own, where steps count along `xs` from `start`. The same as a Python loop, bit for
+    bit:
 
         masks = draw_masks(params, carry, xs[0], rng, cell=cell, dropout=dropout)
         for t, x in enumerate(xs):
-            step_rng = jax.random.fold_in(rng, start + t)
             carry, y = dropout_cell(
-                params, carry, x, step_rng, cell=cell, dropout=dropout, masks=masks
+                params, carry, x, rng, step=start + t, cell=cell, dropout=dropout, masks=masks
             )
 
     Args:
@@ -68,6 +67,8 @@ def dropout_scan(
       seq_lengths: ints `[*batch]`. Past its length a row's carry stands still and its `ys` are
         zero, and what its `xs` hold there has no effect. Every leaf of the carry and of `ys`
         then starts with the batch dims.
+      sequence_ids: ints `[*batch]`. Each row then draws by its id instead of by its place, so its
+        masks do not depend on the batch that it is in. Equal ids, equal masks.
       reverse: run from the last step to the first; `ys` keep the order of `xs`.
       start: the absolute index of `xs[0]`, at least 0. A sequence that is cut in pieces, each
         run with the same `rng` and its own `start`, gives the uncut result.
@@ -96,32 +97,39 @@ def dropout_scan(
       ((4, 8), (20, 4, 8))
     """
     check_dropout(dropout)
-    check_masks(masks)
-    check_rng(rng)
-    _check_start(start)
+    check_masks(masks, dropout)
+    rng = as_rng(rng)
     steps = _count_steps(xs)
+    _check_start(start, steps)
+    row_ids = as_ids(sequence_ids)
     if seq_lengths is not None:
         seq_lengths = _check_seq_lengths(seq_lengths)
         _check_batch_dims("carry", carry, seq_lengths)
+    dropout = place_state(dropout, carry, family_of(cell))
     if rng is not None:
-        first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), xs)
-        drawn = draw_masks(params, carry, first, rng, cell=cell, dropout=dropout)
+        first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], dtype_of(leaf)), xs)
+        drawn = draw_masks(
+            params, carry, first, rng, cell=cell, dropout=dropout, sequence_ids=row_ids
+        )
         masks = drawn if masks is None else _fill_in(masks, drawn)
-    if masks is not None:
-        params, dropout, masks = _disturb_fixed_params(params, dropout, masks)
-    draws = draws_at_each_step(dropout)
+    whole = Disturbance(dropout, masks, rng, row_ids)
+    weights = whole(PARAMS, params, where=lambda leaf: not _is_fresh(whole, leaf))
 
     def run_cell(carry: PyTree, index: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
-        step_rng = rng
-        if rng is not None and draws:
-            step_rng = fold_in(rng, start + index)
-        return dropout_cell(params, carry, x, step_rng, cell=cell, dropout=dropout, masks=masks)
+        at_step = whole
+        if rng is not None and draws_at_each_step(dropout):
+            step = jnp.asarray(start).astype(jnp.uint32) + index
+            at_step = dataclasses.replace(whole, rng=step_rng(rng, step))
+        fresh = weights
+        if draws_at_each_step(dropout.params) and not whole.evaluates:
+            fresh = at_step(PARAMS, weights, where=lambda leaf: _is_fresh(whole, leaf))
+        return run_step(fresh, carry, x, cell, at_step)
 
     def step(carry: PyTree, indexed_x: tuple[jax.Array, PyTree]) -> tuple[PyTree, PyTree]:
         index, x = indexed_x
         if seq_lengths is None:
             return run_cell(carry, index, x)
-        valid = index < seq_lengths
+        valid = index.astype(jnp.int32) < seq_lengths
         # Padding is blanked before the cell sees it: a NaN there would come back through the
         # gradient of the very result that is thrown away.
         new_carry, y = run_cell(carry, index, _blank(x, valid))
@@ -129,45 +137,30 @@ def dropout_scan(
         stay = jax.tree.map(lambda new, old: _select(valid, new, old), new_carry, carry)
         return stay, _blank(y, valid)
 
-    indices = jnp.arange(steps, dtype=jnp.int32)
+    indices = jnp.arange(steps, dtype=jnp.uint32)
     return jax.lax.scan(step, carry, (indices, xs), reverse=reverse, unroll=unroll)
+
+
+def _is_fresh(disturbance: Disturbance, leaf: Leaf) -> bool:
+    """Whether a weight's mask is drawn at each step: the others are disturbed once."""
+    return leaf.noise is not None and leaf.mask is None and not disturbance.evaluates
 
 
 def _fill_in(masks: Masks, drawn: Masks) -> Masks:
     """The masks that the caller brings, and the drawn ones where it brings none."""
 
-    def fill_in(site: str) -> PyTree:
-        brought, fresh = getattr(masks, site), getattr(drawn, site)
+    def fill_in(site: Site) -> PyTree:
+        brought, fresh = site.of(masks), site.of(drawn)
         if brought is None or fresh is None:
             return fresh if brought is None else brought
-        pairs = line_up(f"masks.{site}", brought, fresh)
+        pairs = pair_up(f"masks.{site}", brought, fresh)
         return jax.tree.unflatten(
             jax.tree.structure(brought, is_leaf=lambda mask: mask is None),
             [subtree if mask is None else mask for mask, subtree in pairs],
         )
 
-    return Masks(*(fill_in(site) for site in SITES))
-
-
-def _disturb_fixed_params(
-    params: PyTree, dropout: RecurrentDropout, masks: Masks
-) -> tuple[PyTree, RecurrentDropout, Masks]:
-    """Disturbs the weights that keep one mask here, once, instead of at each step."""
-    if masks.params is None:
-        return params, dropout, masks
-    noises = noise_per_leaf("params", dropout.params, params)
-    fixed = [mask is not None for mask in mask_per_leaf("params", masks.params, params)]
-
-    def noises_where(want_fixed: bool) -> PyTree:
-        chosen = [
-            noise if is_fixed == want_fixed else None
-            for noise, is_fixed in zip(noises, fixed, strict=True)
-        ]
-        return jax.tree.unflatten(jax.tree.structure(params), chosen)
-
-    params = disturb_site("params", noises_where(True), params, None, masks, None)
-    dropout = dataclasses.replace(dropout, params=noises_where(False))
-    return params, dropout, masks._replace(params=None)
+    sites = dict.fromkeys([*sites_of(masks), *sites_of(drawn)])
+    return make_masks({site: fill_in(site) for site in sites})
 
 
 def _blank(tree: PyTree, valid: jax.Array) -> PyTree:
@@ -196,13 +189,6 @@ def _count_steps(xs: PyTree) -> int:
     return lengths.pop()[0]
 
 
-def _check_start(start: Any) -> None:
-    if isinstance(start, bool) or not jnp.issubdtype(jnp.result_type(start), jnp.integer):
-        raise TypeError(f"start must be an int, got {start!r}.")
-    if isinstance(start, int | np.integer) and not 0 <= start < 2**31:
-        raise ValueError(f"start must be at least 0 and below 2**31, got {start}.")
-
-
 def _check_seq_lengths(seq_lengths: Any) -> jax.Array:
     seq_lengths = jnp.asarray(seq_lengths)
     if not jnp.issubdtype(seq_lengths.dtype, jnp.integer):
@@ -217,3 +203,9 @@ def _check_batch_dims(name: str, tree: PyTree, seq_lengths: jax.Array) -> None:
                 f"{name}{keystr(path)} has shape {np.shape(leaf)} at a step, which does not start "
                 f"with the shape of seq_lengths, {seq_lengths.shape}, the batch dims."
             )
+
+
+def _check_start(start: Any, steps: int) -> None:
+    check_step("start", start)
+    if isinstance(start, int | np.integer) and start + steps > 2**31:
+        raise ValueError(f"start + time must be at most 2**31, got {start} + {steps}.")

@@ -1,27 +1,28 @@
 """One step of a cell under dropout, and the masks that a whole sequence shares."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._random.keys import check_rng, fold_in
+from ._disturb import Disturbance, draw_site, inside_names
+from ._inside import Cell, call_cell, trace_cell
+from ._leaky import family_of, place_state
+from ._random.keys import as_rng, step_rng
+from ._shown import shown
 from ._sites import (
-    SITES,
+    INPUT,
+    OUTPUT,
+    PARAMS,
+    STATE,
     Masks,
     PyTree,
     RecurrentDropout,
     draws_once,
-    mask_per_leaf,
-    noise_per_leaf,
-    outline,
+    make_masks,
+    sites_of,
 )
-from .noises.protocol import Noise, is_identity
-
-Cell = Callable[[Any, Any, Any], tuple[Any, Any]]
-"""`cell(params, carry, x) -> (carry, y)`, any pytrees; `flax.linen.LSTMCell(64).apply` is one."""
 
 
 def dropout_cell(
@@ -33,23 +34,31 @@ def dropout_cell(
     cell: Cell,
     dropout: RecurrentDropout,
     masks: Masks | None = None,
+    step: int | jax.Array | None = None,
+    sequence_ids: jax.typing.ArrayLike | None = None,
 ) -> tuple[PyTree, PyTree]:
     """One step of `cell` under dropout.
 
     Noise goes on the params and the input, then the cell runs on the untouched incoming carry,
-    then noise goes on the outgoing carry, then on the output. A leaf that has a mask in `masks`
-    uses it. Any other leaf draws one from `rng` if its noise is per-step, while a variational
-    noise must have its mask: it is drawn once per sequence, before the loop, by `draw_masks`.
+    with noise at the sites that it has inside, then noise goes on the outgoing carry, then on the
+    output. A leaf that has a mask in `masks` uses it. Any other leaf draws one from `rng` if its
+    noise is per-step, while a variational noise must have its mask: it is drawn once per sequence,
+    before the loop, by `draw_masks`.
 
     Args:
       params: the cell's weights.
       carry: the incoming carry.
       x: the input at this step.
-      rng: this step's key. None with `masks=None` is evaluation: every site gives its expected
-        value. None with masks applies these and draws nothing.
-      cell: `cell(params, carry, x) -> (carry, y)`.
+      rng: the sequence's key, where `step` is given: the masks are then those of `dropout_scan`
+        at that step. Without `step`, this step's own key, one of `jax.random.split(rng, T)`. None
+        with `masks=None` is evaluation: every site gives its expected value. None with masks
+        applies these and draws nothing.
+      cell: `cell(params, carry, x) -> (carry, y)`; it takes `disturb=` as well if it has sites
+        of its own.
       dropout: which noise sits where.
       masks: the masks that are already drawn.
+      step: the index of this step in its sequence, an int or a traced int.
+      sequence_ids: ints `[*batch]`. Each row then draws by its id instead of by its place.
 
     Returns:
       `(carry, y)`, with the dtypes that the cell gives them.
@@ -67,21 +76,30 @@ def dropout_cell(
       >>> params = {"in": jnp.ones((3, 8)), "rec": jnp.ones((8, 8))}
       >>> spec = fdc.RecurrentDropout(state=fdc.Dropout(keep_prob=0.8))
       >>> h, y = fdc.dropout_cell(
-      ...     params, jnp.zeros((4, 8)), jnp.ones((4, 3)), jax.random.key(0),
+      ...     params, jnp.zeros((4, 8)), jnp.ones((4, 3)), jax.random.key(0), step=0,
       ...     cell=cell, dropout=spec,
       ... )
       >>> h.shape, y.shape
       ((4, 8), (4, 8))
     """
     check_dropout(dropout)
-    check_masks(masks)
-    check_rng(rng)
+    check_masks(masks, dropout)
+    rng = as_rng(rng)
+    if step is not None:
+        check_step("step", step)
+        rng = None if rng is None else step_rng(rng, step)
+    dropout = place_state(dropout, carry, family_of(cell))
+    disturbance = Disturbance(dropout, masks, rng, as_ids(sequence_ids))
+    return run_step(disturbance(PARAMS, params), carry, x, cell, disturbance)
 
-    def disturb(site: str, value: PyTree, previous: PyTree = None) -> PyTree:
-        return disturb_site(site, getattr(dropout, site), value, previous, masks, rng)
 
-    new_carry, y = call_cell(cell, disturb("params", params), carry, disturb("input", x))
-    return disturb("state", new_carry, carry), disturb("output", y)
+def run_step(
+    params: PyTree, carry: PyTree, x: PyTree, cell: Cell, disturbance: Disturbance
+) -> tuple[PyTree, PyTree]:
+    """One step on weights that are disturbed already."""
+    x = disturbance(INPUT, x)
+    new_carry, y = call_cell(cell, params, carry, x, disturbance.sites())
+    return disturbance(STATE, new_carry, carry), disturbance(OUTPUT, y)
 
 
 def draw_masks(
@@ -92,6 +110,7 @@ def draw_masks(
     *,
     cell: Cell,
     dropout: RecurrentDropout,
+    sequence_ids: jax.typing.ArrayLike | None = None,
 ) -> Masks:
     """Draws the masks of the variational noises, for one sequence.
 
@@ -105,8 +124,10 @@ def draw_masks(
         `jax.ShapeDtypeStruct`s do as well.
       x: the input at one step, without the time axis.
       rng: the sequence's key.
-      cell: `cell(params, carry, x) -> (carry, y)`; never run, only traced for its output's shape.
+      cell: `cell(params, carry, x) -> (carry, y)`; never run, only traced for the shapes of its
+        output and of its sites inside.
       dropout: which noise sits where.
+      sequence_ids: ints `[*batch]`. Each row then draws by its id instead of by its place.
 
     Returns:
       `Masks` with the variational leaves filled in, None elsewhere.
@@ -123,121 +144,28 @@ def draw_masks(
       ((4, 8), None)
     """
     check_dropout(dropout)
-    check_rng(rng)
-    if rng is None:
+    key = as_rng(rng)
+    if key is None:
         raise ValueError("draw_masks needs a key such as jax.random.key(0), got rng=None.")
-    y = None
-    if draws_once(dropout.output):
-        _, y = jax.eval_shape(lambda *args: call_cell(cell, *args), params, carry, x)
-    return draw_sites(dropout, Masks(params, x, carry, y), rng)
+    dropout = place_state(dropout, carry, family_of(cell))
+    row_ids = as_ids(sequence_ids)
+    y, inside = None, {}
+    if draws_once(dropout.output) or draws_once(dropout.inside):
+        y, inside = trace_cell(cell, params, carry, x, inside_names(dropout))
+    return draw_sites(dropout, Masks(params, x, carry, y, inside), key, row_ids)
 
 
-def draw_sites(dropout: RecurrentDropout, values: Masks, rng: jax.Array) -> Masks:
+def draw_sites(
+    dropout: RecurrentDropout, values: Masks, rng: jax.Array, row_ids: jax.Array | None = None
+) -> Masks:
     """Draws the variational masks for `values`: each site's value, or its shapes and dtypes."""
-
-    def draw_site(site: str) -> PyTree:
-        prefix, value = getattr(dropout, site), getattr(values, site)
-        if not draws_once(prefix):
-            return None
-        leaves, structure = jax.tree.flatten(value)
-        drawn = [
-            noise.draw_mask(_leaf_rng(rng, site, index), tuple(leaf.shape), leaf.dtype)
-            if noise is not None and draws_once(noise)
-            else None
-            for index, (leaf, noise) in enumerate(
-                zip(leaves, noise_per_leaf(site, prefix, value), strict=True)
-            )
-        ]
-        return jax.tree.unflatten(structure, drawn)
-
     with jax.named_scope("draw_masks"):
-        return Masks(*(draw_site(site) for site in SITES))
-
-
-def disturb_site(
-    site: str,
-    prefix: PyTree,
-    value: PyTree,
-    previous: PyTree,
-    masks: Masks | None,
-    rng: jax.Array | None,
-) -> PyTree:
-    """Puts a site's noises on its value, each leaf with its mask or with a fresh one."""
-    site_masks = None if masks is None else getattr(masks, site)
-    if prefix is None and site_masks is None:
-        return value
-    leaves, structure = jax.tree.flatten(value)
-    noises = noise_per_leaf(site, prefix, value)
-    drawn = mask_per_leaf(site, site_masks, value)
-    olds = [None] * len(leaves) if previous is None else _previous_leaves(previous, value)
-    evaluate = masks is None and rng is None
-
-    def disturb(index: int) -> Any:
-        leaf, noise, mask, old = leaves[index], noises[index], drawn[index], olds[index]
-        if noise is None:
-            if mask is not None:
-                raise ValueError(f"masks.{site} has a mask where dropout.{site} has no noise.")
-            return leaf
-        leaf = jnp.asarray(leaf)
-        if evaluate:
-            return _check_kind(site, noise, "expected", leaf, noise.expected(leaf, old))
-        if mask is None:
-            if is_identity(noise):
-                return leaf
-            mask = _draw_step_mask(site, index, noise, leaf, rng)
-        return _check_kind(site, noise, "apply", leaf, noise.apply(mask, leaf, old))
-
-    with jax.named_scope(f"dropout_{site}"):
-        return jax.tree.unflatten(structure, [disturb(index) for index in range(len(leaves))])
-
-
-def _check_kind(site: str, noise: Noise, method: str, leaf: jax.Array, result: Any) -> Any:
-    got, wanted = jax.typeof(result), jax.typeof(leaf)
-    if (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
-        raise TypeError(
-            f"dropout.{site}: {type(noise).__name__}.{method} gave {got.dtype}{list(got.shape)} "
-            f"for a value of {wanted.dtype}{list(wanted.shape)}; both must be the same."
+        return make_masks(
+            {
+                site: draw_site(site, dropout, site.of(values), rng, row_ids)
+                for site in sites_of(values)
+            }
         )
-    return result
-
-
-def _draw_step_mask(
-    site: str, index: int, noise: Noise, leaf: jax.Array, rng: jax.Array | None
-) -> jax.Array:
-    if noise.variational:
-        raise ValueError(
-            f"dropout.{site} is variational and has no mask: call draw_masks before the loop, "
-            f"once per sequence, and pass masks=. Drawn here, the mask would differ at each step."
-        )
-    if rng is None:
-        raise ValueError(
-            f"dropout.{site} draws a fresh mask at each step, so it needs rng, a key such as "
-            f"jax.random.key(0); got rng=None and no mask for it."
-        )
-    return noise.draw_mask(_leaf_rng(rng, site, index), leaf.shape, leaf.dtype)
-
-
-def _leaf_rng(rng: jax.Array, site: str, index: int) -> jax.Array:
-    # Steps fold in numbers below 2**31 (see dropout_scan), so sites start there: a mask for the
-    # sequence never shares a key with one for a step.
-    return fold_in(rng, np.uint32(2**31 + SITES.index(site) * 2**28 + index))
-
-
-def _previous_leaves(previous: PyTree, value: PyTree) -> list[Any]:
-    if jax.tree.structure(previous) != jax.tree.structure(value):
-        raise ValueError(
-            f"the cell took a carry of structure {outline(previous)} and returned one of "
-            f"structure {outline(value)}; they must be the same."
-        )
-    return jax.tree.leaves(previous)
-
-
-def call_cell(cell: Cell, params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
-    """Runs the cell and checks that it gives a pair."""
-    result = cell(params, carry, x)
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"cell must return (carry, y), got {type(result).__name__}.")
-    return result
 
 
 def check_dropout(dropout: Any) -> None:
@@ -245,11 +173,36 @@ def check_dropout(dropout: Any) -> None:
     if not isinstance(dropout, RecurrentDropout):
         raise TypeError(
             f"dropout must be a RecurrentDropout, such as "
-            f"RecurrentDropout(input=Dropout(keep_prob=0.8)), got {dropout!r}."
+            f"RecurrentDropout(input=Dropout(keep_prob=0.8)), got {shown(dropout)}."
         )
 
 
-def check_masks(masks: Any) -> None:
-    """Refuses what is neither `Masks` nor None."""
-    if masks is not None and not isinstance(masks, Masks):
-        raise TypeError(f"masks must be Masks, as draw_masks gives them, got {masks!r}.")
+def check_masks(masks: Any, dropout: RecurrentDropout) -> None:
+    """Refuses what is neither `Masks` nor None, and masks for a site that has no noise."""
+    if masks is None:
+        return
+    if not isinstance(masks, Masks):
+        raise TypeError(f"masks must be Masks, as draw_masks gives them, got {shown(masks)}.")
+    for site in sites_of(masks):
+        if site.inside and jax.tree.leaves(site.of(masks)) and site.of(dropout) is None:
+            raise ValueError(f"masks.{site} has a mask where dropout.{site} has no noise.")
+
+
+def check_step(name: str, step: Any) -> None:
+    """Refuses what is no step index."""
+    if isinstance(step, bool) or not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+        raise TypeError(f"{name} must be an int, got {shown(step)}.")
+    if np.shape(step) != ():
+        raise ValueError(f"{name} must be a scalar, got shape {np.shape(step)}.")
+    if isinstance(step, int | np.integer) and not 0 <= step < 2**31:
+        raise ValueError(f"{name} must be at least 0 and below 2**31, got {step}.")
+
+
+def as_ids(sequence_ids: Any) -> jax.Array | None:
+    """Checks the ids that rows draw by."""
+    if sequence_ids is None:
+        return None
+    sequence_ids = jnp.asarray(sequence_ids)
+    if not jnp.issubdtype(sequence_ids.dtype, jnp.integer):
+        raise TypeError(f"sequence_ids must be ints, got {sequence_ids.dtype}.")
+    return sequence_ids

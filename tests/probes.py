@@ -48,7 +48,8 @@ class LinenProbe(nn.RNNCellBase):
 def spec_of(noise: fdc.Noise | None) -> fdc.RecurrentDropout:
     """One noise at every site of a probe; at `output` only on the leaf that shows no other."""
     output = {"params": None, "input": None, "state": None, "output": noise}
-    return fdc.RecurrentDropout(params=noise, input=noise, state=noise, output=output)
+    state = {"a": noise, "b": noise}
+    return fdc.RecurrentDropout(params=noise, input=noise, state=state, output=output)
 
 
 class Run(NamedTuple):

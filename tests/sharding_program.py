@@ -48,7 +48,7 @@ CASES = Cases()
 def noise_of(scheme: str, keep_prob: Any = None) -> fdc.Dropout:
     # An array takes the path with the hash, whatever its value.
     keep_prob = jnp.float32(0.5) if keep_prob is None else keep_prob
-    return fdc.Dropout(keep_prob, variational=scheme == "variational")
+    return fdc.Dropout(keep_prob=keep_prob, variational=scheme == "variational")
 
 
 def spec_of(scheme: str, keep_prob: Any = None) -> fdc.RecurrentDropout:

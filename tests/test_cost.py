@@ -87,7 +87,7 @@ def words_drawn(jaxpr: Any, in_scan: bool = False) -> Iterator[tuple[int, bool]]
 @pytest.mark.parametrize("variational", [True, False], ids=["variational", "step"])
 def test_words_drawn(program, keep_prob, bits, variational) -> None:
     """As many bits per unit as said, once per sequence or once per step, and none elsewhere."""
-    run, params = program(fdc.Dropout(keep_prob, variational=variational))
+    run, params = program(fdc.Dropout(keep_prob=keep_prob, variational=variational))
     found = list(words_drawn(jax.make_jaxpr(run)(params, *inputs()).jaxpr))
     inside = sum(words for words, in_scan in found if in_scan)
     outside = sum(words for words, in_scan in found if not in_scan)
@@ -109,7 +109,7 @@ def compile_program(program: Program, direction: str) -> Any:
 @pytest.mark.parametrize("direction", ["forward", "gradient"])
 @pytest.mark.parametrize("variational", [True, False], ids=["variational", "step"])
 def test_the_compiled_loop_draws_only_per_step_masks(program, variational, direction) -> None:
-    noise = fdc.Dropout(0.7, variational=variational)
+    noise = fdc.Dropout(keep_prob=0.7, variational=variational)
     compiled = compile_program(program(noise), direction)
     work = random_work(compiled.as_text(), STEPS)
     assert work["anywhere"] > 0
@@ -132,10 +132,10 @@ def test_the_gradient_keeps_masks_as_booleans_and_the_disturbed_input(program, k
     """Beyond the bare cell's, and not even masks where these are variational."""
     bare = histories(compile_program(program(None), "gradient"))
     assert set(bare) == {"f32"}
-    variational = program(fdc.Dropout(keep_prob, variational=True))
+    variational = program(fdc.Dropout(keep_prob=keep_prob, variational=True))
     kept = histories(compile_program(variational, "gradient"))
     assert kept == {"f32": bare["f32"] + 1}
-    per_step = histories(compile_program(program(fdc.Dropout(keep_prob)), "gradient"))
+    per_step = histories(compile_program(program(fdc.Dropout(keep_prob=keep_prob)), "gradient"))
     assert per_step == {"f32": bare["f32"] + 1, "pred": SITES - 1}  # no gradient by the inputs
 
 
@@ -143,7 +143,7 @@ def test_the_gradient_keeps_masks_as_booleans_and_the_disturbed_input(program, k
 def test_the_forward_pass_keeps_no_masks(program) -> None:
     bare = histories(compile_program(program(None), "forward"))
     for variational in (True, False):
-        noise = fdc.Dropout(0.7, variational=variational)
+        noise = fdc.Dropout(keep_prob=0.7, variational=variational)
         assert histories(compile_program(program(noise), "forward")) == bare
 
 
@@ -151,7 +151,7 @@ def test_masks_are_booleans() -> None:
     _, params = core_program(None)
     cell = nn.LSTMCell(UNITS).apply
     row = jnp.zeros((BATCH, UNITS))
-    noise = fdc.Dropout(0.7, variational=True)
+    noise = fdc.Dropout(keep_prob=0.7, variational=True)
     masks = fdc.draw_masks(
         params, (row, row), row, jax.random.key(0), cell=cell, dropout=spec_of(noise)
     )
@@ -164,7 +164,7 @@ def test_masks_are_booleans() -> None:
 @pytest.mark.parametrize("keep_prob", [0.5, 0.7])
 def test_a_word_is_computed_once(program, keep_prob) -> None:
     """No kernel that computes random words goes on to cut them: it would do so for each unit."""
-    text = compile_program(program(fdc.Dropout(keep_prob)), "gradient").as_text()
+    text = compile_program(program(fdc.Dropout(keep_prob=keep_prob)), "gradient").as_text()
     kernels = [lines for lines in computations(text).values() if re.search(r" xor\(", str(lines))]
     roots = [line for lines in kernels for line in lines if line.strip().startswith("ROOT")]
     assert roots

@@ -16,8 +16,8 @@ B, F = 2, 3
 RNG = jax.random.key(0)
 X = jnp.ones((B, F))
 CARRY = (jnp.zeros((B, F)), jnp.zeros((B, F)))
-NOISE = fdc.Dropout(0.5)
-FROZEN = fdc.Dropout(0.5, variational=True)
+NOISE = fdc.Dropout(keep_prob=0.5)
+FROZEN = fdc.Dropout(keep_prob=0.5, variational=True)
 
 
 def cell(params, carry, x):
@@ -46,39 +46,43 @@ def test_keep_prob_out_of_range(bad) -> None:
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: fdc.Dropout(True), TypeError, "keep_prob must be a number in .0, 1., got True"),
         (
-            lambda: fdc.Dropout(0.5, variational="yes"),
+            lambda: fdc.Dropout(keep_prob=True),
+            TypeError,
+            "keep_prob must be a number in .0, 1. or a scalar array, got True",
+        ),
+        (
+            lambda: fdc.Dropout(keep_prob=0.5, variational="yes"),
             TypeError,
             "variational must be True or False, got 'yes'",
         ),
         (
-            lambda: fdc.Dropout(0.5, broadcast_dims=0),
+            lambda: fdc.Dropout(keep_prob=0.5, broadcast_dims=0),
             TypeError,
             r"broadcast_dims must be a sequence of ints such as \(0,\), got 0",
         ),
         (
-            lambda: step(spec_of(input=fdc.Dropout("0.5"))),
+            lambda: step(spec_of(input=fdc.Dropout(keep_prob="0.5"))),
             TypeError,
             "keep_prob must be a number in .0, 1. or a scalar array, got '0.5'",
         ),
         (
-            lambda: step(spec_of(input=fdc.Dropout(None))),
+            lambda: step(spec_of(input=fdc.Dropout(keep_prob=None))),
             TypeError,
             "keep_prob must be a number in .0, 1. or a scalar array, got None",
         ),
         (
-            lambda: step(spec_of(input=fdc.Dropout(jnp.ones(4)))),
+            lambda: step(spec_of(input=fdc.Dropout(keep_prob=jnp.ones(4)))),
             ValueError,
             r"keep_prob must be a scalar where it is used, got shape \(4,\).*jax.vmap",
         ),
         (
-            lambda: step(spec_of(input=fdc.Dropout(jnp.ones((), int)))),
+            lambda: step(spec_of(input=fdc.Dropout(keep_prob=jnp.ones((), int)))),
             TypeError,
             "keep_prob must be a floating-point array, got int32",
         ),
         (
-            lambda: step(spec_of(input=fdc.Dropout(0.5, broadcast_dims=(2,)))),
+            lambda: step(spec_of(input=fdc.Dropout(keep_prob=0.5, broadcast_dims=(2,)))),
             ValueError,
             r"broadcast_dims has 2, but the value has shape \(2, 3\)",
         ),
@@ -121,7 +125,7 @@ def test_keep_prob_out_of_range(bad) -> None:
             "input is bool",
         ),
         (
-            lambda: step(spec_of(state=NOISE), carry=(RNG, X)),
+            lambda: step(spec_of(state=(NOISE, None)), carry=(RNG, X)),
             TypeError,
             r"state\[0\] is key<fry>\[\]",
         ),
@@ -132,7 +136,9 @@ def test_keep_prob_out_of_range(bad) -> None:
             r"\(2, 3\)",
         ),
         (
-            lambda: step(spec_of(state=FROZEN), masks=fdc.Masks(state=jnp.ones((B, F), bool))),
+            lambda: step(
+                spec_of(state=(FROZEN, FROZEN)), masks=fdc.Masks(state=jnp.ones((B, F), bool))
+            ),
             ValueError,
             r"masks.state has one mask where the value is \(\*, \*\); give each leaf its own",
         ),
@@ -158,7 +164,9 @@ def test_keep_prob_out_of_range(bad) -> None:
             r"rng must be one key.*; got float32\[2\]",
         ),
         (
-            lambda: step(spec_of(state=NOISE), cell=lambda p, c, x: ({"h": x}, x)),
+            lambda: step(
+                spec_of(state={"h": NOISE}), carry=(X, X), cell=lambda p, c, x: ({"h": x}, x)
+            ),
             ValueError,
             r"the cell took a carry of structure \(\*, \*\) and returned one of structure",
         ),

@@ -334,7 +334,8 @@ def test_dropout_sits_where_the_flags_say(scheme):
         output_keep_prob=0.9,
     )
     before, state, after = (
-        fdc.Dropout(keep_prob, variational=scheme == "variational") for keep_prob in (0.7, 0.8, 0.9)
+        fdc.Dropout(keep_prob=keep_prob, variational=scheme == "variational")
+        for keep_prob in (0.7, 0.8, 0.9)
     )
     inner = fdc.RecurrentDropout(input=before, state=state)
     last = fdc.RecurrentDropout(input=before, state=state, output=after)

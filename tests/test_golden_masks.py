@@ -29,7 +29,7 @@ def as_hex(mask: Any) -> str:
 
 def draw(impl: str, keep_prob: float, shape: tuple[int, ...]) -> str:
     rng = jax.random.key(2016, impl=impl)
-    return as_hex(fdc.Dropout(keep_prob).draw_mask(rng, shape, jnp.float32))
+    return as_hex(fdc.Dropout(keep_prob=keep_prob).draw_mask(rng, shape, jnp.float32))
 
 
 MASKS = {
@@ -42,8 +42,10 @@ MASKS = {
 
 def draw_sequence(impl: str, variational: bool) -> str:
     """The masks of all sites and steps: what a cell sees, and what comes back from it."""
-    noise = fdc.Dropout(0.7, variational=variational)
-    spec = fdc.RecurrentDropout(params=noise, input=noise, state=noise, output=(noise, None))
+    noise = fdc.Dropout(keep_prob=0.7, variational=variational)
+    spec = fdc.RecurrentDropout(
+        params=noise, input=noise, state=(noise, noise), output=(noise, None)
+    )
     ones = jnp.ones(12)
 
     def cell(params: Any, carry: Any, x: jax.Array) -> tuple[Any, Any]:

@@ -32,7 +32,7 @@ def values(dtype):
 
 
 def spec_of(variational):
-    noise = fdc.Dropout(0.6, variational=variational)
+    noise = fdc.Dropout(keep_prob=0.6, variational=variational)
     return fdc.RecurrentDropout(params=noise, input=noise, state=(None, noise), output=noise)
 
 
@@ -67,7 +67,7 @@ def test_a_learned_keep_prob() -> None:
         )
         return y.sum()
 
-    spec = fdc.RecurrentDropout(input=fdc.Dropout(jnp.asarray(0.5)))
+    spec = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=jnp.asarray(0.5)))
     grad = jax.grad(loss)(spec)
     np.testing.assert_allclose(grad.input.keep_prob, -(1 + 3 + 4) / 0.5**2)
 
@@ -76,7 +76,7 @@ def test_a_learned_keep_prob() -> None:
 def test_no_gradient_through_dropped_units(variational) -> None:
     """A unit that is dropped at the input has gradient 0 there; a kept one has not."""
     params, carry, xs = values("float32")
-    noise = fdc.Dropout(0.6, variational=variational)
+    noise = fdc.Dropout(keep_prob=0.6, variational=variational)
     spec = fdc.RecurrentDropout(input=noise)
 
     def emit(p, c, x):
@@ -95,7 +95,9 @@ def test_no_gradient_through_dropped_units(variational) -> None:
 
 def test_no_gradient_to_dropped_weights() -> None:
     params, carry, xs = values("float32")
-    spec = fdc.RecurrentDropout(params={"kernel": fdc.Dropout(0.6, variational=True), "bias": None})
+    spec = fdc.RecurrentDropout(
+        params={"kernel": fdc.Dropout(keep_prob=0.6, variational=True), "bias": None}
+    )
     masks = fdc.draw_masks(params, carry, xs[0], RNG, cell=lstm, dropout=spec)
 
     def loss(params):
@@ -111,7 +113,7 @@ def test_no_gradient_to_dropped_weights() -> None:
 def test_nan_in_dropped_units_stays_out_of_a_sequence(site) -> None:
     """A poisoned unit that is always dropped leaves the outputs and all gradients clean."""
     mask = jnp.array([[True, False, True]])
-    noise = fdc.Dropout(0.5, variational=True)
+    noise = fdc.Dropout(keep_prob=0.5, variational=True)
     spec = fdc.RecurrentDropout(**{site: noise})
     masks = fdc.Masks(**{site: jnp.broadcast_to(mask, (2, 3))})
 

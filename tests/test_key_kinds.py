@@ -19,10 +19,15 @@ from flax_dropout_cell._random.keys import fold_in
 KEEP_PROB = 0.7
 FROZEN = ("params", "state.a", "state.b")
 SPEC = fdc.RecurrentDropout(
-    params=fdc.Dropout(KEEP_PROB, variational=True),
-    input=fdc.Dropout(KEEP_PROB),
-    state=fdc.Dropout(KEEP_PROB, variational=True),
-    output={"params": None, "input": None, "state": None, "output": fdc.Dropout(KEEP_PROB)},
+    params=fdc.Dropout(keep_prob=KEEP_PROB, variational=True),
+    input=fdc.Dropout(keep_prob=KEEP_PROB),
+    state=fdc.Dropout(keep_prob=KEEP_PROB, variational=True),
+    output={
+        "params": None,
+        "input": None,
+        "state": None,
+        "output": fdc.Dropout(keep_prob=KEEP_PROB),
+    },
 )
 KINDS = {
     "threefry2x32": ("threefry2x32", True),
@@ -81,7 +86,7 @@ def test_lifetimes_and_rates(host: str, kind: str) -> None:
 
 def test_raw_keys_mean_the_default_prng_of_the_moment() -> None:
     """Though compiled programs outlive it: one raw key, two PRNGs, two masks."""
-    noise, raw = fdc.Dropout(KEEP_PROB), jax.numpy.arange(4, dtype="uint32")
+    noise, raw = fdc.Dropout(keep_prob=KEEP_PROB), jax.numpy.arange(4, dtype="uint32")
     for impl in ("rbg", "unsafe_rbg", "rbg"):
         with jax.default_prng_impl(impl):
             for fold in (jax.random.fold_in, fold_in):

@@ -17,8 +17,8 @@ B, T, F, H = 4, 6, 3, 8
 RNG = jax.random.key(5)
 XS = jax.random.normal(jax.random.key(1), (B, T, F))
 IMAGES = jax.random.normal(jax.random.key(1), (2, 3, 6, 6, 2))
-VARIATIONAL = fdc.Dropout(0.5, variational=True)
-PER_STEP = fdc.Dropout(0.5)
+VARIATIONAL = fdc.Dropout(keep_prob=0.5, variational=True)
+PER_STEP = fdc.Dropout(keep_prob=0.5)
 
 CELLS = {
     "LSTMCell": nn.LSTMCell(H),

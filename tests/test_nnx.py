@@ -523,7 +523,7 @@ def test_padded_rows_keep_the_carry_of_their_last_step(noise: fdc.Dropout) -> No
         params={"w": noise},
         input=noise,
         state={
-            "a": fdc.Dropout(0.5, variational=noise.variational, broadcast_dims=(0,)),
+            "a": fdc.Dropout(keep_prob=0.5, variational=noise.variational, broadcast_dims=(0,)),
             "b": noise,
         },
     )
@@ -622,7 +622,7 @@ def test_linen_and_nnx_agree(variational: bool) -> None:
         for name, layer in nnx.to_pure_dict(nnx.state(ours, nnx.Param)).items()
     }
     nnx.update(ours, {name + "_" * (name == "if"): layer for name, layer in weights.items()})
-    noise = fdc.Dropout(0.7, variational=variational)
+    noise = fdc.Dropout(keep_prob=0.7, variational=variational)
     params = noise if variational else None
     spec = fdc.RecurrentDropout(input=noise, state=noise, output=noise, params=params)
     cell: Any = DropoutCell(ours, spec, rngs=nnx.Rngs(0))
@@ -811,7 +811,9 @@ def test_a_prefix_of_weights_is_a_plain_dict() -> None:
 
 
 def test_training_steps_do_not_retrace() -> None:
-    spec = fdc.RecurrentDropout(input=VARIATIONAL, output=PER_STEP, params=fdc.Dropout(0.9))
+    spec = fdc.RecurrentDropout(
+        input=VARIATIONAL, output=PER_STEP, params=fdc.Dropout(keep_prob=0.9)
+    )
     model = rnn_of(wrapped(nnx.SimpleCell, spec))
     traces = 0
 
@@ -850,7 +852,7 @@ def test_a_schedule_does_not_retrace() -> None:
         return y
 
     for keep_prob in (1.0, 0.25, 0.0):
-        noise = fdc.Dropout(jnp.float32(keep_prob), variational=True)
+        noise = fdc.Dropout(keep_prob=jnp.float32(keep_prob), variational=True)
         cell.dropout = fdc.RecurrentDropout(input=noise)
         assert_same(cell.dropout.input.keep_prob, jnp.float32(keep_prob))
         ys: Any = masks(cell)
@@ -861,7 +863,7 @@ def test_a_schedule_does_not_retrace() -> None:
 
 def test_a_keep_prob_can_be_a_variable() -> None:
     keep_prob: Any = nnx.Param(jnp.float32(0.5))
-    spec = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob, variational=True))
+    spec = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=keep_prob, variational=True))
     cell = DropoutCell(Sum(), spec, rngs=nnx.Rngs(0))
 
     def total(cell: Any) -> jax.Array:
@@ -884,7 +886,7 @@ def test_a_keep_prob_can_be_a_variable() -> None:
     ids=["deepcopy", "clone", "merge", "pickle"],
 )
 def test_a_copy_draws_what_the_original_draws(copied: Any) -> None:
-    noise = fdc.Dropout(jnp.float32(0.5), variational=True)
+    noise = fdc.Dropout(keep_prob=jnp.float32(0.5), variational=True)
     spec = fdc.RecurrentDropout(input=noise, output=PER_STEP)
     cell = DropoutCell(Sum(), spec, rngs=nnx.Rngs(0))
     twin = copied(nnx.clone(cell))  # some copies share the variables that they are made from
@@ -1204,7 +1206,7 @@ def test_equal_modules_share_a_program() -> None:
     call: Any = trace
     cells: list[Any] = []  # kept, for a new object may have the id of one that is gone
     for keep_prob in (0.5, 0.5, 0.25):
-        spec = fdc.RecurrentDropout(params={"w": fdc.Dropout(keep_prob)})
+        spec = fdc.RecurrentDropout(params={"w": fdc.Dropout(keep_prob=keep_prob)})
         cells.append(DropoutCell(Probe(), spec, rngs=nnx.Rngs(0)))
     cells += [wrap(Sum(), input_size={"a": size}) for size in (3, 3)]
     hashes = [hash(nnx.split(cell)[0]) for cell in cells]

@@ -112,7 +112,7 @@ def masks_of(example: Example, rng: jax.Array, variational: bool) -> list[fdc.Ma
     A step's masks are what `draw_masks` draws from the step's key: sites and leaves have the same
     offsets there.
     """
-    spec = spec_of(example, fdc.Dropout(KEEP_PROB, variational=True))
+    spec = spec_of(example, fdc.Dropout(keep_prob=KEEP_PROB, variational=True))
     args = (example.params, example.carry, inputs()[0])
     steps = [rng if variational else jax.random.fold_in(rng, t) for t in range(STEPS)]
     return [fdc.draw_masks(*args, key, cell=example.cell, dropout=spec) for key in steps]
@@ -127,7 +127,7 @@ def assert_close(got: Any, want: Any) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_dropout_scan_is_the_loop_by_hand(name: str, variational: bool) -> None:
     example, rng = EXAMPLES[name](), jax.random.key(2)
-    spec = spec_of(example, fdc.Dropout(KEEP_PROB, variational=variational))
+    spec = spec_of(example, fdc.Dropout(keep_prob=KEEP_PROB, variational=variational))
     masks = masks_of(example, rng, variational)
 
     def with_scan(params: Any) -> tuple[jax.Array, Any]:
@@ -154,7 +154,7 @@ def test_dropout_scan_is_the_loop_by_hand(name: str, variational: bool) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_evaluation_is_the_bare_cell(name: str) -> None:
     example = EXAMPLES[name]()
-    spec = spec_of(example, fdc.Dropout(KEEP_PROB, variational=True))
+    spec = spec_of(example, fdc.Dropout(keep_prob=KEEP_PROB, variational=True))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         got = fdc.dropout_scan(
             example.params, example.carry, inputs(), None, cell=example.cell, dropout=spec

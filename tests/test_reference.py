@@ -39,7 +39,9 @@ def noises(draw: Any, rank: int) -> fdc.Dropout | None:
     if draw(st.booleans()):
         return None
     dims = draw(st.lists(st.integers(0, rank - 1), unique=True)) if rank else []
-    return fdc.Dropout(draw(KEEP_PROBS), variational=draw(st.booleans()), broadcast_dims=dims)
+    return fdc.Dropout(
+        keep_prob=draw(KEEP_PROBS), variational=draw(st.booleans()), broadcast_dims=dims
+    )
 
 
 def is_leaf(node: Any) -> bool:

@@ -1,5 +1,6 @@
 """Loops, cuts, padding and direction: the same numbers whichever way a sequence is run."""
 
+import dataclasses
 import itertools
 from typing import Any, ClassVar
 
@@ -18,20 +19,28 @@ LENGTHS = jnp.array([3, 7, 1, 5])
 
 
 def spec_of(variational: bool) -> fdc.RecurrentDropout:
-    noise = fdc.Dropout(0.7, variational=variational)
+    noise = fdc.Dropout(keep_prob=0.7, variational=variational)
     return fdc.RecurrentDropout(
         input=noise,
         state=(None, noise),
-        output=fdc.Dropout(0.5, variational=variational),
-        params=fdc.Dropout(0.9, variational=variational),
+        output=fdc.Dropout(keep_prob=0.5, variational=variational),
+        params=fdc.Dropout(keep_prob=0.9, variational=variational),
+    )
+
+
+def with_keep_prob(spec: fdc.RecurrentDropout, keep_prob: float) -> fdc.RecurrentDropout:
+    return jax.tree.map(
+        lambda noise: dataclasses.replace(noise, keep_prob=keep_prob),
+        spec,
+        is_leaf=lambda node: isinstance(node, fdc.Noise),
     )
 
 
 MIXED = fdc.RecurrentDropout(
-    input=fdc.Dropout(0.7, variational=True),
-    state=(None, fdc.Dropout(0.7)),
-    output=fdc.Dropout(0.5, variational=True),
-    params=fdc.Dropout(0.9),
+    input=fdc.Dropout(keep_prob=0.7, variational=True),
+    state=(None, fdc.Dropout(keep_prob=0.7)),
+    output=fdc.Dropout(keep_prob=0.5, variational=True),
+    params=fdc.Dropout(keep_prob=0.9),
 )
 SPECS = {"variational": spec_of(True), "step": spec_of(False), "mixed": MIXED}
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -99,7 +108,7 @@ def rough_cell(params, carry, x):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_scan_is_a_python_loop(spec, reverse) -> None:
     """Bit for bit where the cell's own arithmetic is exact, with keep_prob a power of two."""
-    half = jax.tree.map(lambda _: 0.5, spec)
+    half = with_keep_prob(spec, 0.5)
     xs = jax.random.randint(jax.random.key(0), (T, B, F), 0, 4).astype(jnp.float32)
     carry, params = (jnp.ones((B, 1)), jnp.zeros((B, F))), jnp.arange(1.0, F + 1)[None]
     args, options = (params, carry, xs), {"cell": rough_cell, "dropout": half}
@@ -161,7 +170,7 @@ def test_a_cut_may_be_traced(spec) -> None:
 @pytest.mark.parametrize("rng", [RNG, None], ids=["train", "evaluate"])
 def test_padding(spec, reverse, rng) -> None:
     """Each row gives what the batch that is cut at that row's length gives it, and zeros after."""
-    half = jax.tree.map(lambda _: 0.5, spec)
+    half = with_keep_prob(spec, 0.5)
     xs = jax.random.randint(jax.random.key(0), (T, B, F), 0, 4).astype(jnp.float32)
     first, params = (jnp.ones((B, 1)), jnp.zeros((B, F))), jnp.arange(1.0, F + 1)[None]
 
@@ -221,9 +230,9 @@ def test_unroll_changes_nothing() -> None:
 @specs
 def test_frozen_masks_need_no_key(spec) -> None:
     """Masks that are brought for every leaf are applied, and nothing is drawn."""
-    frozen = jax.tree.map(lambda _: 0.7, spec_of(True))
+    frozen = with_keep_prob(spec_of(True), 0.7)
     masks = draw(frozen)
-    per_step = jax.tree.map(lambda _: 0.7, spec_of(False))
+    per_step = with_keep_prob(spec_of(False), 0.7)
     for rng in (None, jax.random.key(99)):
         assert_same(scan(per_step, rng=rng, masks=masks), scan(frozen, rng=None, masks=masks))
 
@@ -258,9 +267,15 @@ def test_convolutional_and_nested() -> None:
     carry = conv.initialize_carry(jax.random.key(0), xs.shape[1:])
     params = conv.init(jax.random.key(0), carry, xs[0])
     spec = fdc.RecurrentDropout(
-        input={"image": fdc.Dropout(0.5, variational=True, broadcast_dims=(-3, -2)), "time": None},
-        state=(None, fdc.Dropout(0.5, variational=True)),
-        output=(fdc.Dropout(0.5), {"copy": fdc.Dropout(0.5), "time": None, "image": None}),
+        input={
+            "image": fdc.Dropout(keep_prob=0.5, variational=True, broadcast_dims=(-3, -2)),
+            "time": None,
+        },
+        state=(None, fdc.Dropout(keep_prob=0.5, variational=True)),
+        output=(
+            fdc.Dropout(keep_prob=0.5),
+            {"copy": fdc.Dropout(keep_prob=0.5), "time": None, "image": None},
+        ),
     )
 
     def cell(params, carry, x):

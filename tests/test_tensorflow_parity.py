@@ -111,7 +111,7 @@ class Run:
     def dropout(self) -> fdc.RecurrentDropout:
         def noise(site: str) -> fdc.Dropout:
             keep_prob = float(self.arrays[f"{site}_keep_prob"])
-            return fdc.Dropout(keep_prob, variational=self.variational)
+            return fdc.Dropout(keep_prob=keep_prob, variational=self.variational)
 
         return fdc.RecurrentDropout(
             input=noise("input"),

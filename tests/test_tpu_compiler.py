@@ -45,7 +45,7 @@ def test_tpu_compiler(results: Results, case: str) -> None:
 @pytest.mark.parametrize("variational", [True, False], ids=["variational", "step"])
 def test_one_artifact_for_three_platforms(variational: bool, prng: str, tmp_path: Path) -> None:
     cell, units = nn.OptimizedLSTMCell(8), 8
-    noise = fdc.Dropout(0.7, variational=variational)
+    noise = fdc.Dropout(keep_prob=0.7, variational=variational)
     dropout = fdc.RecurrentDropout(params=noise, input=noise, state=(None, noise), output=noise)
 
     @jax.jit

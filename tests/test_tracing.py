@@ -26,7 +26,7 @@ def _count_traces_afresh() -> None:
 
 
 def spec_of(variational: bool, keep_prob: Any = 0.7) -> fdc.RecurrentDropout:
-    noise = fdc.Dropout(keep_prob, variational=variational)
+    noise = fdc.Dropout(keep_prob=keep_prob, variational=variational)
     return fdc.RecurrentDropout(params=noise, input=noise, state=(None, noise), output=noise)
 
 
@@ -196,7 +196,7 @@ def test_a_schedule_of_keep_probs_in_nn_rnn() -> None:
     @jax.jit
     @chex.assert_max_traces(n=1)
     def apply(keep_prob):
-        noise = fdc.Dropout(keep_prob, variational=True)
+        noise = fdc.Dropout(keep_prob=keep_prob, variational=True)
         rnn = nn.RNN(DropoutCell(nn.LSTMCell(H), fdc.RecurrentDropout(output=noise)))
         return rnn.apply(variables, XS, rngs={"dropout": jax.random.key(0)})
 

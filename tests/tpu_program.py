@@ -43,7 +43,7 @@ def program(scheme: str, direction: str) -> Callable[..., Any]:
     cell = nn.OptimizedLSTMCell(UNITS)
     noise = None
     if scheme != "none":
-        noise = fdc.Dropout(0.7, variational=scheme == "variational")
+        noise = fdc.Dropout(keep_prob=0.7, variational=scheme == "variational")
     dropout = fdc.RecurrentDropout(input=noise, state=(None, noise), output=noise)
 
     def run(rng: jax.Array, params: Any, xs: jax.Array) -> jax.Array:

@@ -169,7 +169,9 @@ def keep_prob_noise(
     keep_prob: Any, variational: bool, broadcast_dims: Sequence[int]
 ) -> Dropout | None:
     """The noise that a keep_prob stands for: none where it is the number 1."""
-    noise = Dropout(keep_prob, variational=bool(variational), broadcast_dims=broadcast_dims)
+    noise = Dropout(
+        keep_prob=keep_prob, variational=bool(variational), broadcast_dims=broadcast_dims
+    )
     return None if noise.is_identity else noise
 
 

@@ -50,7 +50,8 @@ def _draw(rng: jax.Array, limit: jax.Array, bits: int, shape: tuple[int, ...]) -
     else:
         words = draw_words(rng, words_shape, lambda words: _mark_dropped(words, limit))
         mask = jax.lax.bitcast_convert_type(words, jnp.uint8) == jnp.uint8(0)
-    return mask.reshape(*rows, -1)[..., :units].reshape(shape)
+    # No -1: a batch may have no rows.
+    return mask.reshape(*rows, words_shape[-1] * 32 // bits)[..., :units].reshape(shape)
 
 
 def _bits_per_unit(keep_prob: Number | jax.Array) -> int:

@@ -1,40 +1,82 @@
-"""Keys: how one is checked and typed, and which one a draw is made from."""
+"""Keys: how one is checked and typed, and which one a draw is made from.
 
+A draw's key depends on the sequence's key, the step, the site and the leaf, and on nothing else:
+
+    step t                  fold_in(rng, t), with t below 2**31
+    site s, leaf i          fold_in(step or sequence key, 2**31 + s * 2**28 + i)
+    site inside, leaf i     the same for the slot `inside` and leaf 0, then the name, then i
+"""
+
+import hashlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._shown import shown
 from .threefry import threefry_2x32
 
+# Steps stay below the first site, so a mask for the sequence never shares a key with one for a
+# step. The order is part of the random stream.
+_FIRST_SITE = 2**31
+_SITES = ("params", "input", "state", "output", "inside")
 
-def check_rng(rng: Any) -> None:
-    """Refuses what is neither one key, typed or raw, nor None."""
+
+def leaf_rng(rng: jax.Array, site: str, index: int, *, inside: str | None = None) -> jax.Array:
+    """The key of one leaf's mask at a site; `inside` names a site that the cell has."""
+    slot = _FIRST_SITE + _SITES.index(site) * 2**28
+    if inside is None:
+        return fold_in(rng, np.uint32(slot + index))
+    named = fold_in(fold_in(rng, np.uint32(slot)), np.uint32(name_hash(inside)))
+    return fold_in(named, np.uint32(index))
+
+
+def name_hash(name: str) -> int:
+    """What a site inside a cell is numbered by: the same on every machine."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+
+
+def step_rng(rng: jax.Array, step: int | np.integer | jax.Array) -> jax.Array:
+    """The key of a step, which is `jax.random.split(rng, T)[step]` too."""
+    return fold_in(rng, jnp.asarray(step).astype(jnp.uint32))
+
+
+def as_rng(rng: Any) -> jax.Array | None:
+    """Checks and types a key, once, at the door: None stays None.
+
+    To be done outside of a `jit`, which forgets which PRNG is the default.
+
+    Raises:
+      TypeError: it is neither one key, typed or raw, nor None.
+    """
     if rng is None:
-        return
+        return None
     dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         is_key = shape == ()
     else:
         is_key = dtype == jnp.uint32 and shape in ((2,), (4,))
     if not is_key:
-        what = f"{dtype}{list(shape)}" if shape is not None else repr(rng)
+        what = f"{dtype}{list(shape)}" if shape is not None else shown(rng)
         raise TypeError(
             f"rng must be one key, such as jax.random.key(0), or None for evaluation; got {what}."
         )
+    return as_typed(rng)
 
 
 def as_typed(rng: jax.Array) -> jax.Array:
-    """Types a raw key. To be done outside of a `jit`, which forgets which PRNG is the default."""
+    """Types a raw key."""
     return rng if is_typed(rng) else jax.random.wrap_key_data(rng)
 
 
 def is_typed(rng: jax.Array) -> bool:
+    """Whether a key knows its PRNG."""
     return jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
 
 
 def is_threefry(rng: jax.Array) -> bool:
+    """Whether a key is one of JAX's default PRNG."""
     return jax.random.key_impl(rng) == "threefry2x32"
 
 
@@ -48,6 +90,6 @@ def fold_in(rng: jax.Array, data: int | np.integer | jax.Array) -> jax.Array:
 
 @jax.jit
 def _fold_in(rng: jax.Array, data: jax.Array) -> jax.Array:
-    # On every platform: a branch for each, as above, does not differentiate in JAX 0.7 and 0.8.
+    # On every platform: a branch for each, as for words, does not differentiate in JAX 0.7 and 0.8.
     folded = jnp.stack(threefry_2x32(jax.random.key_data(rng), data))
     return jax.random.wrap_key_data(folded, impl="threefry2x32")

@@ -49,10 +49,14 @@ def draw_words(
         always = (number * number) & jnp.uint32(3) != jnp.uint32(2)
         return jax.lax.cond(always, written_out, never, rng)
 
-    partitionable = jax.config.jax_threefry_partitionable  # type: ignore
-    if not (is_threefry(rng) and partitionable and math.prod(shape) < 2**32):
+    if not (is_threefry(rng) and jax.config.jax_threefry_partitionable and _is_counted(shape)):  # type: ignore
         return with_jax(rng)
     return jax.lax.platform_dependent(rng, cpu=on_cpu, default=with_jax)
+
+
+def _is_counted(shape: tuple[int, ...]) -> bool:
+    """Whether 32 bits number a shape's elements; a symbolic shape is left to JAX."""
+    return all(isinstance(dim, int) for dim in shape) and math.prod(shape) < 2**32
 
 
 def _flat_indices(shape: tuple[int, ...]) -> jax.Array:

@@ -112,6 +112,9 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
                 self.cell(carry.cell_carry, inputs)  # makes the weights that are to be disturbed
             params = self.cell.variables["params"]
 
+        else:
+            dropout = dataclasses.replace(dropout, params=None)
+
         def cell(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
             if params is None:
                 return self.cell(carry, x)

@@ -2,3 +2,4 @@
 
 from .dropout import Dropout as Dropout
 from .protocol import Noise as Noise
+from .protocol import register_noise as register_noise

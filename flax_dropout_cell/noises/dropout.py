@@ -1,7 +1,7 @@
 """Inverted dropout."""
 
 import dataclasses
-import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,15 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from .._random.keep_masks import Number, draw_keep_mask
-from .protocol import check_probability, check_scalar, shared_shape
+from .protocol import check_probability, check_scalar, check_shared, register_noise, shared_shape
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["keep_prob"],
-    meta_fields=["variational", "broadcast_dims"],
-)
-@dataclasses.dataclass(frozen=True)
+@register_noise
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Dropout:
     """Keeps a unit with probability `keep_prob`, scaled by `1 / keep_prob`, or else zeroes it.
 
@@ -33,10 +29,12 @@ class Dropout:
       variational: one mask for all steps of a sequence instead of a fresh one at each.
       broadcast_dims: the value's dims over which one mask is shared, as in
         `flax.linen.Dropout`: `(0,)` gives the whole batch one mask.
+      scale: False leaves a kept unit as it is, and multiplies by `keep_prob` in evaluation
+        instead (Srivastava et al. 2014, section 4).
 
     Raises:
       ValueError: `keep_prob` is a number outside [0, 1], or NaN.
-      TypeError: an argument has the wrong type.
+      TypeError: an argument has the wrong type, or `keep_prob` came without its name.
 
     Example:
       >>> import jax
@@ -47,27 +45,34 @@ class Dropout:
     """
 
     keep_prob: float | jax.Array
-    _: dataclasses.KW_ONLY
     variational: bool = False
     broadcast_dims: Sequence[int] = ()
+    scale: bool = True
+
+    def __new__(cls, *positional: Any, **named: Any) -> "Dropout":
+        if positional or "keep_prob" not in named:
+            raise TypeError(
+                "Dropout takes the probability of keeping a unit, by name: "
+                "nn.Dropout(0.2) is Dropout(keep_prob=0.8)."
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_probability("keep_prob", self.keep_prob)
-        if not isinstance(self.variational, bool):
-            raise TypeError(f"variational must be True or False, got {self.variational!r}.")
-        if not isinstance(self.broadcast_dims, Sequence) or not all(
-            isinstance(dim, int) for dim in self.broadcast_dims
-        ):
-            raise TypeError(
-                f"broadcast_dims must be a sequence of ints such as (0,), "
-                f"got {self.broadcast_dims!r}."
-            )
+        check_shared(self.variational, self.broadcast_dims)
+        if not isinstance(self.scale, bool):
+            raise TypeError(f"scale must be True or False, got {self.scale!r}.")
         object.__setattr__(self, "broadcast_dims", tuple(self.broadcast_dims))
 
     @property
     def is_identity(self) -> bool:
         """True where `keep_prob` is the number 1: nothing is drawn and nothing is computed."""
-        return isinstance(self.keep_prob, Number) and self.keep_prob == 1
+        return isinstance(self.keep_prob, Number) and bool(self.keep_prob == 1)
+
+    @property
+    def scales(self) -> bool:
+        """True where a kept unit grows."""
+        return self.scale
 
     def draw_mask(self, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """Draws which units are kept.
@@ -100,16 +105,16 @@ class Dropout:
         del previous
         check_scalar("keep_prob", self.keep_prob)
         mask = jnp.broadcast_to(mask, value.shape).astype(bool)
-        if isinstance(self.keep_prob, Number) and self.keep_prob == 0:
+        # Half-precision values are divided in float32: 0.8 in bfloat16 is off by 0.1 %, which
+        # would bias every kept unit by as much.
+        wide = value.dtype if jnp.finfo(value.dtype).bits >= 32 else jnp.dtype(jnp.float32)
+        if isinstance(self.keep_prob, Number) and self.keep_prob < jnp.finfo(wide).tiny:
             return jnp.zeros_like(value)
         # Select first, scale second: a NaN in a dropped unit then reaches neither the gradient
         # of the value nor that of keep_prob.
         kept = jnp.where(mask, value, jnp.zeros((), value.dtype))
-        if isinstance(self.keep_prob, Number) and self.keep_prob == 1:
+        if self.is_identity or not self.scale:
             return kept
-        # Half-precision values are divided in float32: 0.8 in bfloat16 is off by 0.1 %, which
-        # would bias every kept unit by as much.
-        wide = value.dtype if jnp.finfo(value.dtype).bits >= 32 else jnp.dtype(jnp.float32)
         keep_prob = jnp.asarray(self.keep_prob).astype(wide)
         if not isinstance(self.keep_prob, Number):
             # At 0 there is nothing to divide, and above 1 nothing is dropped.
@@ -118,6 +123,17 @@ class Dropout:
         return (kept.astype(wide) / keep_prob).astype(value.dtype)
 
     def expected(self, value: jax.Array, previous: jax.Array | None = None) -> jax.Array:
-        """The value as it is."""
+        """The value as it is; with `scale=False`, times `keep_prob`."""
         del previous
-        return value
+        if self.scale or self.is_identity:
+            return value
+        check_scalar("keep_prob", self.keep_prob)
+        wide = value.dtype if jnp.finfo(value.dtype).bits >= 32 else jnp.dtype(jnp.float32)
+        return (value.astype(wide) * jnp.asarray(self.keep_prob).astype(wide)).astype(value.dtype)
+
+
+# `__new__` is there for its error alone.
+_named = inspect.signature(Dropout.__init__)
+Dropout.__signature__ = _named.replace(  # type: ignore[attr-defined]
+    parameters=[parameter for name, parameter in _named.parameters.items() if name != "self"]
+)

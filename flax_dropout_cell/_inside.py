@@ -1,0 +1,203 @@
+"""Sites that a cell has of its own: what it calls there, and the call of the cell itself."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ._random.keys import name_hash
+from ._sites import PyTree, shape_of
+
+try:
+    from jax.extend.core import get_opaque_trace_state
+except ImportError:  # before JAX 0.8
+    from jax.core import get_opaque_trace_state  # type: ignore[attr-defined, no-redef]
+
+Cell = Callable[..., tuple[Any, Any]]
+"""`cell(params, carry, x) -> (carry, y)`, any pytrees; `flax.linen.LSTMCell(64).apply` is one."""
+
+_OUR_CELLS = {
+    "recurrent": "lstm_cell and gru_cell",
+    "input_per_gate": "lstm_cell and gru_cell",
+    "recurrent_per_gate": "lstm_cell and gru_cell",
+    "candidate": "lstm_cell and gru_cell",
+    "memory": "lstm_cell",
+    "hidden": "lstm_cell and gru_cell",
+}
+
+
+def undisturbed(site: str, value: PyTree, previous: PyTree = None) -> PyTree:
+    """What a cell calls at its own sites where there is no noise: it gives the value back.
+
+    Make it the default of your cell's `disturb` argument, and call `disturb` wherever noise may
+    sit, in evaluation too.
+
+    Args:
+      site: the site's name, once in a step.
+      value: what the cell has there.
+      previous: what it had there at the step before, if a noise such as `Zoneout` is to mix it in.
+
+    Returns:
+      `value`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> def cell(params, h, x, *, disturb=fdc.undisturbed):
+      ...     h = h + disturb("candidate", jnp.tanh(x @ params))
+      ...     return h, h
+      >>> spec = fdc.RecurrentDropout(inside={"candidate": fdc.Dropout(keep_prob=0.75)})
+      >>> h, y = fdc.dropout_cell(
+      ...     jnp.ones((3, 8)), jnp.zeros((4, 8)), jnp.ones((4, 3)), jax.random.key(0), step=0,
+      ...     cell=cell, dropout=spec,
+      ... )
+      >>> y.shape
+      (4, 8)
+    """
+    del site, previous
+    return value
+
+
+def active(disturb: Callable[..., PyTree], site: str) -> bool:
+    """Whether noise sits at a site: a cell asks before it does work that only noise needs."""
+    if disturb is undisturbed:
+        return False
+    return getattr(disturb, "has", lambda site: True)(site)
+
+
+class Sites:
+    """What a cell gets as `disturb`: it passes values on to `noise`, and sees what goes wrong.
+
+    Args:
+      names: the sites that hold noise.
+      noise: `noise(site, value, previous) -> value`, called for these.
+    """
+
+    def __init__(self, names: frozenset[str], noise: Callable[[str, PyTree, PyTree], PyTree]):
+        self._names = names
+        self._noise = noise
+        self._trace = get_opaque_trace_state(convention="nnx")
+        self._called: list[str] = []
+        self._asked: set[str] = set()
+
+    def has(self, site: str) -> bool:
+        """Whether a site holds noise."""
+        self._asked.add(site)
+        return site in self._names
+
+    def __call__(self, site: str, value: PyTree, previous: PyTree = None) -> PyTree:
+        """The value, disturbed where the site holds noise."""
+        if not isinstance(site, str):
+            raise TypeError(
+                f"disturb takes a site's name first, then the value; got a {type(site).__name__}."
+            )
+        if get_opaque_trace_state(convention="nnx") != self._trace:
+            raise ValueError(
+                f"disturb({site!r}, ..) was called under a transformation that the cell itself "
+                f"opens, such as jax.vmap, jax.lax.scan, jax.checkpoint or jax.jit: all its rows "
+                f"or depths would share one mask. Call it outside, or vmap dropout_scan with a "
+                f"key for each row."
+            )
+        if site in self._called:
+            raise ValueError(
+                f"disturb({site!r}, ..) was called twice in a step, and both would get one mask; "
+                f"give each place a name of its own, such as {'0/' + site!r} and {'1/' + site!r}."
+            )
+        for other in self._called:
+            if name_hash(other) == name_hash(site):
+                raise ValueError(
+                    f"the sites {other!r} and {site!r} have one hash; rename one of them."
+                )
+        self._called.append(site)
+        return self._noise(site, value, previous) if site in self._names else value
+
+    def check_all_called(self) -> None:
+        """Refuses noise at a site that the cell has not."""
+        for site in sorted(self._names.difference(self._called)):
+            known = sorted({*self._called, *self._asked} - {site})
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            where = f" {_OUR_CELLS[site]} of this library has it." if site in _OUR_CELLS else ""
+            raise ValueError(
+                f"dropout.inside has noise at {site!r}, but the cell has no site of that name: "
+                f"{has}.{where}"
+            )
+
+
+def call_cell(
+    cell: Cell, params: PyTree, carry: PyTree, x: PyTree, sites: Sites | None = None
+) -> tuple[PyTree, PyTree]:
+    """Runs the cell, with `disturb=` where there are sites, and checks that it gives a pair."""
+    if sites is None:
+        result = cell(params, carry, x)
+    else:
+        result = _call_with_sites(cell, params, carry, x, sites)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"cell must return (carry, y), got {type(result).__name__}.")
+    return result
+
+
+def _call_with_sites(
+    cell: Cell, params: PyTree, carry: PyTree, x: PyTree, sites: Sites
+) -> tuple[PyTree, PyTree]:
+    if not _takes_disturb(cell):
+        raise _no_sites(sites)
+    try:
+        result = cell(params, carry, x, disturb=sites)
+    except TypeError as error:
+        # A Flax module's `apply` takes any keyword, and its `__call__` does not.
+        if "unexpected keyword argument 'disturb'" in str(error):
+            raise _no_sites(sites) from None
+        raise
+    sites.check_all_called()
+    return result
+
+
+def _takes_disturb(cell: Cell) -> bool:
+    try:
+        parameters = inspect.signature(cell).parameters
+    except (TypeError, ValueError):
+        return True
+    return "disturb" in parameters or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
+
+
+def _no_sites(sites: Sites) -> TypeError:
+    names = sorted(sites._names)
+    ours = {name: _OUR_CELLS[name] for name in names if name in _OUR_CELLS}
+    where = "".join(f" {cell} of this library has {name!r}." for name, cell in ours.items())
+    return TypeError(
+        f"dropout.inside has noise at {', '.join(map(repr, names))}, but the cell has no sites: it "
+        f"takes no argument `disturb`.{where} A cell of your own calls disturb(site, value) "
+        f"where noise may sit; see fdc.undisturbed."
+    )
+
+
+def trace_cell(
+    cell: Cell, params: PyTree, carry: PyTree, x: PyTree, names: frozenset[str]
+) -> tuple[PyTree, dict[str, PyTree]]:
+    """The shapes of a cell's output and of what stands at its sites `names`."""
+    seen: dict[str, PyTree] = {}
+
+    def note(site: str, value: PyTree, previous: PyTree) -> PyTree:
+        del previous
+        seen[site] = jax.tree.map(shape_of, value)
+        return value
+
+    leaves, structure = jax.tree.flatten((params, carry, x))
+
+    def run(arrays: list[Any]) -> PyTree:
+        pairs = zip(leaves, arrays, strict=True)
+        filled = [leaf if array is None else array for leaf, array in pairs]
+        sites = Sites(names, note) if names else None
+        params, carry, x = jax.tree.unflatten(structure, filled)
+        return call_cell(cell, params, carry, x, sites)[1]
+
+    # What is no array, such as an activation function among the weights, is not traced.
+    y = jax.eval_shape(run, [leaf if _is_traceable(leaf) else None for leaf in leaves])
+    return y, seen
+
+
+def _is_traceable(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)

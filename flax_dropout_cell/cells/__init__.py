@@ -1,0 +1,3 @@
+"""This library's cells: equations, weights, sites inside."""
+
+from .lstm import LSTMState as LSTMState
