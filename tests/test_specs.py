@@ -158,7 +158,7 @@ def test_construction_by_the_user_is_checked() -> None:
         fdc.RecurrentDropout(input=fdc.Dropout)
     with pytest.raises(TypeError, match=r"dropout.inside\['m'\] must hold noises .* got 0.5"):
         fdc.RecurrentDropout(inside={"m": 0.5})
-    with pytest.raises(TypeError, match="dropout.inside must be a dict"):
+    with pytest.raises(TypeError, match=r"dropout\.inside must be a dict"):
         fdc.RecurrentDropout(inside=fdc.Dropout(keep_prob=0.5))  # type: ignore
 
 
