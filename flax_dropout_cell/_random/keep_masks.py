@@ -49,7 +49,7 @@ def _draw(rng: jax.Array, limit: jax.Array, bits: int, shape: tuple[int, ...]) -
         mask = _split_words(draw_words(rng, words_shape), bits) < limit
     else:
         words = draw_words(rng, words_shape, lambda words: _mark_dropped(words, limit))
-        mask = jax.lax.bitcast_convert_type(words, jnp.uint8) == jnp.uint8(0)
+        mask = _bytes(words) == 0
     # No -1: a batch may have no rows.
     return mask.reshape(*rows, words_shape[-1] * 32 // bits)[..., :units].reshape(shape)
 
@@ -69,6 +69,15 @@ def _split_words(words: jax.Array, bits: int) -> jax.Array:
     words = jnp.broadcast_to(words[..., None], (*words.shape, per_word)).reshape(shape)
     places = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
     return (words >> (places % per_word * bits)) & (2**bits - 1)
+
+
+def _bytes(words: jax.Array) -> jax.Array:
+    """The four bytes of each word, lowest first, along an axis of their own."""
+    if all(isinstance(dim, int) for dim in words.shape):
+        return jax.lax.bitcast_convert_type(words, jnp.uint8)
+    # JAX exports no bitcast of a symbolic shape.
+    places = jax.lax.broadcasted_iota(jnp.uint32, (*words.shape, 4), words.ndim)
+    return (words[..., None] >> (places * 8)) & 0xFF
 
 
 def _drop_prob_in_24_bits(keep_prob: Number | jax.Array) -> jax.Array:
