@@ -1,7 +1,6 @@
 """What noise does at a site: draws a mask for each leaf, and puts it on the value there."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._inside import Sites
-from ._random.keys import fold_in, is_threefry, leaf_rng
+from ._random.keys import leaf_rng
+from ._rows import Rows, draw_rows, draws_by_row
 from ._sites import (
+    PARAMS,
     STATE,
     Leaf,
     Masks,
@@ -36,13 +37,13 @@ class Disturbance:
       dropout: which noise sits where.
       masks: the masks that are already drawn.
       rng: the step's key, typed. Without a key and without masks it is evaluation.
-      row_ids: ids `[*batch]` that rows draw by, or None where they draw by their place.
+      rows: what rows draw by; None where they draw by their place.
     """
 
     dropout: RecurrentDropout
     masks: Masks | None
     rng: jax.Array | None
-    row_ids: jax.Array | None = None
+    rows: Rows | None = None
 
     @property
     def evaluates(self) -> bool:
@@ -106,7 +107,7 @@ class Disturbance:
                 f"jax.random.key(0); got rng=None and no mask for it."
             )
         rng = site_rng(self.rng, site, index)
-        return draw_mask(site, noise, rng, value, self.row_ids)
+        return draw_mask(site, noise, rng, value, self.rows)
 
 
 def inside_names(dropout: RecurrentDropout) -> frozenset[str]:
@@ -115,21 +116,30 @@ def inside_names(dropout: RecurrentDropout) -> frozenset[str]:
 
 
 def draw_site(
-    site: Site, dropout: RecurrentDropout, value: PyTree, rng: jax.Array, row_ids: Any = None
+    site: Site,
+    dropout: RecurrentDropout,
+    value: PyTree,
+    rng: jax.Array,
+    rows: Rows | None = None,
+    *,
+    rows_alone: bool = False,
 ) -> PyTree:
-    """Draws a site's variational masks for a value, or for its shapes and dtypes."""
+    """Draws a site's variational masks for a value, or for its shapes and dtypes.
+
+    With `rows_alone` only the masks that each row has for itself.
+    """
     if not draws_once(site.of(dropout)):
         return None
+
+    def draw(index: int, leaf: Leaf) -> jax.Array | None:
+        if leaf.noise is None or not draws_once(leaf.noise):
+            return None
+        if rows_alone and rows is not None and not _by_row(site, leaf.noise, leaf.value, rows):
+            return None
+        return draw_mask(site, leaf.noise, site_rng(rng, site, index), leaf.value, rows)
+
     leaves, structure = line_up(site, dropout, None, value)
-    return jax.tree.unflatten(
-        structure,
-        [
-            draw_mask(site, leaf.noise, site_rng(rng, site, index), leaf.value, row_ids)
-            if leaf.noise is not None and draws_once(leaf.noise)
-            else None
-            for index, leaf in enumerate(leaves)
-        ],
-    )
+    return jax.tree.unflatten(structure, [draw(*pair) for pair in enumerate(leaves)])
 
 
 def site_rng(rng: jax.Array, site: Site, index: int) -> jax.Array:
@@ -139,15 +149,13 @@ def site_rng(rng: jax.Array, site: Site, index: int) -> jax.Array:
     return leaf_rng(rng, site.name, index)
 
 
-def draw_mask(
-    site: Site, noise: Noise, rng: jax.Array, leaf: Any, row_ids: jax.Array | None
-) -> jax.Array:
+def draw_mask(site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: Rows | None) -> jax.Array:
     """Draws one leaf's mask, and refuses one that does not fit it."""
     shape, dtype = tuple(np.shape(leaf)), dtype_of(leaf)
-    if row_ids is None or site.name == "params" or _shares_rows(noise, shape, row_ids.ndim):
-        mask = noise.draw_mask(rng, shape, dtype)
+    if rows is not None and _by_row(site, noise, leaf, rows):
+        mask = draw_rows(noise, rng, shape, dtype, rows)
     else:
-        mask = _draw_rows(noise, rng, shape, dtype, row_ids)
+        mask = noise.draw_mask(rng, shape, dtype)
     if not broadcasts(np.shape(mask), shape):
         raise ValueError(
             f"dropout.{site}: {type(noise).__name__}.draw_mask gave the shape {np.shape(mask)}, "
@@ -156,37 +164,14 @@ def draw_mask(
     return mask
 
 
-def _shares_rows(noise: Noise, shape: tuple[int, ...], batch_ndim: int) -> bool:
-    return any(dim % len(shape) < batch_ndim for dim in getattr(noise, "broadcast_dims", ()))
-
-
-def _draw_rows(
-    noise: Noise, rng: jax.Array, shape: tuple[int, ...], dtype: Any, row_ids: jax.Array
-) -> jax.Array:
-    """Draws each row's mask from the row's own key."""
-    batch_ndim = row_ids.ndim
-    dims = getattr(noise, "broadcast_dims", ())
-    if dims:
-        inner = tuple(dim % len(shape) - batch_ndim for dim in dims)
-        noise = dataclasses.replace(noise, broadcast_dims=inner)  # type: ignore[type-var]
-
-    def draw_row(row_id: jax.Array) -> jax.Array:
-        return noise.draw_mask(row_rng(rng, row_id), shape[batch_ndim:], dtype)
-
-    # JAX's rbg gives all rows of a vmap the bits of the first key.
-    draw_rows = jax.vmap(draw_row) if is_threefry(rng) else lambda ids: jax.lax.map(draw_row, ids)
-    rows = draw_rows(row_ids.reshape(math.prod(row_ids.shape)))
-    return rows.reshape(row_ids.shape + rows.shape[1:])
-
-
-def row_rng(rng: jax.Array, row_id: jax.Array) -> jax.Array:
-    """A row's key: the same for equal ids, whatever integer type they have."""
-    bits = jnp.iinfo(row_id.dtype).bits
-    low = row_id.astype(jnp.uint32)
-    high = row_id >> (32 if bits == 64 else bits - 1)
-    if bits < 64 and jnp.issubdtype(row_id.dtype, jnp.unsignedinteger):
-        high = jnp.zeros_like(row_id)
-    return fold_in(fold_in(rng, low), high.astype(jnp.uint32))
+def _by_row(site: Site, noise: Noise, leaf: Any, rows: Rows) -> bool:
+    shape = tuple(np.shape(leaf))
+    if site != PARAMS and shape[: len(rows.batch)] != rows.batch:
+        raise ValueError(
+            f"a value at {site} has shape {shape} at a step, which does not start with the batch "
+            f"dims of sequence_ids or resets, {rows.batch}."
+        )
+    return draws_by_row(str(site), noise, shape, len(rows.batch))
 
 
 def previous_leaves(site: Site, previous: PyTree, value: PyTree) -> list[Any]:

@@ -12,6 +12,14 @@ from ._disturb import Disturbance
 from ._inside import Cell
 from ._leaky import family_of, place_state
 from ._random.keys import as_rng, step_rng
+from ._rows import rows_by_id
+from ._sequences import (
+    RowMasks,
+    check_reset_carry,
+    plan_sequences,
+    select_rows,
+    start_anew,
+)
 from ._sites import (
     PARAMS,
     Leaf,
@@ -20,12 +28,21 @@ from ._sites import (
     RecurrentDropout,
     Site,
     draws_at_each_step,
+    draws_once,
     dtype_of,
     make_masks,
     pair_up,
     sites_of,
 )
-from ._step import as_ids, check_dropout, check_masks, check_step, draw_masks, run_step
+from ._step import (
+    as_rows,
+    check_dropout,
+    check_masks,
+    check_step,
+    draw_sites,
+    run_step,
+    site_values,
+)
 
 
 def dropout_scan(
@@ -38,6 +55,8 @@ def dropout_scan(
     dropout: RecurrentDropout,
     masks: Masks | None = None,
     seq_lengths: jax.typing.ArrayLike | None = None,
+    resets: jax.typing.ArrayLike | None = None,
+    reset_carry: PyTree = None,
     sequence_ids: jax.typing.ArrayLike | None = None,
     reverse: bool = False,
     start: int | jax.Array = 0,
@@ -67,8 +86,15 @@ def dropout_scan(
       seq_lengths: ints `[*batch]`. Past its length a row's carry stands still and its `ys` are
         zero, and what its `xs` hold there has no effect. Every leaf of the carry and of `ys`
         then starts with the batch dims.
-      sequence_ids: ints `[*batch]`. Each row then draws by its id instead of by its place, so its
-        masks do not depend on the batch that it is in. Equal ids, equal masks.
+      resets: bools `[time, *batch]`, in the order of `xs`. True marks a sequence's first step:
+        there the row's carry is `reset_carry`, and its variational masks are new. With `reverse`
+        each sequence starts at its own last step, with the same masks. Masks that rows share, of
+        weights or through `broadcast_dims`, belong to the whole call.
+      reset_carry: the carry at a reset, of the carry's structure; zeros by default.
+      sequence_ids: ints `[*batch]`, or `[time, *batch]` beside `resets`. A row then draws by its
+        id instead of by its place, so its masks do not depend on the batch that it is in, or on
+        what ran before. Equal ids, equal masks. An id that changes without a reset changes the
+        masks, not the carry. Without ids a reset at step s names the sequence: (s, place).
       reverse: run from the last step to the first; `ys` keep the order of `xs`.
       start: the absolute index of `xs[0]`, at least 0. A sequence that is cut in pieces, each
         run with the same `rng` and its own `start`, gives the uncut result.
@@ -101,44 +127,89 @@ def dropout_scan(
     rng = as_rng(rng)
     steps = _count_steps(xs)
     _check_start(start, steps)
-    row_ids = as_ids(sequence_ids)
     if seq_lengths is not None:
         seq_lengths = _check_seq_lengths(seq_lengths)
-        _check_batch_dims("carry", carry, seq_lengths)
+        _check_batch_dims("carry", carry, seq_lengths.shape, "seq_lengths")
+    sequences, ids = None, sequence_ids
+    if resets is not None:
+        sequences = plan_sequences(resets, sequence_ids, steps, reverse=reverse)
+        _check_batch_dims("carry", carry, sequences.begins.shape[1:], "resets")
+        reset_carry = check_reset_carry(reset_carry, carry)
+        ids = None if ids is None else sequences.names[-1 if reverse else 0]
+    elif reset_carry is not None:
+        raise ValueError("reset_carry was given without resets, which say where it goes.")
     dropout = place_state(dropout, carry, family_of(cell))
+    rows, row_masks = as_rows(ids), None
     if rng is not None:
         first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], dtype_of(leaf)), xs)
-        drawn = draw_masks(
-            params, carry, first, rng, cell=cell, dropout=dropout, sequence_ids=row_ids
-        )
+        values = site_values(params, carry, first, cell, dropout)
+        drawn = draw_sites(dropout, values, rng, rows)
         masks = drawn if masks is None else _fill_in(masks, drawn)
-    whole = Disturbance(dropout, masks, rng, row_ids)
+        if sequences is not None:
+            row_masks = RowMasks(
+                masks,
+                lambda rows: draw_sites(dropout, values, rng, rows, rows_alone=True),
+                sequences.names[0],
+                by_id=sequence_ids is not None,
+                start=start,
+            )
+    elif (
+        sequences is not None
+        and masks is not None
+        and draws_once(dataclasses.replace(dropout, params=None))
+    ):
+        raise ValueError("a reset draws new variational masks, so it needs rng; got rng=None.")
+    whole = Disturbance(dropout, masks, rng, rows)
     weights = whole(PARAMS, params, where=lambda leaf: not _is_fresh(whole, leaf))
 
-    def run_cell(carry: PyTree, index: jax.Array, x: PyTree) -> tuple[PyTree, PyTree]:
-        at_step = whole
+    def run_cell(
+        carry: PyTree, index: jax.Array, x: PyTree, at_step: Disturbance
+    ) -> tuple[PyTree, PyTree]:
         if rng is not None and draws_at_each_step(dropout):
             step = jnp.asarray(start).astype(jnp.uint32) + index
-            at_step = dataclasses.replace(whole, rng=step_rng(rng, step))
+            at_step = dataclasses.replace(at_step, rng=step_rng(rng, step))
         fresh = weights
         if draws_at_each_step(dropout.params) and not whole.evaluates:
             fresh = at_step(PARAMS, weights, where=lambda leaf: _is_fresh(whole, leaf))
         return run_step(fresh, carry, x, cell, at_step)
 
-    def step(carry: PyTree, indexed_x: tuple[jax.Array, PyTree]) -> tuple[PyTree, PyTree]:
-        index, x = indexed_x
+    def run_valid(
+        carry: PyTree, index: jax.Array, x: PyTree, at_step: Disturbance
+    ) -> tuple[PyTree, PyTree]:
         if seq_lengths is None:
-            return run_cell(carry, index, x)
+            return run_cell(carry, index, x, at_step)
         valid = index.astype(jnp.int32) < seq_lengths
         # Padding is blanked before the cell sees it: a NaN there would come back through the
         # gradient of the very result that is thrown away.
-        new_carry, y = run_cell(carry, index, _blank(x, valid))
-        _check_batch_dims("ys", y, seq_lengths)
-        stay = jax.tree.map(lambda new, old: _select(valid, new, old), new_carry, carry)
+        new_carry, y = run_cell(carry, index, _blank(x, valid), at_step)
+        _check_batch_dims("ys", y, seq_lengths.shape, "seq_lengths")
+        stay = jax.tree.map(lambda new, old: select_rows(valid, new, old), new_carry, carry)
         return stay, _blank(y, valid)
 
+    def step(running: Any, at: Any) -> tuple[Any, PyTree]:
+        index, x, now = at
+        if now is None:
+            carry, y = run_valid(running, index, x, whole)
+            return carry, y
+        carry, own, names = running
+        carry, at_step = start_anew(now.begins, carry, reset_carry), whole
+        if row_masks is not None:
+            own = row_masks.change(own, names, now.names)
+            at_step = dataclasses.replace(whole, masks=row_masks.fill(own))
+        if sequence_ids is not None:
+            at_step = dataclasses.replace(at_step, rows=rows_by_id(now.names))
+        carry, y = run_valid(carry, index, x, at_step)
+        return (carry, own, now.names), y
+
+    running = carry
+    if sequences is not None:
+        names = jnp.full_like(sequences.names[0], -1) if ids is None else jnp.asarray(ids)
+        running = (carry, None if row_masks is None else row_masks.first, names)
     indices = jnp.arange(steps, dtype=jnp.uint32)
-    return jax.lax.scan(step, carry, (indices, xs), reverse=reverse, unroll=unroll)
+    running, ys = jax.lax.scan(
+        step, running, (indices, xs, sequences), reverse=reverse, unroll=unroll
+    )
+    return (running if sequences is None else running[0]), ys
 
 
 def _is_fresh(disturbance: Disturbance, leaf: Leaf) -> bool:
@@ -169,13 +240,9 @@ def _blank(tree: PyTree, valid: jax.Array) -> PyTree:
     def blank(leaf: jax.Array) -> jax.Array:
         if leaf.shape[: valid.ndim] != valid.shape:
             return leaf
-        return _select(valid, leaf, jnp.zeros_like(leaf))
+        return select_rows(valid, leaf, jnp.zeros_like(leaf))
 
     return jax.tree.map(blank, tree)
-
-
-def _select(valid: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    return jnp.where(valid.reshape(valid.shape + (1,) * (new.ndim - valid.ndim)), new, old)
 
 
 def _count_steps(xs: PyTree) -> int:
@@ -196,12 +263,12 @@ def _check_seq_lengths(seq_lengths: Any) -> jax.Array:
     return seq_lengths.astype(jnp.int32)
 
 
-def _check_batch_dims(name: str, tree: PyTree, seq_lengths: jax.Array) -> None:
+def _check_batch_dims(name: str, tree: PyTree, batch: tuple[int, ...], of: str) -> None:
     for path, leaf in tree_leaves_with_path(tree):
-        if np.shape(leaf)[: seq_lengths.ndim] != seq_lengths.shape:
+        if np.shape(leaf)[: len(batch)] != batch:
             raise ValueError(
                 f"{name}{keystr(path)} has shape {np.shape(leaf)} at a step, which does not start "
-                f"with the shape of seq_lengths, {seq_lengths.shape}, the batch dims."
+                f"with the batch dims of {of}, {batch}."
             )
 
 

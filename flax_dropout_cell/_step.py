@@ -10,6 +10,7 @@ from ._disturb import Disturbance, draw_site, inside_names
 from ._inside import Cell, call_cell, trace_cell
 from ._leaky import family_of, place_state
 from ._random.keys import as_rng, step_rng
+from ._rows import Rows, rows_by_id
 from ._shown import shown
 from ._sites import (
     INPUT,
@@ -19,6 +20,7 @@ from ._sites import (
     Masks,
     PyTree,
     RecurrentDropout,
+    Site,
     draws_once,
     make_masks,
     sites_of,
@@ -89,7 +91,7 @@ def dropout_cell(
         check_step("step", step)
         rng = None if rng is None else step_rng(rng, step)
     dropout = place_state(dropout, carry, family_of(cell))
-    disturbance = Disturbance(dropout, masks, rng, as_ids(sequence_ids))
+    disturbance = Disturbance(dropout, masks, rng, as_rows(sequence_ids))
     return run_step(disturbance(PARAMS, params), carry, x, cell, disturbance)
 
 
@@ -148,24 +150,36 @@ def draw_masks(
     if key is None:
         raise ValueError("draw_masks needs a key such as jax.random.key(0), got rng=None.")
     dropout = place_state(dropout, carry, family_of(cell))
-    row_ids = as_ids(sequence_ids)
+    rows = as_rows(sequence_ids)
+    values = site_values(params, carry, x, cell, dropout)
+    return draw_sites(dropout, values, key, rows)
+
+
+def site_values(
+    params: PyTree, carry: PyTree, x: PyTree, cell: Cell, dropout: RecurrentDropout
+) -> Masks:
+    """The value at each site, or its shapes and dtypes, as far as variational masks need them."""
     y, inside = None, {}
     if draws_once(dropout.output) or draws_once(dropout.inside):
         y, inside = trace_cell(cell, params, carry, x, inside_names(dropout))
-    return draw_sites(dropout, Masks(params, x, carry, y, inside), key, row_ids)
+    return Masks(params, x, carry, y, inside)
 
 
 def draw_sites(
-    dropout: RecurrentDropout, values: Masks, rng: jax.Array, row_ids: jax.Array | None = None
+    dropout: RecurrentDropout,
+    values: Masks,
+    rng: jax.Array,
+    rows: Rows | None = None,
+    *,
+    rows_alone: bool = False,
 ) -> Masks:
     """Draws the variational masks for `values`: each site's value, or its shapes and dtypes."""
+
+    def draw(site: Site) -> PyTree:
+        return draw_site(site, dropout, site.of(values), rng, rows, rows_alone=rows_alone)
+
     with jax.named_scope("draw_masks"):
-        return make_masks(
-            {
-                site: draw_site(site, dropout, site.of(values), rng, row_ids)
-                for site in sites_of(values)
-            }
-        )
+        return make_masks({site: draw(site) for site in sites_of(values)})
 
 
 def check_dropout(dropout: Any) -> None:
@@ -198,10 +212,13 @@ def check_step(name: str, step: Any) -> None:
         raise ValueError(f"{name} must be at least 0 and below 2**31, got {step}.")
 
 
-def as_ids(sequence_ids: Any) -> jax.Array | None:
+def as_rows(sequence_ids: Any) -> Rows | None:
     """Checks the ids that rows draw by."""
-    if sequence_ids is None:
-        return None
+    return None if sequence_ids is None else rows_by_id(check_ids(sequence_ids))
+
+
+def check_ids(sequence_ids: Any) -> jax.Array:
+    """Refuses ids that are no ints."""
     sequence_ids = jnp.asarray(sequence_ids)
     if not jnp.issubdtype(sequence_ids.dtype, jnp.integer):
         raise TypeError(f"sequence_ids must be ints, got {sequence_ids.dtype}.")

@@ -1,0 +1,269 @@
+"""Several sequences in one scan: resets, ids, and masks that an actor and a learner share."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_dropout_cell as fdc
+
+T, B, D, H = 12, 4, 3, 64
+PARAMS = {
+    "in": jax.random.normal(jax.random.key(0), (D, H)),
+    "rec": jax.random.normal(jax.random.key(1), (H, H)) / 8,
+}
+XS = jax.random.normal(jax.random.key(2), (T, B, D))
+RESETS = jnp.zeros((T, B), bool).at[[4, 7, 7, 0], [0, 0, 2, 3]].set(True)
+NOISES = {
+    "variational": fdc.Dropout(keep_prob=0.7, variational=True),
+    "step": fdc.Dropout(keep_prob=0.7),
+}
+noises = pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES)
+impls = pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+
+
+def cell(params, carry, x, *, disturb=fdc.undisturbed):
+    """Shows the masks of its input and of its site inside, and a state that runs on."""
+    ones, h = jnp.ones((*x.shape[:-1], H)), carry["h"]
+    z = x @ params["in"] + h @ params["rec"]
+    new = {"h": jnp.tanh(z), "seen": ones}
+    return new, {"h": new["h"], "inside": disturb("a", ones), "state": carry["seen"], "out": ones}
+
+
+def first_carry(batch=B):
+    return {"h": jnp.full((batch, H), 0.5), "seen": jnp.ones((batch, H))}
+
+
+def spec_of(noise) -> fdc.RecurrentDropout:
+    return fdc.RecurrentDropout(
+        input=noise,
+        state={"h": noise, "seen": noise},
+        output={"h": None, "inside": None, "state": None, "out": noise},
+        inside={"a": noise},
+        params={"in": None, "rec": noise},
+    )
+
+
+def scan(noise, xs=XS, rng=None, carry=None, **options) -> Any:
+    rng = jax.random.key(9) if rng is None else rng
+    carry = first_carry(xs.shape[1]) if carry is None else carry
+    spec = spec_of(noise) if isinstance(noise, fdc.Dropout) else noise
+    return fdc.dropout_scan(PARAMS, carry, xs, rng, cell=cell, dropout=spec, **options)
+
+
+def assert_same(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def cut(tree, where) -> Any:
+    return jax.tree.map(lambda leaf: leaf[where], tree)
+
+
+def assert_close(a, b) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), a, b)
+
+
+@noises
+def test_no_reset_is_no_change(noise) -> None:
+    assert_same(scan(noise, resets=jnp.zeros((T, B), bool)), scan(noise))
+
+
+@noises
+def test_a_reset_starts_the_row_anew_and_no_other(noise) -> None:
+    carry, ys = scan(noise, resets=RESETS)
+    _, whole = scan(noise)
+    assert_same(jax.tree.map(lambda y: y[:, 1], ys), jax.tree.map(lambda y: y[:, 1], whole))
+    np.testing.assert_array_equal(ys["state"][4, 0], 0)  # reset_carry is zeros
+    np.testing.assert_array_equal(ys["state"][0, 3], 0)
+    for name in ("inside", "out"):
+        masks = ys[name] != 0
+        np.testing.assert_array_equal(masks[:4, 0], whole[name][:4, 0] != 0)
+        if noise.variational:
+            np.testing.assert_array_equal(masks[4:7, 0], np.broadcast_to(masks[4, 0], (3, H)))
+            spans = [masks[0, 0], masks[4, 0], masks[7, 0]]
+            assert all((a != b).mean() > 0.2 for a in spans for b in spans if a is not b)
+            assert (masks[7, 0] != masks[7, 2]).mean() > 0.2  # places differ
+        else:
+            np.testing.assert_array_equal(masks, whole[name] != 0)
+    filled = {"h": jnp.full((B, H), 2.0), "seen": jnp.full((B, H), 3.0)}
+    _, ys = scan(noise, resets=RESETS, reset_carry=filled)
+    np.testing.assert_array_equal(ys["state"][4, 0], 3)
+    assert carry["h"].shape == (B, H)
+
+
+@noises
+@pytest.mark.parametrize("by_id", [False, True])
+def test_backward_has_the_same_masks(noise, by_id) -> None:
+    ids = {"sequence_ids": RESETS.astype(int).cumsum(0) * B + jnp.arange(B)[None]} if by_id else {}
+    _, forward = scan(noise, resets=RESETS, **ids)
+    _, backward = scan(noise, resets=RESETS, reverse=True, **ids)
+    for name in ("inside", "out"):
+        np.testing.assert_array_equal(forward[name], backward[name])
+    # Row 0: the sequence of steps 4 to 6 starts at its own last step.
+    np.testing.assert_array_equal(backward["state"][6, 0], 0)
+    np.testing.assert_array_equal(backward["state"][3, 0], 0)
+    assert (backward["state"][T - 1, 0] == 1).all()
+
+
+@noises
+@impls
+def test_packed_documents_get_what_they_get_alone(noise, impl) -> None:
+    """Two documents in a row, padding behind them: each as if it ran by itself with its id."""
+    rng, spec = jax.random.key(4, impl=impl), spec_of(noise)
+    lengths, ids = (5, 7), (30, 11)
+    documents = [XS[:n, :1] + n for n in lengths]
+    zeros = jax.tree.map(jnp.zeros_like, first_carry(1))
+    if not noise.variational:  # by step as well: a document alone starts at step 0
+        documents, lengths, ids = documents[:1], lengths[:1], ids[:1]
+    packed = jnp.concatenate(documents)
+    starts = np.cumsum([0, *lengths[:-1]])
+    resets = jnp.zeros((len(packed), 1), bool).at[starts].set(True)
+    names = jnp.repeat(jnp.array(ids), jnp.array(lengths))[:, None]
+    _, ys = scan(spec, packed, rng, zeros, resets=resets, sequence_ids=names)
+    for document, start, name in zip(documents, starts, ids, strict=True):
+        _, alone = scan(spec, document, rng, zeros, sequence_ids=jnp.array([name]))
+        assert_close(cut(ys, slice(start, start + len(document))), alone)
+
+
+@noises
+@impls
+def test_an_actor_and_a_learner_see_the_same_masks(noise, impl) -> None:
+    """Two rollouts, step by step, with episodes that end inside them and run on between them.
+
+    The learner sees them whole, rows permuted: probability ratios are exactly 1.
+    """
+    rng, spec = jax.random.key(21, impl=impl), spec_of(noise)
+    done = jax.random.bernoulli(jax.random.key(3), 0.2, (2 * T, B))
+    done = done.at[T].set(False)  # episodes run on between the rollouts
+    ids = jnp.arange(B)[None] + B * done.astype(int).cumsum(0)
+    observations = jax.random.normal(jax.random.key(5), (2 * T, B, D))
+    options: Any = {"cell": cell, "dropout": spec}
+    zeros = jax.tree.map(jnp.zeros_like, first_carry())
+
+    @jax.jit
+    def act(carry, x, done, ids, step):
+        carry = jax.tree.map(lambda leaf: jnp.where(done[:, None], 0, leaf), carry)
+        masks = fdc.draw_masks(PARAMS, carry, x, rng, sequence_ids=ids, **options)
+        return fdc.dropout_cell(
+            PARAMS, carry, x, rng, step=step, masks=masks, sequence_ids=ids, **options
+        )
+
+    carry, ys, carries = zeros, [], []
+    for t in range(2 * T):
+        if t % T == 0:
+            carries.append(carry)
+        carry, y = act(carry, observations[t], done[t], ids[t], t)
+        ys.append(y)
+    acted = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
+
+    order = jnp.array([2, 0, 3, 1])
+    for rollout in range(2):
+        steps = slice(rollout * T, (rollout + 1) * T)
+        start_carry = jax.tree.map(lambda leaf: leaf[order], carries[rollout])
+        _, learned = jax.jit(
+            lambda carry, xs, resets, ids, start: scan(
+                spec, xs, rng, carry, resets=resets, sequence_ids=ids, start=start
+            )
+        )(
+            start_carry,
+            observations[steps, order],
+            done[steps, order],
+            ids[steps, order],
+            rollout * T,
+        )
+        theirs = cut(cut(acted, steps), (slice(None), order))
+        for name in ("inside", "state", "out"):
+            np.testing.assert_array_equal(learned[name], theirs[name])
+        assert_close(learned, theirs)
+
+
+def test_an_id_that_changes_without_a_reset_changes_masks_alone() -> None:
+    ids = jnp.zeros((T, B), int).at[6:].set(1)
+    _, ys = scan(NOISES["variational"], resets=jnp.zeros((T, B), bool), sequence_ids=ids)
+    np.testing.assert_array_equal(ys["inside"][5], ys["inside"][0])
+    assert (ys["inside"][6] != ys["inside"][5]).mean() > 0.2
+    assert (ys["state"][6] != 0).any()
+
+
+def test_masks_that_rows_share_belong_to_the_whole_call() -> None:
+    shared = fdc.Dropout(keep_prob=0.7, variational=True, broadcast_dims=(0,))
+    spec = fdc.RecurrentDropout(inside={"a": shared})
+    _, ys = scan(spec, resets=RESETS)
+    np.testing.assert_array_equal(ys["inside"], np.broadcast_to(ys["inside"][0, 0], (T, B, H)))
+    assert_same(
+        ys,
+        scan(spec, resets=RESETS, sequence_ids=jnp.zeros((T, B), int))[1] | {"state": ys["state"]},
+    )
+
+
+@noises
+def test_evaluation_resets_the_carry(noise) -> None:
+    _, ys = fdc.dropout_scan(
+        PARAMS, first_carry(), XS, None, cell=cell, dropout=spec_of(noise), resets=RESETS
+    )
+    np.testing.assert_array_equal(ys["state"][4, 0], 0)
+    np.testing.assert_array_equal(ys["inside"], 1)
+
+
+@noises
+def test_with_lengths(noise) -> None:
+    lengths = jnp.array([6, T, 9, 3])
+    carry, ys = scan(noise, resets=RESETS, seq_lengths=lengths)
+    _, whole = scan(noise, resets=RESETS)
+    for row, length in enumerate(map(int, lengths)):
+        valid, padding = (slice(length), row), (slice(length, None), row)
+        assert_close(cut(ys, valid), cut(whole, valid))
+        assert not any(leaf.any() for leaf in jax.tree.leaves(cut(ys, padding)))
+    assert jnp.isfinite(carry["h"]).all()
+
+
+def primitives(jaxpr, inside=()):
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        yield name, inside
+        for param in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda p: hasattr(p, "jaxpr") or hasattr(p, "eqns"),
+        ):
+            inner = getattr(param, "jaxpr", param)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner, (*inside, name))
+
+
+def test_new_masks_are_drawn_where_a_row_resets_and_nowhere_else() -> None:
+    def program(**options):
+        spec = spec_of(NOISES["variational"])
+        return jax.make_jaxpr(lambda rng: scan(spec, XS, rng, **options))(jax.random.key(0)).jaxpr
+
+    draws = [
+        i for name, i in primitives(program(resets=RESETS)) if name == "shift_left" and "scan" in i
+    ]
+    assert draws
+    assert all("cond" in where[where.index("scan") :] for where in draws)
+    plain = list(primitives(program()))
+    assert not [i for name, i in plain if name in ("cond", "shift_left") and "scan" in i]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"resets": jnp.zeros((T, B))}, TypeError, "resets must be bools"),
+        ({"resets": RESETS.T}, ValueError, r"resets must be \[time, \*batch\] with the 12 steps"),
+        ({"resets": RESETS[:, :2]}, ValueError, r"batch dims of resets, \(2,\)"),
+        ({"resets": RESETS, "sequence_ids": jnp.zeros(B, int)}, ValueError, "have a time axis too"),
+        ({"resets": RESETS, "sequence_ids": jnp.zeros((T, B))}, TypeError, "must be ints"),
+        ({"sequence_ids": jnp.zeros((T, B), int)}, ValueError, r"batch\s+dims of sequence_ids"),
+        ({"reset_carry": first_carry()}, ValueError, "without resets"),
+        ({"resets": RESETS, "reset_carry": 0.0}, ValueError, "reset_carry has the structure"),
+        (
+            {"resets": RESETS, "reset_carry": {"h": jnp.zeros(5), "seen": 0.0}},
+            ValueError,
+            r"reset_carry\['h'\] has shape \(5,\)",
+        ),
+    ],
+)
+def test_mistakes(options, error, text) -> None:
+    with pytest.raises(error, match=text):
+        scan(NOISES["variational"], **options)
