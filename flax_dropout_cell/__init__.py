@@ -9,6 +9,7 @@ import importlib as _importlib
 import importlib.metadata as _metadata
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from ._embedding import embedding_dropout as embedding_dropout
 from ._inside import Cell as Cell
 from ._inside import undisturbed as undisturbed
 from ._scan import dropout_scan as dropout_scan
