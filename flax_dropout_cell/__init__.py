@@ -12,6 +12,14 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from ._embedding import embedding_dropout as embedding_dropout
 from ._inside import Cell as Cell
 from ._inside import undisturbed as undisturbed
+from ._monte_carlo import Entropies as Entropies
+from ._monte_carlo import mc_entropies as mc_entropies
+from ._monte_carlo import mc_samples as mc_samples
+from ._regularization import activation_regularization as activation_regularization
+from ._regularization import concrete_regularization as concrete_regularization
+from ._regularization import (
+    temporal_activation_regularization as temporal_activation_regularization,
+)
 from ._scan import dropout_scan as dropout_scan
 from ._sites import Masks as Masks
 from ._sites import RecurrentDropout as RecurrentDropout
