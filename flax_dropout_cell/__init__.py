@@ -15,6 +15,8 @@ from ._inside import undisturbed as undisturbed
 from ._monte_carlo import Entropies as Entropies
 from ._monte_carlo import mc_entropies as mc_entropies
 from ._monte_carlo import mc_samples as mc_samples
+from ._paths import at_paths as at_paths
+from ._paths import recurrent_kernels as recurrent_kernels
 from ._regularization import activation_regularization as activation_regularization
 from ._regularization import concrete_regularization as concrete_regularization
 from ._regularization import (
