@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._random.keep_masks import drop_prob_in_24_bits
-from ._random.keys import as_typed, check_rng, fold_in, is_threefry
+from ._random.keys import as_rng, fold_in, is_threefry
 from ._random.threefry import threefry_2x32
 from .noises import Dropout
 from .noises.protocol import check_probability, check_scalar
@@ -59,7 +59,7 @@ def embedding_dropout(
     """
     noise = Dropout(keep_prob=keep_prob)
     check_scalar("keep_prob", keep_prob)
-    check_rng(rng)
+    rng = as_rng(rng)
     table, ids = jnp.asarray(table), jnp.asarray(ids)
     _check_lookup(table, ids, per_example)
     rows = jnp.take(table, ids, axis=0)
@@ -68,7 +68,7 @@ def embedding_dropout(
     with jax.named_scope("embedding_dropout"):
         types = jnp.where(ids < 0, ids + table.shape[0], ids).astype(jnp.uint32)
         drop = drop_prob_in_24_bits(keep_prob)
-        mask = _keep_types(as_typed(rng), types, drop, per_example)
+        mask = _keep_types(rng, types, drop, per_example)
         return noise.apply(mask.reshape(mask.shape + (1,) * (table.ndim - 1)), rows)
 
 

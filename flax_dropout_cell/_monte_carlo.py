@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ._random.keys import check_rng, fold_in, is_threefry
+from ._random.keys import as_rng, fold_in, is_threefry
 
 PyTree = Any
 
@@ -56,19 +56,19 @@ def mc_samples(
     """
     if not callable(predict):
         raise TypeError(f"predict must be a function of a key, got a {type(predict).__name__}.")
-    check_rng(rng)
-    if rng is None:
+    typed = as_rng(rng)
+    if typed is None:
         raise ValueError("mc_samples needs a key such as jax.random.key(0), got rng=None.")
     num_samples = _check_size("num_samples", num_samples)
     chunk_size = num_samples if chunk_size is None else _check_size("chunk_size", chunk_size)
-    if not is_threefry(rng):
+    if not is_threefry(typed):
         chunk_size = 1
     # As many chunks as are needed, of one size, so that the last one has few samples too many.
     num_chunks = -(-num_samples // chunk_size)
     chunk_size = -(-num_samples // num_chunks)
 
     def sample(index: jax.Array) -> PyTree:
-        return predict(fold_in(rng, index))
+        return predict(fold_in(typed, index))
 
     with jax.named_scope("mc_samples"):
         indices = jnp.arange(num_chunks * chunk_size, dtype=jnp.uint32)
