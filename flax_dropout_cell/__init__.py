@@ -28,8 +28,11 @@ from ._sites import RecurrentDropout as RecurrentDropout
 from ._step import draw_masks as draw_masks
 from ._step import dropout_cell as dropout_cell
 from .cells import LSTMState as LSTMState
+from .noises import ConcreteDropout as ConcreteDropout
 from .noises import Dropout as Dropout
+from .noises import GaussianNoise as GaussianNoise
 from .noises import Noise as Noise
+from .noises import Zoneout as Zoneout
 from .noises import register_noise as register_noise
 
 if _TYPE_CHECKING:

@@ -7,14 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._random.keep_masks import drop_prob_in_24_bits
-from ._random.keys import as_rng, fold_in, is_threefry
+from ._random.keys import EMBEDDING, as_rng, fold_in, is_threefry
 from ._random.threefry import threefry_2x32
 from .noises import Dropout
 from .noises.protocol import check_probability, check_scalar
-
-# A key that also goes to `dropout_scan`, whose steps and sites fold in other numbers, gives the
-# words masks of their own.
-_SLOT = np.uint32(2**32 - 1)
 
 
 def embedding_dropout(
@@ -75,7 +71,7 @@ def embedding_dropout(
 @functools.partial(jax.jit, static_argnums=3)
 def _keep_types(rng: jax.Array, types: jax.Array, drop: jax.Array, per_example: bool) -> jax.Array:
     """Draws a word per id, and keeps those whose first 24 bits are not below `drop`."""
-    rng = fold_in(_as_threefry(rng), _SLOT)
+    rng = fold_in(_as_threefry(rng), EMBEDDING)
     if per_example:
         words = jax.vmap(lambda row, types: _words(fold_in(rng, row), types))(
             jnp.arange(types.shape[0], dtype=jnp.uint32), types

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import flax_dropout_cell as fdc
-from flax_dropout_cell._embedding import _SLOT
+from flax_dropout_cell._random.keys import EMBEDDING
 
 TYPES, FEATURES = 40, 3
 KEEP_PROB = 0.7
@@ -66,7 +66,7 @@ def kept(ids: jax.Array, rng: jax.Array, *args: Any, **options: Any) -> np.ndarr
 @pytest.mark.parametrize("keep_prob", [0.5, 0.7, 1e-3, 1 - 2**-20])
 def test_a_type_has_one_word_and_its_first_24_bits_decide(keep_prob: float) -> None:
     rng = jax.random.key(3)
-    words = jax.random.bits(jax.random.fold_in(rng, _SLOT), (100_000,), jnp.uint32)
+    words = jax.random.bits(jax.random.fold_in(rng, EMBEDDING), (100_000,), jnp.uint32)
     wanted = np.asarray(words >> 8) >= 2**24 - round(float(np.float32(keep_prob)) * 2**24)
     got = kept(jnp.arange(100_000), rng, 100_000, keep_prob=keep_prob)
     np.testing.assert_array_equal(got, wanted)

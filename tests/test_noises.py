@@ -107,8 +107,8 @@ def test_a_number_is_static_and_an_array_is_data(name: str) -> None:
 
 @noises
 def test_copies_and_pickles(name: str) -> None:
-    noise = MAKE[name](variational=True, broadcast_dims=[-1])
-    assert copy.deepcopy(noise) == noise == pickle.loads(pickle.dumps(noise))
+    for noise in (MAKE[name](variational=True, broadcast_dims=[-1]), fdc.Dropout(keep_prob=0.5)):
+        assert copy.deepcopy(noise) == noise == pickle.loads(pickle.dumps(noise))
 
 
 @noises

@@ -7,6 +7,7 @@ import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.tree_util import keystr, tree_leaves_with_path
@@ -185,6 +186,50 @@ def test_an_unknown_cell_is_an_error_that_lists_its_weights() -> None:
     ) as raised:
         fdc.recurrent_kernels(NOISE).resolve({"in": jnp.ones(2), "rec": jnp.ones(2)})
     assert len(str(raised.value).splitlines()) <= 5
+
+
+# In the hosts ------------------------------------------------------------------------------------
+
+
+def run_core(params: Any, spec: fdc.RecurrentDropout, rng: jax.Array) -> Any:
+    zeros = jnp.zeros((2, UNITS))
+    xs, cell = jnp.ones((3, 2, IN)), nn.LSTMCell(UNITS).apply
+    return fdc.dropout_scan({"params": params}, (zeros, zeros), xs, rng, cell=cell, dropout=spec)[1]
+
+
+def run_linen(params: Any, spec: fdc.RecurrentDropout, rng: jax.Array) -> Any:
+    rnn = nn.RNN(fdc.linen.DropoutCell(nn.LSTMCell(UNITS), spec))
+    variables = {"params": {"cell": params}}
+    return rnn.apply(variables, jnp.ones((2, 3, IN)), rngs={"dropout": rng})
+
+
+def run_nnx(params: Any, spec: fdc.RecurrentDropout, rng: jax.Array) -> Any:
+    cell = nnx.LSTMCell(IN, UNITS, rngs=nnx.Rngs(0))
+    nnx.update(cell, params)
+    return nnx.RNN(fdc.nnx.DropoutCell(cell, spec, rngs=nnx.Rngs(dropout=rng)))(
+        jnp.ones((2, 3, IN))
+    )
+
+
+@pytest.mark.parametrize("host", ["core", "linen", "nnx"])
+@pytest.mark.parametrize("variational", [True, False])
+def test_in_every_host_they_are_the_prefix_that_they_resolve_to(
+    host: str, variational: bool
+) -> None:
+    run = {"core": run_core, "linen": run_linen, "nnx": run_nnx}[host]
+    if host == "nnx":
+        params = nnx_params(nnx.LSTMCell)
+    else:
+        cell = nn.LSTMCell(UNITS)
+        zeros = jnp.zeros((2, UNITS))
+        params = cell.init(jax.random.key(0), (zeros, zeros), jnp.ones((2, IN)))["params"]
+    noise = fdc.Dropout(keep_prob=0.5, variational=variational)
+    lazy, rng = fdc.recurrent_kernels(noise), jax.random.key(1)
+    written = lazy.resolve({"params": params} if host == "core" else params)
+    got = run(params, fdc.RecurrentDropout(params=lazy), rng)
+    np.testing.assert_array_equal(got, run(params, fdc.RecurrentDropout(params=written), rng))
+    bare = run(params, fdc.RecurrentDropout(), rng)
+    assert (np.asarray(got) != np.asarray(bare)).any()
 
 
 # As values ---------------------------------------------------------------------------------------
