@@ -9,16 +9,30 @@ import importlib as _importlib
 import importlib.metadata as _metadata
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from ._embedding import embedding_dropout as embedding_dropout
 from ._inside import Cell as Cell
 from ._inside import undisturbed as undisturbed
+from ._monte_carlo import Entropies as Entropies
+from ._monte_carlo import mc_entropies as mc_entropies
+from ._monte_carlo import mc_samples as mc_samples
+from ._paths import at_paths as at_paths
+from ._paths import recurrent_kernels as recurrent_kernels
+from ._regularization import activation_regularization as activation_regularization
+from ._regularization import concrete_regularization as concrete_regularization
+from ._regularization import (
+    temporal_activation_regularization as temporal_activation_regularization,
+)
 from ._scan import dropout_scan as dropout_scan
 from ._sites import Masks as Masks
 from ._sites import RecurrentDropout as RecurrentDropout
 from ._step import draw_masks as draw_masks
 from ._step import dropout_cell as dropout_cell
 from .cells import LSTMState as LSTMState
+from .noises import ConcreteDropout as ConcreteDropout
 from .noises import Dropout as Dropout
+from .noises import GaussianNoise as GaussianNoise
 from .noises import Noise as Noise
+from .noises import Zoneout as Zoneout
 from .noises import register_noise as register_noise
 
 if _TYPE_CHECKING:

@@ -65,6 +65,44 @@ SEQUENCES = {
 }
 
 
+def draw_other(impl: str, name: str) -> str:
+    """The masks of other noises, and the word types that an embedding keeps."""
+    rng = jax.random.key(2016, impl=impl)
+    shape = (3, 40)
+    if name == "Zoneout":
+        return as_hex(fdc.Zoneout(prob=0.05).draw_mask(rng, shape, jnp.float32))
+    if name == "GaussianNoise":
+        # In thousandths: the last bits depend on how a platform computes the inverse of erf.
+        deviates = fdc.GaussianNoise(stddev=1.0).draw_mask(rng, shape, jnp.float32)
+        return np.round(1000 * np.asarray(deviates)).astype("<i2").tobytes().hex()
+    if name == "ConcreteDropout":
+        uniform = fdc.ConcreteDropout(logit=0.0).draw_mask(rng, shape, jnp.float32)
+        return np.asarray(uniform).astype("<f4").tobytes().hex()
+    ids, per_example = jnp.arange(120).reshape(shape), name == "embedding, per example"
+    rows = fdc.embedding_dropout(
+        jnp.ones((120, 1)), ids, rng, keep_prob=0.7, per_example=per_example
+    )
+    return as_hex(rows > 0)
+
+
+OTHERS = {
+    f"{impl}, {name}": (impl, name)
+    for impl in IMPLS
+    for name in (
+        "Zoneout",
+        "GaussianNoise",
+        "ConcreteDropout",
+        "embedding",
+        "embedding, per example",
+    )
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_noise_draws_what_it_drew(name: str) -> None:
+    assert draw_other(*OTHERS[name]) == json.loads(FILE.read_text())[name]
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_is_what_it_was(name: str) -> None:
     assert draw(*MASKS[name]) == json.loads(FILE.read_text())[name]
@@ -76,10 +114,11 @@ def test_a_sequence_has_the_masks_that_it_had(name: str) -> None:
 
 
 def test_the_file_holds_no_others() -> None:
-    assert set(json.loads(FILE.read_text())) == {*MASKS, *SEQUENCES}
+    assert set(json.loads(FILE.read_text())) == {*MASKS, *SEQUENCES, *OTHERS}
 
 
 if __name__ == "__main__":
     masks = {name: draw(*arguments) for name, arguments in MASKS.items()}
     masks |= {name: draw_sequence(*arguments) for name, arguments in SEQUENCES.items()}
+    masks |= {name: draw_other(*arguments) for name, arguments in OTHERS.items()}
     FILE.write_text(json.dumps(masks, indent=2) + "\n")

@@ -37,7 +37,7 @@ def draw_keep_mask(
     if bits < 8:
         limit = jnp.uint32(float(keep_prob) * 2**bits)
     else:
-        limit = _drop_prob_in_24_bits(keep_prob)
+        limit = drop_prob_in_24_bits(keep_prob)
     return _draw(as_typed(rng), limit, bits, tuple(shape))
 
 
@@ -80,7 +80,7 @@ def _bytes(words: jax.Array) -> jax.Array:
     return (words[..., None] >> (places * 8)) & 0xFF
 
 
-def _drop_prob_in_24_bits(keep_prob: Number | jax.Array) -> jax.Array:
+def drop_prob_in_24_bits(keep_prob: Number | jax.Array) -> jax.Array:
     # Through float32 for numbers too, so that a number and its traced value give one mask.
     if isinstance(keep_prob, Number):
         keep = np.round(np.float32(keep_prob) * np.float32(2**24))

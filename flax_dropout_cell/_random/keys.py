@@ -5,6 +5,7 @@ A draw's key depends on the sequence's key, the step, the site and the leaf, and
     step t                  fold_in(rng, t), with t below 2**31
     site s, leaf i          fold_in(step or sequence key, 2**31 + s * 2**28 + i)
     site inside, leaf i     the same for the slot `inside` and leaf 0, then the name, then i
+    word types              fold_in(rng, EMBEDDING)
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from .threefry import threefry_2x32
 # Steps stay below the first site, so a mask for the sequence never shares a key with one for a
 # step. The order is part of the random stream.
 _FIRST_SITE = 2**31
+EMBEDDING = np.uint32(2**32 - 1)
 _SITES = ("params", "input", "state", "output", "inside")
 
 

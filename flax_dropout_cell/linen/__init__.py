@@ -10,4 +10,5 @@ ride in the carry, with the key that each step derives its own from.
 
 from .._flax.carry import DropoutCarry as DropoutCarry
 from .dropout_cell import DropoutCell as DropoutCell
+from .embed import Embed as Embed
 from .tensorflow import RNNCellDropoutWrapper as RNNCellDropoutWrapper

@@ -50,7 +50,7 @@ class Dropout:
     scale: bool = True
 
     def __new__(cls, *positional: Any, **named: Any) -> "Dropout":
-        if positional or "keep_prob" not in named:
+        if positional or (named and "keep_prob" not in named):  # copies are made without any
             raise TypeError(
                 "Dropout takes the probability of keeping a unit, by name: "
                 "nn.Dropout(0.2) is Dropout(keep_prob=0.8)."

@@ -1,0 +1,110 @@
+"""Concrete dropout: dropout whose probability is learned."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .arguments import as_wide, by_name, check_number, wide_dtype
+from .protocol import check_scalar, check_shared, register_noise, shared_shape
+
+
+@by_name("ConcreteDropout(logit=params['logit'])")
+@register_noise
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConcreteDropout:
+    """Dropout with a probability that gradients can learn, `p = sigmoid(logit)` of DROPPING a unit.
+
+    Gal, Hron and Kendall 2017, arXiv:1705.07832, equation 5: the mask is a uniform deviate u, and
+    a unit is multiplied by `(1 - z) / (1 - p)`, where
+    `z = sigmoid((logit + log u - log(1 - u)) / temperature)` is close to 0 or 1. Add
+    `concrete_regularization` to the loss: the likelihood alone pulls p to 0. In evaluation the
+    value comes back as it is.
+
+    Args:
+      logit: log(p / (1 - p)), a scalar array to learn it, or a number.
+      temperature: above 0; the lower, the closer to dropout and the steeper the gradients. The
+        paper's is 0.1.
+      variational: one draw for all steps of a sequence instead of a fresh one at each.
+      broadcast_dims: the value's dims over which one draw is shared.
+
+    Raises:
+      ValueError: `logit` is a number that is not finite, or `temperature` one that is not above 0.
+      TypeError: an argument has the wrong type, or came without its name.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> def loss(logit):
+      ...     noise = fdc.ConcreteDropout(logit=logit)
+      ...     mask = noise.draw_mask(jax.random.key(0), (4, 8), "float32")
+      ...     return (noise.apply(mask, jnp.ones((4, 8))) ** 2).mean()
+      >>> jax.grad(loss)(jnp.float32(-2.0)).shape
+      ()
+    """
+
+    logit: float | jax.Array
+    temperature: float | jax.Array = 0.1
+    variational: bool = False
+    broadcast_dims: Sequence[int] = ()
+
+    scales = True
+
+    def __post_init__(self) -> None:
+        check_number("logit", self.logit)
+        check_number("temperature", self.temperature, least=0, above=True)
+        check_shared(self.variational, self.broadcast_dims)
+        object.__setattr__(self, "broadcast_dims", tuple(self.broadcast_dims))
+
+    def draw_mask(self, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """Draws uniform deviates.
+
+        Args:
+          rng: a typed or raw key.
+          shape: the value's shape.
+          dtype: the value's dtype. For half precision the deviates are float32 all the same:
+            rounded, many of them would be 1.
+
+        Returns:
+          A real array of numbers between 0 and 1, of shape `shape` with 1 in each of
+          `broadcast_dims`.
+        """
+        real = jnp.finfo(wide_dtype(dtype)).dtype
+        shape = shared_shape(shape, self.broadcast_dims)
+        # Above 0, so that its logarithm is finite.
+        return jax.random.uniform(rng, shape, real, minval=jnp.finfo(real).tiny)
+
+    def apply(
+        self, mask: jax.Array, value: jax.Array, previous: jax.Array | None = None
+    ) -> jax.Array:
+        """`value * (1 - z) / (1 - p)`; a unit whose factor rounds to 0 is exactly 0.
+
+        Args:
+          mask: uniform deviates that broadcast to `value`.
+          value: a floating-point or complex array.
+          previous: not used.
+
+        Returns:
+          An array of the value's shape and dtype.
+        """
+        del previous
+        check_scalar("logit", self.logit)
+        check_scalar("temperature", self.temperature)
+        wide = wide_dtype(value.dtype)
+        real = jnp.finfo(wide).dtype
+        logit, uniform = as_wide(self.logit, real), mask.astype(real)
+        relaxed = logit + jnp.log(uniform) - jnp.log1p(-uniform)
+        # As a difference of logarithms, for 1 - p may round to 0.
+        log_kept = jax.nn.log_sigmoid(-relaxed / as_wide(self.temperature, real))
+        factor = jnp.exp(log_kept - jax.nn.log_sigmoid(-logit))
+        factor = jnp.broadcast_to(factor, value.shape)
+        # Select first: what a dropped unit holds, NaN included, goes neither forward nor backward.
+        kept = jnp.where(factor > 0, value, jnp.zeros((), value.dtype))
+        return (kept.astype(wide) * factor.astype(wide)).astype(value.dtype)
+
+    def expected(self, value: jax.Array, previous: jax.Array | None = None) -> jax.Array:
+        """The value as it is."""
+        del previous
+        return value

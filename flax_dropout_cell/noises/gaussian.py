@@ -1,0 +1,94 @@
+"""Added Gaussian noise."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._random.keep_masks import Number
+from .arguments import as_wide, by_name, check_number, wide_dtype
+from .protocol import check_scalar, check_shared, register_noise, shared_shape
+
+
+@by_name("GaussianNoise(stddev=0.1)")
+@register_noise
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GaussianNoise:
+    """Adds a normal deviate of mean 0 and standard deviation `stddev`.
+
+    The mask is the standard normal deviate. At `params` with `variational=True` it is weight noise,
+    one draw per sequence (Graves 2011, *Practical Variational Inference for Neural Networks*;
+    Graves 2013, arXiv:1308.0850, section 4.2, with stddev 0.075). In evaluation the value comes
+    back as it is.
+
+    Args:
+      stddev: in the units of the value, at least 0, a number or a scalar array, which may be
+        traced. 0 is the identity and draws nothing.
+      variational: one draw for all steps of a sequence instead of a fresh one at each.
+      broadcast_dims: the value's dims over which one draw is shared.
+
+    Raises:
+      ValueError: `stddev` is a number below 0, or not finite.
+      TypeError: an argument has the wrong type, or `stddev` came without its name.
+
+    Example:
+      >>> import jax
+      >>> import flax_dropout_cell as fdc
+      >>> weight_noise = fdc.GaussianNoise(stddev=0.075, variational=True)
+      >>> weight_noise.draw_mask(jax.random.key(0), (32, 64), "float32").shape
+      (32, 64)
+    """
+
+    stddev: float | jax.Array
+    variational: bool = False
+    broadcast_dims: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        check_number("stddev", self.stddev, least=0)
+        check_shared(self.variational, self.broadcast_dims)
+        object.__setattr__(self, "broadcast_dims", tuple(self.broadcast_dims))
+
+    @property
+    def is_identity(self) -> bool:
+        """True where `stddev` is the number 0: nothing is drawn and nothing is computed."""
+        return isinstance(self.stddev, Number) and bool(self.stddev == 0)
+
+    def draw_mask(self, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """Draws standard normal deviates.
+
+        Args:
+          rng: a typed or raw key.
+          shape: the value's shape.
+          dtype: the value's dtype. Half-precision deviates are rounded from float32.
+
+        Returns:
+          An array of this dtype and of shape `shape`, with 1 in each of `broadcast_dims`.
+        """
+        shape = shared_shape(shape, self.broadcast_dims)
+        return jax.random.normal(rng, shape, wide_dtype(dtype)).astype(dtype)
+
+    def apply(
+        self, mask: jax.Array, value: jax.Array, previous: jax.Array | None = None
+    ) -> jax.Array:
+        """`value + stddev * mask`.
+
+        Args:
+          mask: standard normal deviates that broadcast to `value`.
+          value: a floating-point or complex array.
+          previous: not used.
+
+        Returns:
+          An array of the value's shape and dtype.
+        """
+        del previous
+        check_scalar("stddev", self.stddev)
+        wide = wide_dtype(value.dtype)
+        deviates = jnp.broadcast_to(mask, value.shape).astype(wide)
+        return (value.astype(wide) + as_wide(self.stddev, wide) * deviates).astype(value.dtype)
+
+    def expected(self, value: jax.Array, previous: jax.Array | None = None) -> jax.Array:
+        """The value as it is."""
+        del previous
+        return value

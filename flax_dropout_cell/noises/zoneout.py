@@ -1,0 +1,132 @@
+"""Zoneout: some units stay what they were."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._random.keep_masks import Number, draw_keep_mask
+from .arguments import as_wide, by_name, wide_dtype
+from .protocol import check_probability, check_scalar, check_shared, register_noise, shared_shape
+
+
+@by_name("Zoneout(prob=0.1)")
+@register_noise
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Zoneout:
+    """Lets a unit stay what it was at the step before, with probability `prob`.
+
+    Krueger et al. 2016, arXiv:1606.01305, equations 2 to 4: at each step a boolean mask is drawn,
+    True where the new value passes; nothing is scaled. In evaluation the value is the expectation,
+    `prob * previous + (1 - prob) * value`. It needs a site that has a value of the step before:
+    `state`, and inside a cell those that say it, such as `hidden` and `memory` of this library's.
+
+    Args:
+      prob: the probability of the OLD value, in [0, 1], a number or a scalar array, which may be
+        traced. 0 is the identity and draws nothing. An array's value is not checked: above 1 it
+        counts as 1, below 0 as 0.
+      variational: one mask for all steps. Units that it holds back never leave the first state,
+        which is seldom what is wanted.
+      broadcast_dims: the value's dims over which one mask is shared.
+
+    Raises:
+      ValueError: `prob` is a number outside [0, 1], or NaN.
+      TypeError: an argument has the wrong type, or `prob` came without its name.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> noise = fdc.Zoneout(prob=0.5)
+      >>> mask = noise.draw_mask(jax.random.key(0), (4, 8), "float32")
+      >>> noise.apply(mask, jnp.ones((4, 8)), jnp.zeros((4, 8))).shape
+      (4, 8)
+    """
+
+    prob: float | jax.Array
+    variational: bool = False
+    broadcast_dims: Sequence[int] = ()
+
+    needs_previous = True
+
+    def __post_init__(self) -> None:
+        check_probability("prob", self.prob)
+        check_shared(self.variational, self.broadcast_dims)
+        object.__setattr__(self, "broadcast_dims", tuple(self.broadcast_dims))
+
+    @property
+    def is_identity(self) -> bool:
+        """True where `prob` is the number 0: nothing is drawn and nothing is computed."""
+        return isinstance(self.prob, Number) and bool(self.prob == 0)
+
+    def draw_mask(self, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """Draws where the new value passes.
+
+        Args:
+          rng: a typed or raw key.
+          shape: the value's shape.
+          dtype: the value's dtype; the mask is boolean whatever it is.
+
+        Returns:
+          A boolean array of shape `shape`, with 1 in each of `broadcast_dims`.
+        """
+        del dtype
+        check_scalar("prob", self.prob)
+        # In float32 for numbers too, so that a number and its array give one mask.
+        if isinstance(self.prob, Number):
+            new = float(np.float32(1) - np.float32(self.prob))
+        else:
+            new = 1 - self.prob.astype(jnp.float32)
+        return draw_keep_mask(rng, new, shared_shape(shape, self.broadcast_dims))
+
+    def apply(
+        self, mask: jax.Array, value: jax.Array, previous: jax.Array | None = None
+    ) -> jax.Array:
+        """`value` where the mask is True, `previous` elsewhere.
+
+        Args:
+          mask: a boolean array that broadcasts to `value`.
+          value: the new value.
+          previous: what it was at the step before.
+
+        Returns:
+          An array of the value's shape and dtype.
+
+        Raises:
+          ValueError: there is no `previous`.
+        """
+        previous = _given(previous, value)
+        return jnp.where(jnp.broadcast_to(mask, value.shape).astype(bool), value, previous)
+
+    def expected(self, value: jax.Array, previous: jax.Array | None = None) -> jax.Array:
+        """`prob * previous + (1 - prob) * value`.
+
+        Args:
+          value: the new value.
+          previous: what it was at the step before.
+
+        Returns:
+          An array of the value's shape and dtype.
+
+        Raises:
+          ValueError: there is no `previous`.
+        """
+        if self.is_identity:
+            return value
+        previous = _given(previous, value)
+        check_scalar("prob", self.prob)
+        wide = wide_dtype(value.dtype)
+        old = jnp.clip(as_wide(self.prob, wide).real, 0, 1).astype(wide)
+        mixed = old * previous.astype(wide) + (1 - old) * value.astype(wide)
+        return mixed.astype(value.dtype)
+
+
+def _given(previous: jax.Array | None, value: jax.Array) -> jax.Array:
+    if previous is None:
+        raise ValueError(
+            "Zoneout needs the value of the step before, and there is none here. Put it at state, "
+            "or inside a cell at a site that says what it held before."
+        )
+    return jnp.broadcast_to(jnp.asarray(previous), value.shape).astype(value.dtype)
