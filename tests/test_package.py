@@ -11,7 +11,8 @@ import flax_dropout_cell.linen
 import flax_dropout_cell.nnx
 
 PUBLIC = {
-    "Cell", "Dropout", "Masks", "Noise", "RecurrentDropout",
+    "Cell", "Dropout", "GRUParams", "LSTMParams", "LSTMState", "Masks", "Noise",
+    "RecurrentDropout", "gru_cell", "init_gru", "init_lstm", "lstm_cell",
     "draw_masks", "dropout_cell", "dropout_scan",
 }  # fmt: skip
 
