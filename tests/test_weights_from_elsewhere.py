@@ -183,7 +183,8 @@ def test_a_haiku_gru_is_another_function() -> None:
         z, r, a = jnp.split(array, 3, -1)
         return jnp.concatenate([r, -z, a], -1)
 
-    params = fdc.GRUParams(*(regate(weights[name]) for name in ("w_i", "w_h", "b")), None)
+    w_i, w_h, b = (regate(weights[name]) for name in ("w_i", "w_h", "b"))
+    params = fdc.GRUParams(w_i, w_h, b, None)
     got, _ = fdc.gru_cell(params, h, inputs()[0])
     assert np.abs(got - want).max() > 0.05
     # Where nothing is reset, both are one function.
