@@ -27,7 +27,13 @@ from ._sites import Masks as Masks
 from ._sites import RecurrentDropout as RecurrentDropout
 from ._step import draw_masks as draw_masks
 from ._step import dropout_cell as dropout_cell
+from .cells import GRUParams as GRUParams
+from .cells import LSTMParams as LSTMParams
 from .cells import LSTMState as LSTMState
+from .cells import gru_cell as gru_cell
+from .cells import init_gru as init_gru
+from .cells import init_lstm as init_lstm
+from .cells import lstm_cell as lstm_cell
 from .noises import ConcreteDropout as ConcreteDropout
 from .noises import Dropout as Dropout
 from .noises import GaussianNoise as GaussianNoise

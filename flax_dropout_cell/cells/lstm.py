@@ -1,10 +1,170 @@
-"""The LSTM."""
+"""The LSTM: its equations, its weights, and its sites inside."""
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._inside import active, undisturbed
+from .gates import (
+    Activation,
+    Disturb,
+    add_bias,
+    check_shapes,
+    copy_per_gate,
+    init_kernels,
+    read_apart,
+    read_together,
+)
+
+
+class LSTMParams(NamedTuple):
+    """An LSTM's weights. Gates stand side by side in the order i, f, g, o.
+
+    Attributes:
+      input_kernel: `[in_features, 4 * features]`, what the gates read x with.
+      recurrent_kernel: `[features, 4 * features]`, what they read h with.
+      bias: `[4 * features]`.
+    """
+
+    input_kernel: jax.Array
+    recurrent_kernel: jax.Array
+    bias: jax.Array
+
 
 class LSTMState(NamedTuple):
-    """An LSTM's carry: its memory c and what it emits, h."""
+    """An LSTM's carry, in Flax's order; a plain `(c, h)` does as well.
+
+    Attributes:
+      c: the memory, `[*batch, features]`.
+      h: the last output, `[*batch, features]`.
+    """
 
     c: Any
     h: Any
+
+
+def init_lstm(
+    rng: jax.Array, in_features: int, features: int, dtype: Any = jnp.float32
+) -> LSTMParams:
+    """An LSTM's first weights, distributed as Flax's.
+
+    Drawn once: input kernels LeCun normal, recurrent kernels orthogonal gate by gate; the bias is
+    zero.
+
+    Args:
+      rng: a key.
+      in_features: the size of x.
+      features: the size of c and h.
+      dtype: of the weights.
+
+    Returns:
+      `LSTMParams`.
+
+    Example:
+      >>> import jax
+      >>> import flax_dropout_cell as fdc
+      >>> params = fdc.init_lstm(jax.random.key(0), 3, 8)
+      >>> jax.tree.map(lambda leaf: leaf.shape, params)
+      LSTMParams(input_kernel=(3, 32), recurrent_kernel=(8, 32), bias=(32,))
+    """
+    kernels = init_kernels(rng, in_features, features, 4, dtype)
+    return LSTMParams(*kernels, jnp.zeros(4 * features, dtype))
+
+
+def lstm_cell(
+    params: LSTMParams, carry: Any, x: jax.Array, *, disturb: Disturb = undisturbed
+) -> tuple[Any, jax.Array]:
+    """One step of an LSTM, with sites inside.
+
+    The equations are those of `flax.linen.LSTMCell`: with `(i, f, g, o) = x W + h U + b`,
+    `c' = sigmoid(f) c + sigmoid(i) tanh(g)` and `h' = sigmoid(o) tanh(c')`. It draws nothing; noise
+    at `RecurrentDropout(inside={site: ..})` comes in through `disturb`, at these sites in order:
+
+    - `recurrent`: h as all gates read it, `[*batch, features]`.
+    - `input_per_gate`, `recurrent_per_gate`: x and h as each gate reads them,
+      `[*batch, 4, size]`.
+    - `candidate`: `tanh(g)`.
+    - `memory`: `c'`, before the output gate reads it, and carried on; `previous` is c.
+    - `hidden`: `h'`, emitted and carried on; `previous` is h.
+
+    A step is one matrix product, or one batched over the gates where a `*_per_gate` site has
+    noise.
+
+    Args:
+      params: `LSTMParams`.
+      carry: `LSTMState(c, h)` or a plain `(c, h)`, each `[*batch, features]`, with any number of
+        batch dims.
+      x: `[*batch, in_features]`.
+      disturb: what is called at each site, `disturb(site, value, previous=None) -> value`.
+
+    Returns:
+      `(carry, y)`: the carry as it came, LSTMState or tuple, with its dtypes; y is the new h.
+
+    Raises:
+      TypeError: the carry is no `(c, h)`.
+      ValueError: the shapes of weights, carry and x do not fit together.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> params = fdc.init_lstm(jax.random.key(0), 3, 8)
+      >>> carry = fdc.LSTMState(c=jnp.zeros((4, 8)), h=jnp.zeros((4, 8)))
+      >>> carry, y = fdc.lstm_cell(params, carry, jnp.ones((4, 3)))
+      >>> carry.c.shape, y.shape
+      ((4, 8), (4, 8))
+    """
+    return lstm_step(params, carry, x, disturb, jax.nn.sigmoid, jnp.tanh)
+
+
+def lstm_step(
+    params: LSTMParams,
+    carry: Any,
+    x: jax.Array,
+    disturb: Disturb,
+    gate_fn: Activation,
+    activation_fn: Activation,
+) -> tuple[Any, jax.Array]:
+    """`lstm_cell` with any activations, as Flax's cells have them."""
+    c, h = _check_carry(carry)
+    check_shapes("lstm_cell", params, h, x, 4)
+    i, f, g, o = _read(params, x, h.astype(x.dtype), disturb)
+    g = disturb("candidate", activation_fn(g))
+    # The carry keeps its dtype, as a scan needs, where weights and inputs are narrower.
+    i, f, g = (part.astype(c.dtype) for part in (gate_fn(i), gate_fn(f), g))
+    new_c = disturb("memory", f * c + i * g, c)
+    new_h = (gate_fn(o).astype(c.dtype) * activation_fn(new_c)).astype(h.dtype)
+    new_h = disturb("hidden", new_h, h)
+    new = (new_c, new_h)
+    return LSTMState(*new) if isinstance(carry, LSTMState) else type(carry)(new), new_h
+
+
+def _read(params: LSTMParams, x: jax.Array, h: jax.Array, disturb: Disturb) -> list[jax.Array]:
+    """What the four gates read, before their activations."""
+    h = disturb("recurrent", h)
+    kernel = jnp.concatenate([params.input_kernel, params.recurrent_kernel])
+    # Both are asked, so that whoever lists a cell's sites sees both.
+    sites = [active(disturb, site) for site in ("input_per_gate", "recurrent_per_gate")]
+    if any(sites):
+        x = copy_per_gate(disturb, "input_per_gate", x, 4)
+        h = copy_per_gate(disturb, "recurrent_per_gate", h, 4)
+    read = read_apart if any(sites) else read_together
+    return add_bias(read(jnp.concatenate([x, h], axis=-1), kernel, 4), params.bias)
+
+
+def _check_carry(carry: Any) -> tuple[jax.Array, jax.Array]:
+    if isinstance(carry, LSTMState) or (type(carry) in (tuple, list) and len(carry) == 2):
+        c, h = carry
+        if np.shape(c) == np.shape(h):
+            return c, h
+        raise ValueError(
+            f"lstm_cell wants c and h of one shape, got {list(np.shape(c))} and "
+            f"{list(np.shape(h))}."
+        )
+    # Another NamedTuple may well hold (h, c), as Haiku's does.
+    got = f"an array {list(np.shape(carry))}" if hasattr(carry, "shape") else type(carry).__name__
+    raise TypeError(
+        f"lstm_cell carries LSTMState(c, h) or a plain (c, h), got {got}; write "
+        f"LSTMState(c=.., h=..)."
+    )

@@ -9,6 +9,10 @@ ride in the carry, with the key that each step derives its own from.
 """
 
 from .._flax.carry import DropoutCarry as DropoutCarry
+from .cells import GRUCell as GRUCell
+from .cells import LSTMCell as LSTMCell
+from .cells import cell_params as cell_params
+from .cells import core_params as core_params
 from .dropout_cell import DropoutCell as DropoutCell
 from .embed import Embed as Embed
 from .tensorflow import RNNCellDropoutWrapper as RNNCellDropoutWrapper

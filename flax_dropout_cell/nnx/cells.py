@@ -1,0 +1,266 @@
+"""This library's cells as NNX cells, under the names that Flax gives their weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .._inside import undisturbed
+from ..cells.gates import Disturb
+from ..cells.gru import GRUParams, gru_step
+from ..cells.lstm import LSTMParams, lstm_step
+
+
+class LSTMCell(nnx.OptimizedLSTMCell):
+    """`nnx.OptimizedLSTMCell` with sites inside: `lstm_cell` under Flax's names.
+
+    Weights of `nnx.OptimizedLSTMCell` load as they are; those of `nnx.LSTMCell`, which has other
+    names, by `core_params` and `cell_params`. A step is one matrix product. It draws nothing of
+    its own: noise at its sites comes from `RecurrentDropout(inside={site: ..})`; `fdc.lstm_cell`
+    lists them.
+
+    Args:
+      in_features: the size of x.
+      hidden_features: the size of c and h. The other arguments are those of
+        `nnx.OptimizedLSTMCell`: gate_fn, activation_fn, kernel_init, recurrent_kernel_init,
+        bias_init, dtype, param_dtype, rngs and more.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> cell, x = fdc.nnx.LSTMCell(3, 8, rngs=nnx.Rngs(0)), jnp.ones((4, 3))
+      >>> carry = cell.initialize_carry(x.shape, nnx.Rngs(1))
+      >>> (c, h), y = cell(carry, x)
+      >>> c.shape, y.shape
+      ((4, 8), (4, 8))
+    """
+
+    def __call__(
+        self, carry: Any, inputs: jax.Array, *, disturb: Disturb = undisturbed
+    ) -> tuple[Any, jax.Array]:
+        """One step.
+
+        Args:
+          carry: `(c, h)`, or `LSTMState(c, h)`, each `[*batch, hidden_features]`.
+          inputs: `[*batch, in_features]`.
+          disturb: what is called at each site inside.
+
+        Returns:
+          `(carry, y)`: the carry as it came; y is the new h.
+        """
+        x, input_kernel, _ = _promote(self.dense_i, inputs)
+        _, recurrent_kernel, bias = _promote(self.dense_h, x)
+        params = LSTMParams(input_kernel, recurrent_kernel, bias)
+        return lstm_step(params, carry, x, disturb, self.gate_fn, self.activation_fn)
+
+
+class GRUCell(nnx.GRUCell):
+    """`nnx.GRUCell` with sites inside: `gru_cell` under Flax's names.
+
+    Weights of `nnx.GRUCell` load as they are. That cell lacks the second bias of n that linen's,
+    PyTorch's and Keras' GRUs have; `use_recurrent_bias=True` adds it, so that their weights fit.
+    A step is one matrix product for x and one for h. It draws nothing of its own: noise at its
+    sites comes from `RecurrentDropout(inside={site: ..})`; `fdc.gru_cell` lists them.
+
+    Args:
+      in_features: the size of x.
+      hidden_features: the size of h.
+      use_recurrent_bias: whether there is a `recurrent_bias`, `[hidden_features]`, zero at first,
+        beside the weights of `nnx.GRUCell`.
+      rngs: where the first weights come from.
+      **options: the other arguments of `nnx.GRUCell`: gate_fn, activation_fn, kernel_init,
+        recurrent_kernel_init, bias_init, dtype, param_dtype and more.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> cell, x = fdc.nnx.GRUCell(3, 8, rngs=nnx.Rngs(0)), jnp.ones((4, 3))
+      >>> h, y = cell(cell.initialize_carry(x.shape, nnx.Rngs(1)), x)
+      >>> y.shape
+      (4, 8)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        use_recurrent_bias: bool = False,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_features, hidden_features, rngs=rngs, **options)
+        self.recurrent_bias: Any = nnx.data(None)
+        if use_recurrent_bias:
+            self.recurrent_bias = nnx.Param(jnp.zeros(hidden_features, self.param_dtype))
+
+    def __call__(
+        self, carry: jax.Array, inputs: jax.Array, *, disturb: Disturb = undisturbed
+    ) -> tuple[jax.Array, jax.Array]:
+        """One step.
+
+        Args:
+          carry: h, `[*batch, hidden_features]`.
+          inputs: `[*batch, in_features]`.
+          disturb: what is called at each site inside.
+
+        Returns:
+          `(h, y)`: the new h, twice.
+        """
+        x, input_kernel, bias = _promote(self.dense_i, inputs)
+        _, recurrent_kernel, _ = _promote(self.dense_h, x)
+        recurrent_bias = None
+        if self.recurrent_bias is not None:
+            recurrent_bias = self.recurrent_bias[...].astype(recurrent_kernel.dtype)
+        params = GRUParams(input_kernel, recurrent_kernel, bias, recurrent_bias)
+        return gru_step(params, carry, x, disturb, self.gate_fn, self.activation_fn)
+
+
+def _promote(dense: nnx.Linear, x: jax.Array) -> Any:
+    """The input and a layer's weights in the dtype of the computation."""
+    bias = None if dense.bias is None else dense.bias[...]
+    return dense.promote_dtype((x, dense.kernel[...], bias), dtype=dense.dtype)
+
+
+def cell_params(params: LSTMParams | GRUParams, cell: nnx.RNNCellBase) -> dict[str, Any]:
+    """This library's weights as an NNX cell's variables, for `nnx.update`.
+
+    Args:
+      params: `LSTMParams` or `GRUParams`.
+      cell: an `LSTMCell` or `GRUCell` of this library or of Flax, or `nnx.OptimizedLSTMCell`.
+
+    Returns:
+      A dict of arrays, named as the cell's `nnx.Param`s are.
+
+    Raises:
+      TypeError: the cell is of another kind than the weights.
+      ValueError: the cell is of another size, or has no place for a `recurrent_bias`.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax
+      >>> import flax_dropout_cell as fdc
+      >>> cell = fdc.nnx.LSTMCell(3, 8, rngs=nnx.Rngs(0))
+      >>> params = fdc.init_lstm(jax.random.key(0), 3, 8)
+      >>> nnx.update(cell, fdc.nnx.cell_params(params, cell))
+      >>> bool((cell.dense_i.kernel[...] == params.input_kernel).all())
+      True
+    """
+    kind = _kind(cell)
+    if not isinstance(params, kind):
+        raise TypeError(
+            f"the weights of {type(cell).__name__} are {kind.__name__}, "
+            f"got {type(params).__name__}."
+        )
+    got = (params.input_kernel.shape[0], params.recurrent_kernel.shape[0])
+    wanted: tuple[int, int] = (cell.in_features, cell.hidden_features)  # type: ignore[attr-defined]
+    if got != wanted:
+        raise ValueError(
+            f"the cell is {wanted[0]} -> {wanted[1]}, but the weights are {got[0]} -> {got[1]}."
+        )
+    if isinstance(params, GRUParams):
+        return _gru_variables(params, cell)
+    if isinstance(cell, nnx.LSTMCell):
+        return _gates_apart(params)
+    return {
+        "dense_i": {"kernel": params.input_kernel},
+        "dense_h": {"kernel": params.recurrent_kernel, "bias": params.bias},
+    }
+
+
+def core_params(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> LSTMParams | GRUParams:
+    """An NNX cell's variables as this library's weights: the way back from `cell_params`.
+
+    Args:
+      variables: `nnx.state(cell)`, or a dict of arrays of the same names.
+      cell: an `LSTMCell` or `GRUCell` of this library or of Flax, or `nnx.OptimizedLSTMCell`.
+
+    Returns:
+      `LSTMParams` or `GRUParams`; of a GRU without a second bias, with recurrent_bias None.
+      `lstm_cell` and `gru_cell` have Flax's default activations, whatever the cell's are.
+
+    Raises:
+      TypeError: there are no such weights for the cell.
+      ValueError: the variables are not this cell's.
+
+    Example:
+      >>> from flax import nnx
+      >>> import flax_dropout_cell as fdc
+      >>> stock = nnx.LSTMCell(3, 8, rngs=nnx.Rngs(0))
+      >>> params = fdc.nnx.core_params(nnx.state(stock), stock)
+      >>> cell = fdc.nnx.LSTMCell(3, 8, rngs=nnx.Rngs(0))
+      >>> nnx.update(cell, fdc.nnx.cell_params(params, cell))
+      >>> cell.dense_i.kernel.shape
+      (3, 32)
+    """
+    kind = _kind(cell)
+    if isinstance(variables, nnx.State):
+        variables = nnx.to_pure_dict(variables)
+    try:
+        if kind is GRUParams:
+            inputs, recurrent = variables["dense_i"], variables["dense_h"]["kernel"]
+            return GRUParams(
+                inputs["kernel"], recurrent, inputs["bias"], variables.get("recurrent_bias")
+            )
+        if isinstance(cell, nnx.LSTMCell):
+            return _gates_together(variables)
+        recurrent = variables["dense_h"]
+        return LSTMParams(variables["dense_i"]["kernel"], recurrent["kernel"], recurrent["bias"])
+    except KeyError as error:
+        raise ValueError(
+            f"these are not the variables of {type(cell).__name__}: it has {error}, they are "
+            f"{', '.join(map(str, variables)) or 'none'}; give nnx.state(cell)."
+        ) from None
+
+
+_INPUTS, _RECURRENT = ("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho")
+"""The names in `nnx.LSTMCell`, gate by gate."""
+
+
+def _gates_apart(params: LSTMParams) -> dict[str, Any]:
+    inputs = jnp.split(params.input_kernel, 4, -1)
+    recurrent = jnp.split(params.recurrent_kernel, 4, -1)
+    apart = {name: {"kernel": kernel} for name, kernel in zip(_INPUTS, inputs, strict=True)}
+    for name, kernel, bias in zip(_RECURRENT, recurrent, jnp.split(params.bias, 4), strict=True):
+        apart[name] = {"kernel": kernel, "bias": bias}
+    return apart
+
+
+def _gates_together(variables: Mapping[str, Any]) -> LSTMParams:
+    def join(names: tuple[str, ...], leaf: str) -> jax.Array:
+        return jnp.concatenate([variables[name][leaf] for name in names], -1)
+
+    return LSTMParams(join(_INPUTS, "kernel"), join(_RECURRENT, "kernel"), join(_RECURRENT, "bias"))
+
+
+def _gru_variables(params: GRUParams, cell: nnx.RNNCellBase) -> dict[str, Any]:
+    variables: dict[str, Any] = {
+        "dense_i": {"kernel": params.input_kernel, "bias": params.bias},
+        "dense_h": {"kernel": params.recurrent_kernel},
+    }
+    bias = params.recurrent_bias
+    if getattr(cell, "recurrent_bias", None) is not None:
+        zeros = jnp.zeros_like(params.bias[: params.recurrent_kernel.shape[0]])
+        variables["recurrent_bias"] = zeros if bias is None else bias
+    elif bias is not None:
+        raise ValueError(
+            f"{type(cell).__name__} has no place for the weights' recurrent_bias: make it as "
+            f"fdc.nnx.GRUCell(.., use_recurrent_bias=True), or where the bias is zero give "
+            f"params._replace(recurrent_bias=None)."
+        )
+    return variables
+
+
+def _kind(cell: nnx.RNNCellBase) -> type[LSTMParams] | type[GRUParams]:
+    if isinstance(cell, nnx.LSTMCell | nnx.OptimizedLSTMCell):
+        return LSTMParams
+    if isinstance(cell, nnx.GRUCell):
+        return GRUParams
+    raise TypeError(
+        f"only LSTMCell, OptimizedLSTMCell and GRUCell have such weights, "
+        f"got {type(cell).__name__}."
+    )

@@ -1,0 +1,197 @@
+"""The published schemes: one layer of a stack each, as its paper has it.
+
+A layer's output is the next one's input, one wire: so `input_keep_prob` is for every layer and
+`output_keep_prob` for the last, whose output goes to what is no layer. The schemes with sites
+inside need a cell that has them, such as `lstm_cell` and the `LSTMCell` of `linen` and `nnx`.
+"""
+
+from typing import Any
+
+import jax
+
+from ._paths import recurrent_kernels
+from ._sites import RecurrentDropout
+from .noises import Dropout, Zoneout
+
+Probability = float | jax.Array
+
+
+def zaremba2014(
+    *, input_keep_prob: Probability, output_keep_prob: Probability = 1.0
+) -> RecurrentDropout:
+    """Dropout on what goes up, none on what goes on: Zaremba et al. 2014, arXiv:1409.2329.
+
+    Their equation for the gates reads `D(h_t^{l-1})` and `h_{t-1}^l`, where D is drawn at each
+    step. The paper has several configurations (keep probabilities of 0.5 and 0.35), so there is
+    no default.
+
+    Not in the spec: the dropout on the embedding is the `input` of the first layer, that before
+    the softmax the `output` of the last; the initial range, the clipping and the schedule.
+
+    Args:
+      input_keep_prob: for what each layer reads from below, in [0, 1].
+      output_keep_prob: for the last layer's output only.
+
+    Returns:
+      A `RecurrentDropout` for any cell.
+
+    Example:
+      >>> import flax_dropout_cell as fdc
+      >>> stack = [
+      ...     fdc.recipes.zaremba2014(input_keep_prob=0.5),
+      ...     fdc.recipes.zaremba2014(input_keep_prob=0.5, output_keep_prob=0.5),
+      ... ]
+      >>> stack[1].input.keep_prob, stack[1].input.variational
+      (0.5, False)
+    """
+    return RecurrentDropout(
+        input=Dropout(keep_prob=input_keep_prob), output=Dropout(keep_prob=output_keep_prob)
+    )
+
+
+def gal2016(
+    *,
+    input_keep_prob: Probability,
+    recurrent_keep_prob: Probability,
+    output_keep_prob: Probability = 1.0,
+    tied: bool = True,
+) -> RecurrentDropout:
+    """Variational dropout: Gal and Ghahramani 2016, arXiv:1512.05287, section 4.
+
+    One mask per sequence and row on what the gates read of x, and another on what they read of
+    h. Tied (equation 7 there) all gates read one `x z_x` and one `h z_h`; untied (equation 5)
+    each gate reads its own, so masks are `[*batch, gates, size]`. The paper searches for its
+    probabilities, so there is no default.
+
+    Not in the spec: dropout of whole word types (`embedding_dropout`), weight decay, and averaging
+    over samples at test time (`mc_samples`). The paper's code draws new masks for each window of
+    35 steps while the state goes on: so does every call of a layer.
+
+    Args:
+      input_keep_prob: for x, in [0, 1].
+      recurrent_keep_prob: for h as the gates read it; the h that is emitted stays whole.
+      output_keep_prob: for the last layer's output only.
+      tied: whether all gates share a mask.
+
+    Returns:
+      A `RecurrentDropout` for a cell with the sites `recurrent`, or if untied `input_per_gate`
+      and `recurrent_per_gate`.
+
+    Example:
+      >>> import flax_dropout_cell as fdc
+      >>> spec = fdc.recipes.gal2016(input_keep_prob=0.8, recurrent_keep_prob=0.7)
+      >>> spec.inside["recurrent"].keep_prob
+      0.7
+    """
+    reads_x = Dropout(keep_prob=input_keep_prob, variational=True)
+    reads_h = Dropout(keep_prob=recurrent_keep_prob, variational=True)
+    inside: dict[str, Any] = {"recurrent": reads_h}
+    if not tied:
+        inside = {"input_per_gate": reads_x, "recurrent_per_gate": reads_h}
+    return RecurrentDropout(
+        input=reads_x if tied else None,
+        inside=inside,
+        output=Dropout(keep_prob=output_keep_prob, variational=True),
+    )
+
+
+def semeniuta2016(
+    *,
+    candidate_keep_prob: Probability,
+    input_keep_prob: Probability = 1.0,
+    output_keep_prob: Probability = 1.0,
+) -> RecurrentDropout:
+    """Recurrent dropout without memory loss: Semeniuta et al. 2016, arXiv:1603.05118, section 3.
+
+    Dropout on what is added to the memory, and not on the memory: an LSTM's
+    `c' = f c + i D(g)`, a GRU's `h' = (1 - z) D(n) + z h`, where D is drawn at each step, as the
+    paper advises. It compares several probabilities, so there is no default.
+
+    Not in the spec: the paper's masks that are shared by the steps of a sequence, which are
+    `RecurrentDropout(inside={"candidate": Dropout(keep_prob=.., variational=True)})`.
+
+    Args:
+      candidate_keep_prob: for the candidate, g or n after its tanh, in [0, 1].
+      input_keep_prob: for what each layer reads from below, at each step.
+      output_keep_prob: for the last layer's output only.
+
+    Returns:
+      A `RecurrentDropout` for a cell with the site `candidate`.
+
+    Example:
+      >>> import flax_dropout_cell as fdc
+      >>> spec = fdc.recipes.semeniuta2016(candidate_keep_prob=0.75)
+      >>> spec.inside["candidate"].keep_prob
+      0.75
+    """
+    return RecurrentDropout(
+        input=Dropout(keep_prob=input_keep_prob),
+        inside={"candidate": Dropout(keep_prob=candidate_keep_prob)},
+        output=Dropout(keep_prob=output_keep_prob),
+    )
+
+
+def krueger2016(
+    *, cell_prob: Probability = 0.5, hidden_prob: Probability = 0.05
+) -> RecurrentDropout:
+    """Zoneout of an LSTM: Krueger et al. 2016, arXiv:1606.01305, section 3.
+
+    At each step a unit of c keeps its old value with probability `cell_prob`, and one of h with
+    `hidden_prob`; the output gate reads the new c, zoned out or not, and h is emitted as it is
+    carried on. Evaluation mixes old and new by these probabilities. The defaults are those of
+    the paper's character models; 0.15 and 0.15 are what it has for permuted MNIST.
+
+    Not in the spec: the recurrent batch normalization of the paper's best MNIST result, and the
+    dropout on the output that it adds for some. A GRU has one state, its h:
+    `RecurrentDropout(inside={"hidden": Zoneout(prob=..)})`.
+
+    Args:
+      cell_prob: for c, in [0, 1].
+      hidden_prob: for h.
+
+    Returns:
+      A `RecurrentDropout` for an LSTM with the site `hidden` and a state `(c, h)`.
+
+    Example:
+      >>> import flax_dropout_cell as fdc
+      >>> spec = fdc.recipes.krueger2016()
+      >>> spec.state[0].prob, spec.inside["hidden"].prob
+      (0.5, 0.05)
+    """
+    return RecurrentDropout(
+        state=(Zoneout(prob=cell_prob), None), inside={"hidden": Zoneout(prob=hidden_prob)}
+    )
+
+
+def merity2017(
+    *, weight_keep_prob: Probability = 0.5, input_keep_prob: Probability = 1.0
+) -> RecurrentDropout:
+    """Weight-drop, as in AWD-LSTM: Merity et al. 2017, arXiv:1708.02182, section 2.
+
+    DropConnect on the recurrent kernels, `M U / keep_prob`, with one mask for all rows and steps
+    of a call, drawn element by element; and one mask per sequence and row on what a layer reads
+    from below (their locked dropout, section 4.2). The default is the paper's for Penn Treebank and
+    WikiText-2; `input_keep_prob` differs from layer to layer there: 0.6 before the first one,
+    0.75 between them.
+
+    Not in the spec: the locked dropout on the last layer's output (0.6 kept there), dropout of
+    whole word types (`embedding_dropout`, 0.9 kept), AR and TAR
+    (`activation_regularization`, `temporal_activation_regularization`), weight decay, NT-ASGD.
+
+    Args:
+      weight_keep_prob: for each element of the recurrent kernels, in [0, 1].
+      input_keep_prob: for what each layer reads from below.
+
+    Returns:
+      A `RecurrentDropout` for a cell whose recurrent kernels `recurrent_kernels` knows.
+
+    Example:
+      >>> import flax_dropout_cell as fdc
+      >>> spec = fdc.recipes.merity2017(input_keep_prob=0.75)
+      >>> spec.params.noise.keep_prob, spec.input.keep_prob
+      (0.5, 0.75)
+    """
+    return RecurrentDropout(
+        params=recurrent_kernels(Dropout(keep_prob=weight_keep_prob, variational=True)),
+        input=Dropout(keep_prob=input_keep_prob, variational=True),
+    )
