@@ -380,7 +380,9 @@ class TestConfigs:
     def test_round_trip(self, cell, arguments) -> None:
         wrapper = RNNCellDropoutWrapper(cell, **arguments)
         config = wrapper.get_config()
-        again = RNNCellDropoutWrapper.from_config(json.loads(json.dumps(config)))
+        again = RNNCellDropoutWrapper.from_config(
+            json.loads(json.dumps(config)), trusted=(__name__,)
+        )
         assert again.get_config() == config
         assert type(again.cell) is type(cell)
         assert again.dropout_state_filter_visitor is wrapper.dropout_state_filter_visitor
@@ -469,7 +471,7 @@ def test_positional_order_is_tensorflows() -> None:
         "input_size": 3,
         "dtype": "float32",
         "seed": 5,
-        "dropout_state_filter_visitor": f"{__name__}:spare_everything",
+        "dropout_state_filter_visitor": {"import_path": f"{__name__}:spare_everything"},
         "broadcast_dims": [],
         "deterministic": False,
     }

@@ -8,6 +8,7 @@ import jax
 from .._sites import PyTree
 from ..noises import Noise
 from .carry import DropoutCarry
+from .describe import describe
 from .wrapper import CellWrapper
 
 Visitor = Callable[[Any], Any]
@@ -48,7 +49,7 @@ def visit_state(visitor: Visitor, state: PyTree) -> PyTree:
     if jax.tree_util.all_leaves([state]):
         if not isinstance(answer, bool):
             raise TypeError(
-                f"dropout_state_filter_visitor returned {answer!r} for an array; "
+                f"dropout_state_filter_visitor returned {describe(answer)} for an array; "
                 f"return True or False."
             )
         return answer
@@ -73,8 +74,8 @@ def _child_answers(answer: Any, structure: Any) -> list[bool]:
             else "no depth=1 structure of bools like the state's"
         )
         raise TypeError(
-            f"dropout_state_filter_visitor returned {answer!r}, {what}; return True, False or "
-            f"a structure of bools such as (False, True) for a state (c, h)."
+            f"dropout_state_filter_visitor returned {describe(answer)}, {what}; return True, "
+            f"False or a structure of bools such as (False, True) for a state (c, h)."
         )
     return answers
 
