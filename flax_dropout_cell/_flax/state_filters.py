@@ -23,7 +23,11 @@ def place_visited(
         return DropoutCarry(inner, None, None)
     answers = visit_state(visitor or leave_lstm_memory_alone, state)
     if visitor is None and all(jax.tree.leaves(answers)):
-        return wrapper._spare_lstm_memory(noise)
+        spared = wrapper._spare_lstm_memory(noise)
+        if spared is not noise:
+            return spared
+    # Leaf by leaf, for one noise on a state of several leaves is refused where it may explode,
+    # and TensorFlow puts it on all of them.
     return noise_where_true(noise, answers)
 
 
