@@ -428,6 +428,14 @@ def test_a_config_comes_back_as_it_was(host, name, make, marker) -> None:
     assert read(host, config, trusted=("my_project",)).get_config() == config
 
 
+def test_a_list_comes_back_as_a_tuple(marker) -> None:
+    my = importlib.import_module("my_project.cells")
+    holder = my.NnxHolder(nnx.GRUCell(3, 8, rngs=nnx.Rngs(0)), others=(1, (2, 3)))
+    config = json.loads(json.dumps(fdc.nnx.RNNCellDropoutWrapper(holder).get_config()))
+    again = read("nnx", config, trusted=("my_project",))
+    assert again.wrapped_cell.others == (1, (2, 3))
+
+
 def test_what_a_config_cannot_hold(marker) -> None:
     my = importlib.import_module("my_project.cells")
     for bad, text in (
