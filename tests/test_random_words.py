@@ -90,19 +90,3 @@ def rank_of_bits(rows: list[int]) -> int:
             low = pivot & -pivot
             rows = [row ^ pivot if row & low else row for row in rows]
     return rank
-
-
-@pytest.mark.parametrize(
-    ("keep_prob", "three", "four"), [(0.7, 1.4e-4, 3.8e-4), (0.9, 2.3e-5, 8.4e-5)]
-)
-def test_three_and_four_bytes_are_independent_to_what_the_docs_say(keep_prob, three, four) -> None:
-    """Sampled, to 5 sigma around the counts over all words."""
-    size = 2**22
-    words = jax.random.bits(jax.random.key(3), (size,), jnp.uint32)
-    drop = 2**24 - round(float(np.float32(keep_prob)) * 2**24)
-    dropped = np.asarray(jax.jit(_mark_dropped)(words, jnp.uint32(drop))).view(np.uint8)
-    kept = dropped.reshape(size, 4) == 0
-    for count, off in ((3, three), (4, four)):
-        probability = keep_prob**count + off
-        sigma = (probability * (1 - probability) / size) ** 0.5
-        assert abs(kept[:, :count].all(axis=1).mean() - probability) < 5 * sigma

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import flax_dropout_cell as fdc
+from flax_dropout_cell._flax.tensorflow import fold_seed
 from flax_dropout_cell.linen import RNNCellDropoutWrapper
 
 RNG = jax.random.key(2)
@@ -253,6 +254,10 @@ class Stack(nn.RNNCellBase):
         return tuple(self.pair(jnp.zeros(input_shape), jnp.zeros(input_shape)) for _ in range(2))
 
 
+# What today's seeds gave before larger ones were told apart.
+GOLDEN = {None: "69b8afda", 0: "1f99a0d4", 3: "de1971a5", -1: "426b767c", 2**40: "025d762c"}
+
+
 class TestSeeds:
     ARGUMENTS = {"input_keep_prob": 0.5, "variational_recurrent": True}  # noqa: RUF012
 
@@ -273,6 +278,38 @@ class TestSeeds:
             for other in masks[:index]:
                 assert (mask != other).any()
 
+    def test_seeds_of_any_size_differ(self) -> None:
+        """Those that differ by 2**64 too; in [-2**63, 2**63) they give the keys that they gave."""
+        seeds = [0, 1, -1, 2**31, 2**32 - 1, 2**32, -(2**32), 2**63 - 1, -(2**63)]
+        seeds += [2**63, -(2**63) - 1, 3**200, -(3**200)]
+        seeds += [seed + 2**64 for seed in seeds] + [seed - 2**64 for seed in seeds]
+        seeds = sorted({*seeds, *(seed + 2**96 for seed in seeds), *(2**128 - s for s in seeds)})
+        keys = {jax.random.key_data(fold_seed(RNG, seed)).tobytes() for seed in seeds}
+        assert len(keys) == len(seeds)
+        for seed in (0, 3, -1, -234987, 2**40, 2**63 - 1, -(2**63)):
+            words = np.uint32(seed % 2**32), np.uint32((seed >> 32) % 2**32)
+            wanted = jax.random.fold_in(jax.random.fold_in(RNG, words[0]), words[1])
+            assert (fold_seed(RNG, seed) == wanted).all()
+
+    @pytest.mark.parametrize(
+        "seed", [np.int32(-3), np.int64(-3), np.uint8(3), np.uint64(2**64 - 1), np.int64(-(2**63))]
+    )
+    def test_numpy_seeds_are_ints(self, seed) -> None:
+        assert (fold_seed(RNG, seed) == fold_seed(RNG, int(seed))).all()
+        wrapper = RNNCellDropoutWrapper(nn.GRUCell(3), seed=seed)
+        assert json.loads(json.dumps(wrapper.get_config()))["seed"] == int(seed)
+
+    def test_golden_masks_of_seeds(self) -> None:
+        masks = {
+            seed: np.packbits(
+                np.asarray(fdc.Dropout(keep_prob=0.5).draw_mask(fold_seed(RNG, seed), (32,), "f4"))
+            )
+            .tobytes()
+            .hex()
+            for seed in (None, 0, 3, -1, 2**40)
+        }
+        assert masks == GOLDEN
+
     def test_no_seed_freezes_a_mask_over_training_steps(self) -> None:
         assert (self.mask(3) != self.mask(3, rng=jax.random.key(9))).any()
 
@@ -282,6 +319,43 @@ class TestSeeds:
         rnn = nn.RNN(cell)
         kept = np.asarray(rnn.apply(rnn.init(RNG, xs), xs, rngs={"dropout": RNG})) != 0
         assert (kept != kept[:, :1]).any()
+
+
+class TestWhatExplodes:
+    """TensorFlow puts dropout on any state, and so does this wrapper."""
+
+    @pytest.mark.parametrize("variational", [True, False])
+    def test_a_gru_and_a_cell_of_ones_own_are_not_refused(self, variational) -> None:
+        class Pair(nn.RNNCellBase):
+            @nn.compact
+            def __call__(self, carry: Any, inputs: Any) -> Any:
+                c, h = carry
+                return (c + 1, h + 1), inputs
+
+            @nn.nowrap
+            def initialize_carry(self, rng: Any, input_shape: Any) -> Any:
+                return jnp.zeros(input_shape), jnp.zeros(input_shape)
+
+            @property
+            def num_feature_axes(self) -> int:
+                return 1
+
+        xs = jnp.ones((4, 5, 64))
+        for cell in (Pair(), nn.GRUCell(64), nn.MGUCell(64), nn.SimpleCell(64)):
+            wrapper = RNNCellDropoutWrapper(
+                cell, state_keep_prob=0.5, variational_recurrent=variational
+            )
+            rnn: Any = nn.RNN(wrapper, return_carry=True)
+            carry, _ = rnn.apply(rnn.init(RNG, xs), xs, rngs={"dropout": RNG})
+            for leaf in jax.tree.leaves(carry.cell_carry):
+                assert 0.3 < float((leaf == 0).mean()) < 0.7
+
+    def test_a_visitor_reaches_the_memory(self) -> None:
+        _, c, h = run(
+            RANDOM_STEPS, state_keep_prob=0.5, dropout_state_filter_visitor=lambda state: True
+        )
+        assert 0 < (c == 0).mean() < 1
+        assert 0 < (h == 0).mean() < 1
 
 
 class TestSizes:
@@ -380,7 +454,9 @@ class TestConfigs:
     def test_round_trip(self, cell, arguments) -> None:
         wrapper = RNNCellDropoutWrapper(cell, **arguments)
         config = wrapper.get_config()
-        again = RNNCellDropoutWrapper.from_config(json.loads(json.dumps(config)))
+        again = RNNCellDropoutWrapper.from_config(
+            json.loads(json.dumps(config)), trusted=(__name__,)
+        )
         assert again.get_config() == config
         assert type(again.cell) is type(cell)
         assert again.dropout_state_filter_visitor is wrapper.dropout_state_filter_visitor
@@ -469,7 +545,40 @@ def test_positional_order_is_tensorflows() -> None:
         "input_size": 3,
         "dtype": "float32",
         "seed": 5,
-        "dropout_state_filter_visitor": f"{__name__}:spare_everything",
+        "dropout_state_filter_visitor": {"import_path": f"{__name__}:spare_everything"},
         "broadcast_dims": [],
         "deterministic": False,
     }
+
+
+class Verbose:
+    """Something with a repr of many lines."""
+
+    def __repr__(self) -> str:
+        return "line\n" * 200
+
+    def __call__(self, x: Any) -> Any:
+        return x
+
+
+def test_errors_are_short() -> None:
+    """No value's repr, however long: of the state a visitor gave back, or of an argument."""
+    big = jnp.ones((100, 100))
+
+    def answers_with_the_state(state: Any) -> Any:
+        return state
+
+    attempts = (
+        lambda: run(input_keep_prob=[Verbose()]),
+        lambda: run(seed=Verbose()),
+        lambda: run(seed=big),
+        lambda: run(dropout_state_filter_visitor=big),
+        lambda: run(state_keep_prob=0.5, dropout_state_filter_visitor=answers_with_the_state),
+        lambda: run(input_size={"a": list(range(1000))}),
+        lambda: RNNCellDropoutWrapper(nn.GRUCell(3, gate_fn=Verbose())).get_config(),
+    )
+    for attempt in attempts:
+        with pytest.raises((TypeError, ValueError)) as error:
+            attempt()
+        assert len(str(error.value)) < 400, str(error.value)
+        assert str(error.value).count("\n") < 5

@@ -1,65 +1,53 @@
-"""Configs: a wrapper's arguments as JSON can hold them."""
+"""Configs: a wrapper's arguments as JSON can hold them.
 
-import importlib
+A config is data. It is read in three passes: its text alone is checked, with every name in it;
+then what it names is found, in what is known or trusted, and its arguments are held against what
+a cell takes; only then is anything made.
+"""
+
+import functools
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from .describe import describe, shorten
+from .names import Names, check_name, find, find_cell_class, find_visitor, to_name
+
+_DEEPEST, _LARGEST = 64, 10_000
+_DTYPES = {
+    np.dtype(scalar).name: np.dtype(scalar)
+    for scalar in vars(jnp).values()
+    if isinstance(scalar, type(jnp.float32))
+}
+# By identity: a class that is no scalar's may have a dtype of its own, and is one of objects.
+_SCALAR_TYPES = {
+    **{id(scalar): np.dtype(scalar) for scalar in (bool, int, float, complex)},
+    **{id(dtype.type): dtype for dtype in _DTYPES.values()},
+    **{id(getattr(jnp, name)): dtype for name, dtype in _DTYPES.items()},
+}
+_VISITOR = "dropout_state_filter_visitor"
 
 
-def to_import_path(what: str, value: Any) -> str:
-    """Names a module-level function or class as `module:qualname`.
+def to_config(what: str, value: Any, names: Names) -> Any:
+    """Writes an argument of a cell, neither a cell nor a list, as JSON can hold it.
 
     Raises:
-      ValueError: it cannot be imported by that name, as a lambda cannot.
+      ValueError: it has no such form.
     """
-    path = f"{getattr(value, '__module__', None)}:{getattr(value, '__qualname__', None)}"
-    try:
-        found = from_import_path(path)
-    except (ImportError, AttributeError, ValueError):
-        found = None
-    if found is not value:
-        raise ValueError(
-            f"{what} {value!r} has no import path, and a config holds no code: "
-            f"use a module-level function."
-        )
-    return path
-
-
-def from_import_path(path: str) -> Any:
-    """Finds what stands at `module:qualname`."""
-    module, _, qualname = path.partition(":")
-    found = importlib.import_module(module)
-    for name in qualname.split("."):
-        found = getattr(found, name)
-    return found
-
-
-def to_config(what: str, value: Any) -> Any:
-    """Writes an argument of a cell as JSON can hold it."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, list | tuple):
-        return [to_config(what, entry) for entry in value]
-    try:
-        return {"dtype": jnp.dtype(value).name}  # jnp.float32 and its like
-    except TypeError:
-        pass
+    dtype = value if isinstance(value, np.dtype) else _SCALAR_TYPES.get(id(value))
+    if dtype is not None and dtype.name in _DTYPES:
+        return {"dtype": dtype.name}
     if callable(value):
-        return {"import_path": to_import_path(what, value)}
-    raise ValueError(f"{what} is {value!r}, which a config cannot hold.")
-
-
-def from_config(value: Any) -> Any:
-    """Reads what `to_config` wrote; a list comes back as a tuple."""
-    if isinstance(value, list):
-        return tuple(from_config(entry) for entry in value)
-    if isinstance(value, dict) and value.keys() == {"dtype"}:
-        return jnp.dtype(value["dtype"])
-    if isinstance(value, dict) and value.keys() == {"import_path"}:
-        return from_import_path(value["import_path"])
-    return value
+        return {"import_path": to_name(what, value, names)}
+    raise ValueError(f"{what} is {describe(value)}, which a config cannot hold.")
 
 
 def keep_prob_to_config(name: str, keep_prob: Any) -> float:
@@ -70,35 +58,209 @@ def keep_prob_to_config(name: str, keep_prob: Any) -> float:
         raise ValueError(f"{name} is traced, and a config holds numbers.") from None
 
 
-def arguments_from_config(config: dict[str, Any], **rngs: Any) -> dict[str, Any]:
-    """The arguments that `get_config` wrote down."""
-    visitor = config["dropout_state_filter_visitor"]
-    return {
-        **config,
-        "cell": _cell_from_config(config["cell"], **rngs),
-        "input_size": from_config(config["input_size"]),
-        "dropout_state_filter_visitor": visitor and from_import_path(visitor),
-        "broadcast_dims": tuple(config["broadcast_dims"]),
+def plan_wrapper(
+    config: Any, wrapper: type, names: Names, **rngs: Any
+) -> tuple[dict[str, Any], Callable[[], Any]]:
+    """The arguments that a wrapper's `get_config` wrote down, and what makes its cell.
+
+    Args:
+      config: what came.
+      wrapper: the wrapper's class.
+      names: what the config may name.
+      **rngs: handed to the cells that take them.
+
+    Raises:
+      ValueError: the config is none of a wrapper, or names what is neither known nor trusted.
+    """
+    check_data(config, names)
+    if not isinstance(config, dict):
+        raise ValueError(f"config must be a dict that get_config gave, got {describe(config)}.")
+    _check_arguments("config", config, _parameters_of(wrapper, names))
+    _check_types(config)
+    arguments = {
+        name: value
+        for name, value in config.items()
+        if name not in ("cell", "input_size", "broadcast_dims", _VISITOR)
     }
+    for name in {"input_size", "broadcast_dims"} & config.keys():
+        arguments[name] = _as_tuples(config[name])
+    if config.get(_VISITOR) is not None:
+        path = config[_VISITOR]["import_path"]
+        arguments[_VISITOR] = find_visitor(f"config.{_VISITOR}", path, names)
+    return arguments, _plan_cell("config.cell", config["cell"], names, rngs)
 
 
-def _cell_from_config(config: dict[str, Any], **rngs: Any) -> Any:
-    cls = from_import_path(config["class_name"])
-    make = getattr(cls, "from_config", None)
-    takes = inspect.signature(make or cls.__init__).parameters
-    rngs_taken = {name: value for name, value in rngs.items() if name in takes}
-    if make is not None:
-        return make(config["config"], **rngs_taken)
-    for name, value in rngs_taken.items():
+def check_data(config: Any, names: Names) -> None:
+    """Refuses, before anything is imported, what is not plain data or names what it may not."""
+    todo, count = [("config", config, 0)], 0
+    while todo:
+        where, node, depth = todo.pop()
+        count += 1
+        if isinstance(node, dict | list | tuple):
+            count += len(node)
+            if depth >= _DEEPEST or count > _LARGEST:
+                raise ValueError(
+                    f"the config is no wrapper's: it is nested more than {_DEEPEST} deep, or has "
+                    f"more than {_LARGEST} entries."
+                )
+        if isinstance(node, dict):
+            _check_names(where, node, names)
+            todo += [(_at(where, key), entry, depth + 1) for key, entry in node.items()]
+        elif isinstance(node, list | tuple):
+            todo += [(f"{where}[{index}]", entry, depth + 1) for index, entry in enumerate(node)]
+        elif node is not None and not isinstance(node, bool | int | float | str):
+            raise ValueError(
+                f"{shorten(where)} is {describe(node)}, and a config holds what JSON can: dicts, "
+                f"lists, strings, numbers, bools and None."
+            )
+
+
+def _check_names(where: str, node: dict[Any, Any], names: Names) -> None:
+    if node.keys() == {"class_name", "config"}:
+        check_name(shorten(f"{where}.class_name"), node["class_name"], names)
+    elif node.keys() == {"import_path"}:
+        check_name(shorten(where), node["import_path"], names)
+    elif node.keys() == {"dtype"} and (
+        not isinstance(node["dtype"], str) or node["dtype"] not in _DTYPES
+    ):
+        raise ValueError(
+            f"{shorten(where)} must name a dtype of jax.numpy, got {describe(node['dtype'])}."
+        )
+
+
+def _at(where: str, key: Any) -> str:
+    if not isinstance(key, str):
+        raise ValueError(f"{shorten(where)} has the key {describe(key)}; keys are strings.")
+    return f"{where}.{key}" if key.isidentifier() and key.isascii() else f"{where}[{key!a}]"
+
+
+def _check_arguments(
+    where: str, given: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]
+) -> None:
+    unknown = given.keys() - parameters.keys()
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty and name not in given
+    ]
+    if unknown or missing:
+        problem, which = ("takes no", unknown) if unknown else ("needs", missing)
+        raise ValueError(
+            f"{shorten(where)} {problem} {describe(min(which))}; its arguments are "
+            f"{', '.join(list(parameters)[:20])}."
+        )
+
+
+def _check_types(config: dict[str, Any]) -> None:
+    """What the wrapper itself does not check of its arguments."""
+
+    def check(name: str, is_right: Callable[[Any], bool], wanted: str) -> None:
+        if name in config and not is_right(config[name]):
+            raise ValueError(f"config.{name} must be {wanted}, got {describe(config[name])}.")
+
+    for name in ("variational_recurrent", "deterministic"):
+        check(name, lambda value: isinstance(value, bool), "true or false")
+    check("dtype", lambda value: value is None or _is_dtype(value), "a dtype's name or None")
+    check("input_size", lambda value: value is None or _are_ints(value), "ints or None")
+    check(
+        "broadcast_dims",
+        lambda value: isinstance(value, list | tuple) and _are_ints(value),
+        "a list of ints",
+    )
+    check(
+        _VISITOR,
+        lambda value: (
+            value is None or (isinstance(value, dict) and value.keys() == {"import_path"})
+        ),
+        "{'import_path': a name} or None",
+    )
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, str) and value in _DTYPES
+
+
+def _are_ints(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_are_ints(entry) for entry in value)
+    return type(value) is int
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _plan_cell(where: str, config: Any, names: Names, rngs: dict[str, Any]) -> Callable[[], Any]:
+    """Checks a cell's config, and gives what makes the cell."""
+    if not (isinstance(config, dict) and config.keys() == {"class_name", "config"}):
+        raise ValueError(
+            f"{shorten(where)} must have a class_name and a config, got {describe(config)}."
+        )
+    cls: Any = find_cell_class(shorten(f"{where}.class_name"), config["class_name"], names)
+    if hasattr(cls, "from_config"):
+        takes = inspect.signature(cls.from_config).parameters
+        given = {**rngs, "trusted": names.trusted}
+        taken = {name: value for name, value in given.items() if name in takes}
+        return functools.partial(cls.from_config, config["config"], **taken)
+    where = f"{where}.config"
+    if not isinstance(config["config"], dict):
+        raise ValueError(
+            f"{shorten(where)} must be a dict of arguments, got {describe(config['config'])}."
+        )
+    _check_arguments(where, config["config"], _parameters_of(cls, names))
+    takes = inspect.signature(cls.__init__).parameters
+    taken = {name: value for name, value in rngs.items() if name in takes}
+    for name, value in taken.items():
         if value is None and takes[name].default is inspect.Parameter.empty:
             raise ValueError(
                 f"{cls.__name__} needs a key for its weights: pass {name}=nnx.Rngs(0) to "
                 f"from_config."
             )
-    arguments = {
-        name: _cell_from_config(value, **rngs)
-        if isinstance(value, dict) and value.keys() == {"class_name", "config"}
-        else from_config(value)
+    plans = {
+        name: _plan_argument(_at(where, name), value, names, rngs)
         for name, value in config["config"].items()
     }
-    return cls(**arguments, **rngs_taken)
+
+    def make_cell() -> Any:
+        arguments = {name: make() for name, make in plans.items()}
+        try:
+            return cls(**arguments, **taken)
+        except (TypeError, ValueError) as error:
+            reason = shorten(str(error).partition("\n")[0])
+            raise ValueError(f"{shorten(where)} makes no {cls.__name__}: {reason}") from error
+
+    return make_cell
+
+
+def _plan_argument(where: str, value: Any, names: Names, rngs: dict[str, Any]) -> Callable[[], Any]:
+    """Checks an argument of a cell, and gives what makes it; a list comes back as a tuple."""
+    if isinstance(value, list | tuple):
+        plans = [
+            _plan_argument(f"{where}[{index}]", entry, names, rngs)
+            for index, entry in enumerate(value)
+        ]
+        return lambda: tuple(make() for make in plans)
+    if not isinstance(value, dict):
+        return lambda: value
+    if value.keys() == {"class_name", "config"}:
+        return _plan_cell(where, value, names, rngs)
+    if value.keys() == {"dtype"}:
+        return lambda: _DTYPES[value["dtype"]]
+    if value.keys() == {"import_path"}:
+        found = find(shorten(where), value["import_path"], names)
+        return lambda: found
+    raise ValueError(
+        f"{shorten(where)} is a dict that is none of a cell's, a dtype's or a function's: "
+        f"{{'class_name', 'config'}}, {{'dtype'}} or {{'import_path'}}."
+    )
+
+
+def _parameters_of(cls: type, names: Names) -> dict[str, inspect.Parameter]:
+    """What a cell's constructor takes and a config can hold."""
+    _, *parameters = inspect.signature(cls.__init__).parameters.values()
+    return {
+        parameter.name: parameter
+        for parameter in parameters
+        if parameter.name not in names.left_out
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }

@@ -8,6 +8,7 @@ import jax
 from .._sites import PyTree
 from ..noises import Noise
 from .carry import DropoutCarry
+from .describe import describe
 from .wrapper import CellWrapper
 
 Visitor = Callable[[Any], Any]
@@ -22,7 +23,11 @@ def place_visited(
         return DropoutCarry(inner, None, None)
     answers = visit_state(visitor or leave_lstm_memory_alone, state)
     if visitor is None and all(jax.tree.leaves(answers)):
-        return wrapper._spare_lstm_memory(noise)
+        spared = wrapper._spare_lstm_memory(noise)
+        if spared is not noise:
+            return spared
+    # Leaf by leaf, for one noise on a state of several leaves is refused where it may explode,
+    # and TensorFlow puts it on all of them.
     return noise_where_true(noise, answers)
 
 
@@ -48,7 +53,7 @@ def visit_state(visitor: Visitor, state: PyTree) -> PyTree:
     if jax.tree_util.all_leaves([state]):
         if not isinstance(answer, bool):
             raise TypeError(
-                f"dropout_state_filter_visitor returned {answer!r} for an array; "
+                f"dropout_state_filter_visitor returned {describe(answer)} for an array; "
                 f"return True or False."
             )
         return answer
@@ -73,8 +78,8 @@ def _child_answers(answer: Any, structure: Any) -> list[bool]:
             else "no depth=1 structure of bools like the state's"
         )
         raise TypeError(
-            f"dropout_state_filter_visitor returned {answer!r}, {what}; return True, False or "
-            f"a structure of bools such as (False, True) for a state (c, h)."
+            f"dropout_state_filter_visitor returned {describe(answer)}, {what}; return True, "
+            f"False or a structure of bools such as (False, True) for a state (c, h)."
         )
     return answers
 

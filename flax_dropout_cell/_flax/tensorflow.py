@@ -1,7 +1,7 @@
 """TensorFlow's arguments: what both `RNNCellDropoutWrapper`s share."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ from .._sites import PyTree, RecurrentDropout
 from ..noises.dropout import Dropout
 from ..noises.protocol import check_probability
 from .carry import DropoutCarry
-from .configs import arguments_from_config as arguments_from_config
-from .configs import keep_prob_to_config, to_config, to_import_path
+from .configs import keep_prob_to_config, plan_wrapper, to_config
+from .describe import describe, shorten
+from .names import Names, collect_names, to_name
 from .state_filters import Visitor, place_visited
 from .wrapper import CellWrapper, input_shapes, is_shape
 
@@ -28,10 +29,13 @@ class TensorFlowWrapper(CellWrapper):
     variational_recurrent: bool
     input_size: Any
     dtype: Any
-    seed: int | None
+    seed: int | np.integer | None
     dropout_state_filter_visitor: Visitor | None
     broadcast_dims: Sequence[int]
     deterministic: bool
+    _cell_class: ClassVar[type]
+    _cell_modules: ClassVar[tuple[str, ...]]
+    _no_config_arguments: ClassVar[tuple[str, ...]]
 
     def _features(self) -> Any:
         raise NotImplementedError
@@ -119,29 +123,52 @@ class TensorFlowWrapper(CellWrapper):
           ValueError: an argument has no such form: a traced keep_prob, or a function that cannot
             be imported by name, such as a lambda.
         """
-        visitor = self.dropout_state_filter_visitor
+        names, visitor = self._names(), self.dropout_state_filter_visitor
         return {
-            "cell": self._cell_to_config(self.cell),
+            "cell": self._cell_to_config(self.cell, names),
             **{name: keep_prob_to_config(name, getattr(self, name)) for name in KEEP_PROBS},
-            "variational_recurrent": self.variational_recurrent,
-            "input_size": to_config("input_size", self.input_size),
+            "variational_recurrent": bool(self.variational_recurrent),
+            "input_size": self._to_config("input_size", self.input_size, names),
             "dtype": None if self.dtype is None else jnp.dtype(self.dtype).name,
-            "seed": self.seed,
+            "seed": None if self.seed is None else int(self.seed),
             "dropout_state_filter_visitor": None
             if visitor is None
-            else to_import_path("dropout_state_filter_visitor", visitor),
-            "broadcast_dims": list(self.broadcast_dims),
-            "deterministic": self.deterministic,
+            else {"import_path": to_name("dropout_state_filter_visitor", visitor, names)},
+            "broadcast_dims": [int(dim) for dim in self.broadcast_dims],
+            "deterministic": bool(self.deterministic),
         }
 
-    def _cell_to_config(self, cell: Any) -> dict[str, Any]:
-        class_name = to_import_path("the cell's class", type(cell))
+    @classmethod
+    def _names(cls, trusted: Any = ()) -> Names:
+        """What a config of this wrapper may name."""
+        return collect_names(cls._cell_class, cls._cell_modules, cls._no_config_arguments, trusted)
+
+    @classmethod
+    def _read_config(cls, config: Any, trusted: Any, **rngs: Any) -> dict[str, Any]:
+        """The arguments in a config; the cell is made last, when all else was checked."""
+        arguments, make_cell = plan_wrapper(config, cls, cls._names(trusted), **rngs)
+        keep_probs = {name: arguments[name] for name in KEEP_PROBS if name in arguments}
+        check_arguments(keep_probs, arguments.get("seed"), None)
+        return {**arguments, "cell": make_cell()}
+
+    def _to_config(self, what: str, value: Any, names: Names) -> Any:
+        if isinstance(value, names.cell_class):
+            return self._cell_to_config(value, names)
+        if isinstance(value, list | tuple):
+            return [self._to_config(what, entry, names) for entry in value]
+        return to_config(what, value, names)
+
+    def _cell_to_config(self, cell: Any, names: Names) -> dict[str, Any]:
+        if not isinstance(cell, names.cell_class):
+            raise ValueError(
+                f"a config holds cells that are a {names.cell_class.__name__} of "
+                f"{names.cell_class.__module__}, got a {type(cell).__name__}."
+            )
+        class_name = to_name("the cell's class", type(cell), names)
         if hasattr(cell, "get_config"):
             return {"class_name": class_name, "config": cell.get_config()}
         config = {
-            name: self._cell_to_config(value)
-            if hasattr(value, "initialize_carry")
-            else to_config(f"{type(cell).__name__}.{name}", value)
+            name: self._to_config(f"{type(cell).__name__}.{name}", value, names)
             for name, value in self._arguments(cell).items()
         }
         return {"class_name": class_name, "config": config}
@@ -153,16 +180,17 @@ def check_arguments(
     """Refuses what can be seen to be wrong when a wrapper is made."""
     if dropout_state_filter_visitor is not None and not callable(dropout_state_filter_visitor):
         raise TypeError(
-            f"dropout_state_filter_visitor must be callable, got {dropout_state_filter_visitor!r}."
+            f"dropout_state_filter_visitor must be callable, "
+            f"got {describe(dropout_state_filter_visitor)}."
         )
     for name, keep_prob in keep_probs.items():
         if not isinstance(keep_prob, int | float | np.number | np.ndarray | jax.Array):
             raise TypeError(
-                f"{name} must be a number in [0, 1] or a scalar array, got {keep_prob!r}."
+                f"{name} must be a number in [0, 1] or a scalar array, got {describe(keep_prob)}."
             )
         check_probability(name, keep_prob)
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer | None):
-        raise TypeError(f"seed must be an int or None, got {seed!r}.")
+        raise TypeError(f"seed must be an int or None, got {describe(seed)}.")
 
 
 def keep_prob_noise(
@@ -175,12 +203,20 @@ def keep_prob_noise(
     return None if noise.is_identity else noise
 
 
-def fold_seed(rng: jax.Array, seed: int | None) -> jax.Array:
-    """A key of its own for each seed; None leaves the key as it is."""
+def fold_seed(rng: jax.Array, seed: int | np.integer | None) -> jax.Array:
+    """A key of its own for each seed, an int of any size; None leaves the key as it is.
+
+    The seed's 32-bit digits are folded in from the lowest on, in two's complement: two digits
+    hold what fits into an int64, and a larger seed takes as many as it needs.
+    """
     if seed is None:
         return rng
-    low, high = np.uint32(seed % 2**32), np.uint32((seed >> 32) % 2**32)
-    return jax.random.fold_in(jax.random.fold_in(rng, low), high)
+    seed = int(seed)
+    size = (seed if seed >= 0 else ~seed).bit_length() + 1  # one for the sign
+    digits = max(2, -(-size // 32))
+    for digit in range(digits):
+        rng = jax.random.fold_in(rng, np.uint32((seed >> 32 * digit) % 2**32))
+    return rng
 
 
 def check_inputs(x: PyTree, input_size: Any, dtype: Any) -> None:
@@ -191,13 +227,15 @@ def check_inputs(x: PyTree, input_size: Any, dtype: Any) -> None:
             sizes = structure.flatten_up_to(input_size)
         except (ValueError, TypeError):
             raise ValueError(
-                f"input_size is {input_size!r}, but the inputs have the structure {structure}."
+                f"input_size is {describe(input_size)}, but the inputs have the structure "
+                f"{shorten(str(structure))}."
             ) from None
         for leaf, size in zip(leaves, sizes, strict=True):
             features = tuple(np.atleast_1d(size).tolist())
             if leaf.shape[len(leaf.shape) - len(features) :] != features:
                 raise ValueError(
-                    f"input_size is {input_size!r}, but an input of shape {leaf.shape} arrived."
+                    f"input_size is {describe(input_size)}, but an input of shape {leaf.shape} "
+                    f"arrived."
                 )
     for leaf in leaves if dtype is not None else ():
         if leaf.dtype != jnp.dtype(dtype):

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from .._flax import tensorflow as tf
 from .._flax.carry import DropoutCarry
@@ -51,6 +52,10 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
       (4, 20, 64)
     """
 
+    _cell_class = nn.RNNCellBase
+    _cell_modules = ("flax.linen", "flax_dropout_cell.linen")
+    _no_config_arguments = ("parent", "name")
+
     cell: nn.RNNCellBase
     input_keep_prob: float | jax.Array = 1.0
     output_keep_prob: float | jax.Array = 1.0
@@ -58,7 +63,7 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
     variational_recurrent: bool = False
     input_size: Any = None
     dtype: Any = None
-    seed: int | None = None
+    seed: int | np.integer | None = None
     dropout_state_filter_visitor: tf.Visitor | None = None
     broadcast_dims: Sequence[int] = ()
     deterministic: bool = False
@@ -76,9 +81,32 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
 
     @classmethod
     @nn.nowrap
-    def from_config(cls, config: dict[str, Any]) -> "RNNCellDropoutWrapper":
-        """Makes the wrapper that `get_config` described."""
-        return cls(**tf.arguments_from_config(config))
+    def from_config(
+        cls, config: dict[str, Any], *, trusted: Sequence[str] = ()
+    ) -> "RNNCellDropoutWrapper":
+        """Makes the wrapper that `get_config` described.
+
+        A config is data: it names cells of flax.linen and of this library, and functions of
+        arrays such as `jax.nn:relu`. What else it names is refused, and nothing of it is run.
+
+        Args:
+          config: what `get_config` gave.
+          trusted: modules whose own functions and cells the config may name as well, such as
+            `("my_project",)`. They are imported, and what they define is called.
+
+        Raises:
+          ValueError: the config is none of a wrapper, or names what it may not.
+
+        Example:
+          >>> import flax.linen as nn
+          >>> import flax_dropout_cell as fdc
+          >>> config = fdc.linen.RNNCellDropoutWrapper(nn.GRUCell(8), 0.5).get_config()
+          >>> config["cell"]
+          {'class_name': 'flax.linen:GRUCell', 'config': {'features': 8}}
+          >>> fdc.linen.RNNCellDropoutWrapper.from_config(config).wrapped_cell.features
+          8
+        """
+        return cls(**cls._read_config(config, trusted))
 
     @nn.nowrap
     def _features(self) -> Any:
@@ -103,6 +131,6 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
             field.name: getattr(cell, field.name)
             for field in dataclasses.fields(cell)
             if field.init
-            and field.name not in ("parent", "name")
+            and field.name not in self._no_config_arguments
             and getattr(cell, field.name) is not field.default
         }

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from .._flax import tensorflow as tf
@@ -53,6 +54,10 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
       (4, 20, 64)
     """
 
+    _cell_class = nnx.RNNCellBase
+    _cell_modules = ("flax.nnx", "flax_dropout_cell.nnx")
+    _no_config_arguments = ("rngs",)
+
     def __init__(
         self,
         cell: nnx.RNNCellBase,
@@ -62,7 +67,7 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
         variational_recurrent: bool = False,
         input_size: Any = None,
         dtype: Any = None,
-        seed: int | None = None,
+        seed: int | np.integer | None = None,
         dropout_state_filter_visitor: tf.Visitor | None = None,
         broadcast_dims: Sequence[int] = (),
         deterministic: bool = False,
@@ -94,18 +99,28 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
 
     @classmethod
     def from_config(
-        cls, config: dict[str, Any], rngs: nnx.Rngs | None = None
+        cls,
+        config: dict[str, Any],
+        rngs: nnx.Rngs | None = None,
+        *,
+        trusted: Sequence[str] = (),
     ) -> "RNNCellDropoutWrapper":
         """Makes the wrapper that `get_config` described, with new weights.
+
+        A config is data: it names cells of flax.nnx and of this library, and functions of
+        arrays such as `jax.nn:relu`. What else it names is refused, and nothing of it is run.
 
         Args:
           config: what `get_config` gave.
           rngs: makes the cell's weights, and is where the masks come from.
+          trusted: modules whose own functions and cells the config may name as well, such as
+            `("my_project",)`. They are imported, and what they define is called.
 
         Raises:
-          ValueError: the cell has weights to make and `rngs` is None.
+          ValueError: the config is none of a wrapper, or names what it may not; or the cell has
+            weights to make and `rngs` is None.
         """
-        return cls(**tf.arguments_from_config(config, rngs=rngs), rngs=rngs)
+        return cls(**cls._read_config(config, trusted, rngs=rngs), rngs=rngs)
 
     def _features(self) -> Any:
         if self.input_size is not None:
@@ -136,7 +151,10 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
 def _is_kept(cell: nnx.RNNCellBase, parameter: inspect.Parameter) -> bool:
     """Whether a cell has an argument of its constructor as an attribute."""
     name = parameter.name
-    if name == "rngs" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+    if name in RNNCellDropoutWrapper._no_config_arguments or parameter.kind in (
+        parameter.VAR_POSITIONAL,
+        parameter.VAR_KEYWORD,
+    ):
         return False
     if hasattr(cell, name):
         return True
