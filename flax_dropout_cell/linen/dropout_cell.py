@@ -10,6 +10,7 @@ import jax
 from .._flax.carry import DropoutCarry, run_step
 from .._flax.wrapper import CellWrapper
 from .._sites import PyTree, RecurrentDropout
+from .cell_field import CellField, copy_with_cell, waits_for_a_host
 
 
 class Wrapper(CellWrapper, nn.RNNCellBase):
@@ -17,9 +18,20 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
 
     _lstm_cells = (nn.LSTMCell, nn.OptimizedLSTMCell, nn.ConvLSTMCell)
 
-    def setup(self) -> None:
-        # The weights keep the names that they have without the wrapper.
-        nn.share_scope(self, self.cell)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # After Flax's own work on the class, which would wrap the descriptor in another.
+        cls.cell = CellField()
+
+    def __post_init__(self) -> None:
+        if waits_for_a_host(self, self.cell):
+            object.__setattr__(self, "parent", None)
+        super().__post_init__()
+
+    @nn.nowrap
+    def copy(self, **kwargs: Any) -> Any:
+        """Creates a copy of this module, as `nn.Module.copy` does for the bare cell."""
+        return copy_with_cell(self, self.cell, **kwargs)
 
     @nn.nowrap
     def _sequence_rng(self, rng: jax.Array | None) -> jax.Array | None:
