@@ -270,6 +270,45 @@ def test_params_are_undisturbed_in_evaluation_whatever_the_prefix() -> None:
     assert (y["params"] == 1).all()
 
 
+# What arrives
+
+
+class Tokens(nnx.RNNCellBase):
+    """A cell that looks its inputs up."""
+
+    def __init__(self) -> None:
+        self.embed = nnx.Embed(7, UNITS, rngs=nnx.Rngs(0))
+
+    def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, Any]:
+        return carry, jnp.ones_like(self.embed(inputs))
+
+    def initialize_carry(self, input_shape: Any, rngs: Any = None, carry_init: Any = None) -> Any:
+        return jnp.zeros((*input_shape, UNITS))
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 0
+
+
+@both_modes
+@pytest.mark.parametrize("dtype", ["int32", "uint8"])
+def test_tokens(dtype: str, noise: fdc.Dropout) -> None:
+    """Nobody says the inputs' dtype before they come, and the output's mask needs the cell's."""
+    cell = DropoutCell(Tokens(), fdc.RecurrentDropout(output=noise), rngs=nnx.Rngs(0))
+    ys = rnn_of(cell)(jnp.ones((BATCH, STEPS), dtype))
+    assert set(np.unique(ys)) == {0.0, 2.0}
+    assert bool((ys == ys[:, :1]).all()) == noise.variational
+
+
+@both_modes
+def test_no_rows(noise: fdc.Dropout) -> None:
+    spec = fdc.RecurrentDropout(input=noise, state=noise, output=noise, params=noise)
+    rnn = rnn_of(DropoutCell(nnx.LSTMCell(3, 8, rngs=nnx.Rngs(0)), spec, rngs=nnx.Rngs(0)))
+    assert rnn(jnp.ones((0, STEPS, 3))).shape == (0, STEPS, 8)
+    grads: Any = nnx.grad(lambda rnn: rnn(jnp.ones((0, STEPS, 3))).sum())(rnn)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
+
+
 # Mistakes
 
 

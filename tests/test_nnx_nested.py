@@ -109,3 +109,17 @@ def test_wrappers_nest(noise: fdc.Dropout) -> None:
     rnn.eval()
     _, ys = run_rnn(rnn, x)
     assert (ys == 1).all()
+
+
+@pytest.mark.parametrize("seed", [True, False], ids=["one rngs", "rngs of one seed"])
+def test_nested_wrappers_draw_masks_of_their_own(seed: bool) -> None:
+    """A unit is kept where both keep it: a quarter of them, not a half."""
+    rngs = nnx.Rngs(0)
+    cell: Any = Sum(1024)
+    for _ in range(2):
+        spec = fdc.RecurrentDropout(input=VARIATIONAL)
+        cell = DropoutCell(cell, spec, rngs=rngs if seed else nnx.Rngs(dropout=0))
+    _, y = cell(start(cell, 1024), jnp.ones((BATCH, 1024)))
+    kept = float((y != 0).mean())
+    sigma = (0.25 * 0.75 / (BATCH * 1024)) ** 0.5
+    assert abs(kept - 0.25) < 5 * sigma

@@ -1,8 +1,6 @@
 """NNX: the cell's weights and other state, the numbers of the core and of linen, and training."""
 
-import copy
 import itertools
-import pickle
 from typing import Any
 
 import flax.linen as nn
@@ -30,7 +28,7 @@ from nnx_cells import (
     start,
     wrapped,
 )
-from probes import BATCH, NOTHING, SHAPE, STEPS, assert_same, differ
+from probes import BATCH, NOTHING, SHAPE, STEPS, UNITS, NnxProbe, assert_same, differ
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell import linen
@@ -228,60 +226,97 @@ def test_training_steps_do_not_retrace() -> None:
     assert draws_of(model.cell) == 30
 
 
-def test_a_schedule_does_not_retrace() -> None:
-    """Arrays in `dropout` are data of the module, numbers are constants of the program."""
-    cell = DropoutCell(Sum(1024), fdc.RecurrentDropout(), rngs=nnx.Rngs(0))
-    traces = 0
-
-    @nnx.jit
-    def masks(cell: Any) -> Any:
-        nonlocal traces
-        traces += 1
-        _, y = cell(start(cell, 1024), jnp.ones((BATCH, 1024)))
-        return y
-
-    for keep_prob in (1.0, 0.25, 0.0):
-        noise = fdc.Dropout(keep_prob=jnp.float32(keep_prob), variational=True)
-        cell.dropout = fdc.RecurrentDropout(input=noise)
-        assert_same(cell.dropout.input.keep_prob, jnp.float32(keep_prob))
-        ys: Any = masks(cell)
-        assert abs(float((ys != 0).mean()) - keep_prob) < 0.1
-        assert keep_prob == 0 or set(np.unique(ys)) <= {0.0, 1 / keep_prob}
-    assert traces == 1
+# Weights of a bare model
 
 
-def test_a_keep_prob_can_be_a_variable() -> None:
-    keep_prob: Any = nnx.Param(jnp.float32(0.5))
-    spec = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=keep_prob, variational=True))
-    cell = DropoutCell(Sum(), spec, rngs=nnx.Rngs(0))
+class Model(nnx.Module):
+    """With layers before and after, by name, and a cell under as many wrappers as asked."""
 
-    def total(cell: Any) -> jax.Array:
-        _, y = cell(start(cell), jnp.ones(SHAPE))
-        return y.sum()
+    def __init__(self, wrappers: int, seed: int = 0) -> None:
+        rngs = nnx.Rngs(params=seed, dropout=1)
+        spec = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=0.5, variational=True))
+        cell: Any = nnx.LSTMCell(3, 8, rngs=rngs)
+        for _ in range(wrappers):
+            cell = DropoutCell(cell, spec, rngs=rngs)
+        self.before = nnx.Linear(3, 3, rngs=rngs)
+        self.rnn: Any = nnx.RNN(cell)
+        self.then = nnx.Linear(8, 2, rngs=rngs)
 
-    value, grads = nnx.value_and_grad(total)(cell)
-    # d/dp of kept / p
-    np.testing.assert_allclose(jax.tree.leaves(grads), [-value / 0.5], rtol=1e-6)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.then(self.rnn(self.before(x)))
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [
-        copy.deepcopy,
-        nnx.clone,
-        lambda model: nnx.merge(*nnx.split(model)),
-        lambda model: pickle.loads(pickle.dumps(model)),
-    ],
-    ids=["deepcopy", "clone", "merge", "pickle"],
-)
-def test_a_copy_draws_what_the_original_draws(copied: Any) -> None:
-    noise = fdc.Dropout(keep_prob=jnp.float32(0.5), variational=True)
-    spec = fdc.RecurrentDropout(input=noise, output=PER_STEP)
-    cell = DropoutCell(Sum(), spec, rngs=nnx.Rngs(0))
-    twin = copied(nnx.clone(cell))  # some copies share the variables that they are made from
-    assert twin.dropout == spec
-    for _ in range(2):
-        assert_same(start(cell).masks, start(twin).masks)
-    start(cell)
-    nnx.update(twin, nnx.state(cell))
-    assert_same(start(nnx.clone(cell)).masks, start(twin).masks)
+@pytest.mark.parametrize("as_dict", [False, True], ids=["state", "pure dict"])
+@pytest.mark.parametrize("wrappers", [1, 2])
+def test_weights_of_a_bare_model_load(wrappers: int, as_dict: bool) -> None:
+    bare, model = Model(0, seed=1), Model(wrappers, seed=2)
+    weights: Any = nnx.state(bare, nnx.Param)
+    kept = jax.tree.structure(nnx.state(model))
+    nnx.update(model, nnx.to_pure_dict(weights) if as_dict else weights)
+    assert jax.tree.structure(nnx.state(model)) == kept
+    model.eval()
+    assert_same(model(inputs()), bare(inputs()))
+
+
+def test_weights_of_a_wrapped_model_load_into_a_bare_one() -> None:
+    bare, model = Model(0, seed=1), Model(1, seed=2)
+    model.rnn.cell = model.rnn.cell.cell
+    nnx.update(bare, nnx.state(model, nnx.Param))
+    assert_same(model(inputs()), bare(inputs()))
+
+
+def test_weights_of_a_bare_layer_load() -> None:
+    bare, model = Model(0, seed=1), Model(1, seed=2)
+    nnx.update(model.rnn.cell, nnx.state(bare.rnn, nnx.Param))
+    model.eval()
+    assert_same(model.rnn(inputs()), bare.rnn(inputs()))
+
+
+class Outer(Sum):
+    """A cell that holds a cell, under the name that a wrapper gives it."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.cell = nnx.SimpleCell(3, 8, rngs=nnx.Rngs(seed))
+
+
+def test_weights_of_a_bare_layer_load_whatever_its_cells_fields_are_called() -> None:
+    bare, rnn = (nnx.RNN(Outer(seed)) for seed in (1, 2))
+    rnn.cell = DropoutCell(rnn.cell, fdc.RecurrentDropout())
+    nnx.update(rnn.cell, nnx.state(bare, nnx.Param))
+    assert_same(nnx.state(rnn.cell.cell, nnx.Param), nnx.state(bare.cell, nnx.Param))
+
+
+def test_weights_of_a_bare_cell_with_weights_of_its_own_load() -> None:
+    """Its weights stand in the cell itself, not in a layer of it."""
+    bare, cell = NnxProbe(jnp.full(UNITS, 3.0)), DropoutCell(NnxProbe(), fdc.RecurrentDropout())
+    nnx.update(cell, nnx.state(bare, nnx.Param))
+    assert (cell.cell.w[...] == 3).all()
+
+
+# Noise on weights that are not there
+
+
+class Buffer(nnx.Variable):
+    pass
+
+
+class Unnamed(Sum):
+    """A cell whose weights are no `nnx.Param`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = Buffer(jnp.ones(UNITS))
+
+
+@pytest.mark.parametrize("params", [PER_STEP, VARIATIONAL, {"scale": PER_STEP}])
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_noise_on_params_that_meets_none_is_an_error(params: Any, evaluate: bool) -> None:
+    spec = fdc.RecurrentDropout(params=params)
+    for cell, held in (
+        (Sum(), "Sum has no nnx.Param for it: it holds no weights"),
+        (Unnamed(), "Unnamed has no nnx.Param for it: it holds Buffer"),
+    ):
+        rnn = rnn_of(DropoutCell(cell, spec, deterministic=evaluate, rngs=nnx.Rngs(0)))
+        with pytest.raises(ValueError, match=held):
+            rnn(jnp.ones((BATCH, STEPS, UNITS)))
