@@ -72,9 +72,8 @@ def run_python_loop(
     if rng is not None:
         masks = fdc.draw_masks(params, carry, xs[0], rng, cell=probe_cell, dropout=spec)
     for t, x in enumerate(xs, start=window.start):
-        step_rng = None if rng is None else jax.random.fold_in(rng, t)
         carry, y = fdc.dropout_cell(
-            params, carry, x, step_rng, cell=probe_cell, dropout=spec, masks=masks
+            params, carry, x, rng, step=t, cell=probe_cell, dropout=spec, masks=masks
         )
         outputs.append(y)
     ys = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
