@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import hosts
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +59,7 @@ def spec_of(scheme: str, keep_prob: Any = None) -> fdc.RecurrentDropout:
 
 def masks_of(host: str, scheme: str) -> Callable[..., Any]:
     """Gives every mask of a sequence, from its key and its inputs."""
-    return lambda rng, xs: probes.HOSTS[host](probes.spec_of(noise_of(scheme)), rng, xs).seen
+    return lambda rng, xs: hosts.HOSTS[host](probes.spec_of(noise_of(scheme)), rng, xs).seen
 
 
 def exact_cell(params: Any, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:

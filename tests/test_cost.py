@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
+import hosts
 import jax
 import jax.numpy as jnp
+import probes
 import pytest
 from compiled import computations, random_work, scans
 from flax import nnx
@@ -93,6 +95,15 @@ def test_words_drawn(program, keep_prob, bits, variational) -> None:
     outside = sum(words for words, in_scan in found if not in_scan)
     wanted = ROWS * UNITS * bits // 32
     assert (inside, outside) == ((0, wanted) if variational else (wanted, 0))
+
+
+@pytest.mark.parametrize("host", [host for host in hosts.HOSTS if "loop" not in host])
+@pytest.mark.parametrize("variational", [True, False], ids=["variational", "step"])
+def test_variational_masks_cost_a_hosts_loop_no_randomness(host, variational) -> None:
+    spec = probes.spec_of(fdc.Dropout(keep_prob=0.5, variational=variational))
+    jaxpr = jax.make_jaxpr(lambda rng, xs: hosts.HOSTS[host](spec, rng, xs).seen)
+    found = {in_scan for _, in_scan in words_drawn(jaxpr(jax.random.key(0), probes.ones()).jaxpr)}
+    assert found == {not variational}
 
 
 def compile_program(program: Program, direction: str) -> Any:

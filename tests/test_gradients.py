@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import probes
 import pytest
+from hosts import HOSTS, SPECS
 from jax.test_util import check_grads
 
 import flax_dropout_cell as fdc
 
+STEPS = 3  # of a probe: loops in Python are compiled step by step
 T, B, F, H = 4, 2, 3, 5
 RNG = jax.random.key(3)
 
@@ -139,3 +142,22 @@ def test_nan_in_dropped_units_stays_out_of_a_sequence(site) -> None:
         dirty = jax.value_and_grad(loss, 1)(w, xs, jnp.inf)
         np.testing.assert_array_equal(dirty[0], clean[0])
         np.testing.assert_array_equal(dirty[1], clean[1][1])
+
+
+@pytest.mark.parametrize("host", [host for host in HOSTS if "backward" not in host])
+def test_gradients_in_every_host(host) -> None:
+    """What a probe emits is linear in weights and inputs, so their gradients are the masks."""
+
+    @jax.jit
+    def gradients(rng, xs, weights):
+        def total(xs, weights):
+            seen = HOSTS[host](SPECS["ends frozen"], rng, xs, weights).seen
+            return seen["params"].sum() + seen["input"].sum(), seen
+
+        return jax.grad(total, (0, 1), has_aux=True)(xs, weights)
+
+    weights = jnp.ones(probes.UNITS)
+    (of_xs, of_weights), seen = gradients(RNG, probes.ones(STEPS), weights)
+    np.testing.assert_array_equal(of_xs, seen["input"])
+    np.testing.assert_array_equal(of_weights, seen["params"].sum((0, 1)))
+    assert set(np.unique(of_xs)) == {0.0, 2.0}

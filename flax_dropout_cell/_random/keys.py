@@ -6,6 +6,7 @@ A draw's key depends on the sequence's key, the step, the site and the leaf, and
     site s, leaf i          fold_in(step or sequence key, 2**31 + s * 2**28 + i)
     site inside, leaf i     the same for the slot `inside` and leaf 0, then the name, then i
     word types              fold_in(rng, EMBEDDING)
+    wrapper around d more   fold_in(rng, 2**31 + 7 * 2**28 + d) for its rng, where d > 0
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from .threefry import threefry_2x32
 _FIRST_SITE = 2**31
 EMBEDDING = np.uint32(2**32 - 1)
 _SITES = ("params", "input", "state", "output", "inside")
+_NESTED = 7  # the last slot
 
 
 def leaf_rng(rng: jax.Array, site: str, index: int, *, inside: str | None = None) -> jax.Array:
@@ -37,6 +39,11 @@ def leaf_rng(rng: jax.Array, site: str, index: int, *, inside: str | None = None
 def name_hash(name: str) -> int:
     """What a site inside a cell is numbered by: the same on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+
+
+def nested_rng(rng: jax.Array, depth: int) -> jax.Array:
+    """A wrapper's own key, where wrappers in one another are given equal ones: by those inside."""
+    return rng if depth == 0 else fold_in(rng, np.uint32(_FIRST_SITE + _NESTED * 2**28 + depth))
 
 
 def step_rng(rng: jax.Array, step: int | np.integer | jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """`DropoutCell`: an NNX cell under recurrent dropout."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,9 +11,14 @@ from flax import nnx
 
 from .._flax.carry import DropoutCarry, run_step
 from .._flax.wrapper import CellWrapper
+from .._random.keys import nested_rng
+from .._shown import shown
 from .._sites import PyTree, RecurrentDropout
+from .functional import call_with_params, params_of, trace
 
 RngSource = nnx.Rngs | nnx.RngStream | None
+
+_static = getattr(nnx, "static", lambda value: value)  # Flax 0.11 tells by the value
 
 
 class Wrapper(CellWrapper, nnx.RNNCellBase):
@@ -37,8 +42,24 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         else:
             raise TypeError(
                 f"rngs must be Rngs, an RngStream or None, such as nnx.Rngs(dropout=0), "
-                f"got {rngs!r}."
+                f"got {shown(rngs)}."
             )
+
+    if not TYPE_CHECKING:
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if isinstance(getattr(type(self), name, None), property):
+                # Flax up to 0.12.8 looks for arrays in a value before it looks for a property.
+                object.__setattr__(self, name, value)
+            elif name not in vars(self) and _is_state(value) and _cell_has(self, name):
+                # What nnx.update finds no place for: state of the bare cell. NNX names it by where
+                # it stands, and the cell stands one level further in.
+                nnx.update(_unwrap(self), {name: value})
+            else:
+                if _is_array(value) != _is_array(vars(self).get(name)):
+                    # Flax lets an attribute be data, or static, and no longer the other.
+                    value = nnx.data(value) if _is_array(value) else _static(value)
+                super().__setattr__(name, value)
 
     def _sequence_rng(self) -> jax.Array | None:
         """The key of a new sequence; None where it is to run without dropout."""
@@ -49,7 +70,8 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
                 f"{type(self).__name__} needs a 'dropout' stream in training: make it with "
                 f"rngs=nnx.Rngs(dropout=0), or evaluate with eval() or deterministic=True."
             )
-        return self.rngs()
+        wrappers = sum(isinstance(node, Wrapper) for node in _chain(self.cell))
+        return nested_rng(self.rngs(), wrappers)
 
     def initialize_carry(
         self, input_shape: Any, rngs: RngSource = None, carry_init: Any = None
@@ -96,11 +118,20 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         return (node for _, node in nnx.iter_graph(self.cell))
 
     def _params_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
-        return _params(self.cell)
+        return params_of(self.cell, self._dropout(cell_carry).params)
 
     def _output_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
-        _, y = trace(self.cell, lambda cell, *args: cell(*args), cell_carry, x)
-        return y
+        def run(x: PyTree) -> PyTree:
+            return trace(self.cell, lambda cell, *args: cell(*args), cell_carry, x)[1]
+
+        try:
+            return run(x)
+        except (TypeError, ValueError) as error:
+            # Nobody says the dtype of the inputs, and a cell that looks tokens up takes no floats.
+            try:
+                return run(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "int32"), x))
+            except Exception:
+                raise error from None
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view` calls.
@@ -116,12 +147,14 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         dropout = RecurrentDropout()
         if isinstance(carry, DropoutCarry):
             dropout = self._dropout(carry.cell_carry)
-        params = None if dropout.params is None else _params(self.cell)
+        params = None
+        if dropout.params is not None:
+            params = params_of(self.cell, dropout.params)
 
         def cell(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
             if params is None:
                 return self.cell(carry, x)
-            return _call_with_params(self.cell, params, carry, x)
+            return call_with_params(self.cell, params, carry, x)
 
         return run_step(
             carry,
@@ -142,12 +175,16 @@ class DropoutCell(Wrapper):
     Its carry is a `DropoutCarry`. Handed on to a next window it keeps its masks, as one long
     sequence that was cut; `redraw_masks` starts new ones on it.
 
+    NNX names weights by where they stand, and the cell stands one level further in. Still
+    `nnx.update(model, weights)` takes the weights of the same model without the wrapper. The way
+    back: `model.rnn.cell = model.rnn.cell.cell` takes the wrapper off.
+
     Args:
       cell: any `nnx.RNNCellBase`.
       dropout: which noise sits where. One noise for the whole `state` of an LSTM-family cell
         means h alone; to reach the memory c, name it: `state=(noise_c, noise_h)`. `params` takes
-        a prefix of the cell's `nnx.Param`s as a plain dict. Arrays in it are data of this module,
-        so that a new `dropout` with other values does not retrace.
+        a prefix of the cell's `nnx.Param`s as a plain dict. It may be set to another at any time:
+        a new number makes `nnx.jit` retrace, another value of an array does not.
       deterministic: True is evaluation.
       rngs: where the masks come from, an `nnx.Rngs` or an `nnx.RngStream`; it is forked.
 
@@ -177,40 +214,24 @@ class DropoutCell(Wrapper):
 
     @property
     def dropout(self) -> RecurrentDropout:
-        """Which noise sits where."""
-        arrays = iter(self._noise_arrays)
-        return jax.tree.map(
-            lambda leaf: next(arrays)[...] if leaf is ... else leaf, self._noises.tree
-        )
+        """Which noise sits where; to be set to another at any time, inside of `nnx.jit` too."""
+        structure = jax.tree.structure(self.noises)
+        return jax.tree.unflatten(structure, [array[...] for array in self._noise_arrays])
 
     @dropout.setter
     def dropout(self, dropout: RecurrentDropout) -> None:
         if not isinstance(dropout, RecurrentDropout):
             raise TypeError(
                 f"dropout must be a RecurrentDropout, such as "
-                f"RecurrentDropout(input=Dropout(keep_prob=0.8)), got {dropout!r}."
+                f"RecurrentDropout(input=Dropout(keep_prob=0.8)), got {shown(dropout)}."
             )
-        leaves, structure = jax.tree.flatten(dropout, is_leaf=_is_array)
-        self._noises = Static(
-            jax.tree.unflatten(structure, [... if _is_array(leaf) else leaf for leaf in leaves])
-        )
-        # Variables, for Flax cannot update a bare array inside a list.
+        # Numbers are static, and nnx.jit retraces where they change. Arrays are state: Variables,
+        # for Flax cannot update a bare array inside of a pytree.
+        leaves, structure = jax.tree.flatten(dropout, is_leaf=_is_variable)
+        self.noises = jax.tree.unflatten(structure, [...] * len(leaves))
         self._noise_arrays = nnx.data(
-            [
-                leaf if isinstance(leaf, nnx.Variable) else nnx.Variable(jnp.asarray(leaf))
-                for leaf in leaves
-                if _is_array(leaf)
-            ]
+            [leaf if _is_variable(leaf) else nnx.Variable(jnp.asarray(leaf)) for leaf in leaves]
         )
-
-    if not TYPE_CHECKING:
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            # Flax up to 0.12.8 looks for arrays in a value before it looks for a property.
-            if name == "dropout":
-                object.__setattr__(self, name, value)
-            else:
-                super().__setattr__(name, value)
 
     def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
         dropout = self.dropout
@@ -237,46 +258,40 @@ class Static:
         return repr(self.tree)
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | nnx.Variable)
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray)
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, nnx.State | dict | nnx.Variable)
+
+
+def _chain(cell: Any) -> Iterator[Any]:
+    """A cell and, where it is a wrapper, what it wraps, down to the user's own."""
+    while cell is not None:
+        yield cell
+        cell = vars(cell).get("cell") if isinstance(cell, Wrapper) else None
+
+
+def _unwrap(cell: Any) -> Any:
+    """The user's cell inside of all wrappers."""
+    *_, innermost = _chain(cell)
+    return innermost
+
+
+def _cell_has(wrapper: Wrapper, name: str) -> bool:
+    cell = _unwrap(wrapper)
+    return cell is not wrapper and name in vars(cell)
 
 
 def check_cell(cell: Any) -> None:
     if not (isinstance(cell, nnx.Module) and callable(cell) and hasattr(cell, "initialize_carry")):
         raise TypeError(
-            f"{cell!r} is not an RNNCell of flax.nnx: give a cell such as "
+            f"{shown(cell)} is not an RNNCell of flax.nnx: give a cell such as "
             f"nnx.LSTMCell(32, 64, rngs=rngs), a module with initialize_carry and "
             f"__call__(carry, inputs)."
         )
-
-
-def _params(cell: nnx.RNNCellBase) -> dict[str, Any]:
-    return nnx.to_pure_dict(nnx.state(cell, nnx.Param))
-
-
-def _call_with_params(
-    cell: nnx.RNNCellBase, params: PyTree, carry: PyTree, x: PyTree
-) -> tuple[PyTree, PyTree]:
-    """Runs the cell with other weights, which are gone afterwards; what else it writes stays."""
-    graphdef, own, rest = nnx.split(cell, nnx.Param, ...)
-    others = jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(params))
-    copy = nnx.merge(graphdef, others, rest)
-    before = jax.tree.leaves(rest)
-    result = copy(carry, x)
-    after = nnx.state(copy, nnx.Not(nnx.Param))
-    # Flax forbids even an idle write where the cell comes from outside of a jax.lax.scan.
-    if list(map(id, jax.tree.leaves(after))) != list(map(id, before)):
-        nnx.update(cell, after)
-    return result
-
-
-def trace(cell: nnx.RNNCellBase, run: Callable[..., PyTree], *args: PyTree) -> PyTree:
-    """The shapes of `run(cell, *args)`, on a copy: the cell's own state stays as it is."""
-    graphdef, state = nnx.split(cell)
-
-    def trace(state: PyTree, *args: PyTree) -> PyTree:
-        copy = nnx.merge(graphdef, state)
-        copy.eval()  # shapes are those of training, and there is no stream to draw from
-        return run(copy, *args)
-
-    return jax.eval_shape(trace, state, *args)

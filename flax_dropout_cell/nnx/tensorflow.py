@@ -11,7 +11,8 @@ from flax import nnx
 from .._flax import tensorflow as tf
 from .._flax.carry import DropoutCarry
 from .._sites import PyTree
-from .dropout_cell import RngSource, Static, Wrapper, trace
+from .dropout_cell import RngSource, Static, Wrapper
+from .functional import trace
 
 
 class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):

@@ -1,0 +1,87 @@
+"""A sequence that is cut is the uncut one; padding; and what a next window goes on from."""
+
+import itertools
+from typing import Any
+
+import hosts
+import jax
+import jax.numpy as jnp
+import numpy as np
+import probes
+import pytest
+from hosts import GOES_ON, HOSTS, ONE_EACH, SPECS, Window, is_frozen
+from probes import BATCH, SITE_NAMES, STEPS, assert_same
+
+LENGTHS = (3, 1, STEPS, 2)
+SOME_OF_EACH = [
+    (host, spec)
+    for host, spec in itertools.product(GOES_ON, SPECS)
+    if host in ONE_EACH or spec == "ends frozen"
+]
+
+
+@pytest.mark.parametrize(("host", "spec"), SOME_OF_EACH)
+def test_a_sequence_that_is_cut_is_the_uncut_one(host: str, spec: str) -> None:
+    """Bit for bit, with what the carry holds beside the state: masks, key and index."""
+
+    @jax.jit
+    def pieces(rng: jax.Array, xs: jax.Array) -> Any:
+        first = HOSTS[host](SPECS[spec], rng, xs[:2])
+        then = Window(first.carry, start=2)
+        return first.seen, HOSTS[host](SPECS[spec], rng, xs[2:], None, then)
+
+    whole = hosts.run(host, spec, seed=0)
+    first, second = pieces(jax.random.key(0), probes.ones())
+    for site in SITE_NAMES:
+        assert_same(np.concatenate([first[site], second.seen[site]]), whole.seen[site])
+    assert_same(second.carry, whole.carry)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("host", ONE_EACH)
+def test_padded_rows_keep_the_state_of_their_last_step(host: str, spec: str) -> None:
+    @jax.jit
+    def padded(rng: jax.Array, xs: jax.Array) -> Any:
+        return HOSTS[host](SPECS[spec], rng, xs, None, Window(seq_lengths=jnp.array(LENGTHS)))
+
+    whole = hosts.run(host, spec, seed=0)
+    run = padded(jax.random.key(0), probes.ones())
+    cell_carry = getattr(run.carry, "cell_carry", run.carry)
+    for row, length in enumerate(LENGTHS):
+        for site in ("params", "input", "output"):
+            assert_same(run.seen[site][:length, row], whole.seen[site][:length, row])
+        for name in "ab":
+            assert_same(cell_carry[name][row], whole.seen[f"state.{name}"][length - 1, row])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("host", ["nn.RNN", "nnx.RNN"])
+def test_padded_windows_one_after_the_other(host: str, spec: str) -> None:
+    """Frozen masks go on, and per-step masks are new, whatever the rows' lengths were.
+
+    A wrapper's carry has a key and an index for each row then, and the furthest sets the pace.
+    """
+    windows = [(2, 4, 1, 3), (5, 1, 2, 2), (STEPS,) * BATCH]
+
+    @jax.jit
+    def run(rng: jax.Array, xs: jax.Array) -> Any:
+        carry, seen, steps = None, [], []
+        for lengths in windows:
+            window = Window(carry, seq_lengths=jnp.array(lengths))
+            done = HOSTS[host](SPECS[spec], rng, xs, None, window)
+            carry = done.carry
+            seen.append(done.seen)
+            steps.append(carry.rng.step)
+        return seen, steps
+
+    seen, steps = run(jax.random.key(0), probes.ones())
+    for site in ("params", "input", "output"):
+        # No row went beyond a window's longest.
+        used = [seen[i][site][: max(lengths)] for i, lengths in enumerate(windows)]
+        for one, other in itertools.combinations(np.concatenate(used), 2):
+            assert (one == other).all() == is_frozen(spec, site), site
+    assert [step.tolist() for step in steps] == [
+        [2, 4, 1, 3],
+        [4 + length for length in windows[1]],
+        [9 + STEPS] * BATCH,
+    ]
