@@ -87,20 +87,20 @@ schemes = pytest.mark.parametrize("name", SCHEMES)
 CELLS = {"lstm": fdc.lstm_cell, "gru": fdc.gru_cell}
 
 
-def draw(shape: tuple[int, ...], seed: int) -> np.ndarray:
+def draw(shape: tuple[int, ...], seed: int) -> Any:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def example(cell: str) -> tuple[Any, Any, Any]:
     """Weights, a first carry and inputs, none of them zero."""
     width = (4 if cell == "lstm" else 3) * UNITS
-    shapes = [(FEATURES, width), (UNITS, width), (width,)]
-    weights = [draw(shape, seed) / 2 for seed, shape in enumerate(shapes)]
-    params = (
-        fdc.LSTMParams(*weights) if cell == "lstm" else fdc.GRUParams(*weights, draw((UNITS,), 3))
-    )
+    input_kernel, recurrent_kernel = draw((FEATURES, width), 0) / 2, draw((UNITS, width), 1) / 2
+    lstm = fdc.LSTMParams(input_kernel, recurrent_kernel, draw((width,), 2) / 2)
     c, h = draw((BATCH, UNITS), 4), np.tanh(draw((BATCH, UNITS), 5))
-    return params, (c, h) if cell == "lstm" else h, draw((STEPS, BATCH, FEATURES), 6)
+    xs = draw((STEPS, BATCH, FEATURES), 6)
+    if cell == "lstm":
+        return lstm, (c, h), xs
+    return fdc.GRUParams(*lstm, recurrent_bias=draw((UNITS,), 3)), h, xs
 
 
 def frozen(spec: fdc.RecurrentDropout) -> fdc.RecurrentDropout:
@@ -147,11 +147,13 @@ def as_dict(masks: fdc.Masks) -> dict[str, Any]:
     }
 
 
-def run(name: str, params: Any, carry: Any, xs: Any, rng: Any, seq_lengths: Any = None) -> Any:
+def run(name: str, *args: Any) -> Any:
+    """Runs a scheme on `params, carry, xs, rng` and, if given, lengths."""
+    params, carry, xs, rng, *lengths = args
     scheme = SCHEMES[name]
     return fdc.dropout_scan(
         params, carry, xs, rng,
-        cell=CELLS[scheme.cell], dropout=scheme.spec, seq_lengths=seq_lengths,
+        cell=CELLS[scheme.cell], dropout=scheme.spec, seq_lengths=lengths[0] if lengths else None,
     )  # fmt: skip
 
 

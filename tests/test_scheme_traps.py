@@ -38,7 +38,7 @@ def test_scaling_dropout_on_the_memory_is_refused(variational: bool) -> None:
 def test_evaluation_draws_nothing(name: str) -> None:
     """Keras draws masks in evaluation too; haste once leaked them into it."""
     args = example(SCHEMES[name].cell)
-    program = str(jax.make_jaxpr(lambda *args: run(name, *args, None))(*args))
+    program = str(jax.make_jaxpr(lambda *args: run(name, *args))(*args, None))
     assert "random" not in program
     assert "threefry" not in program
     training = jax.make_jaxpr(lambda *args: run(name, *args))(*args, jax.random.key(0))

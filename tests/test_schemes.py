@@ -30,8 +30,8 @@ def check(name: str, rng: Any, step: Any, masks: list[Any]) -> None:
     for seq_lengths in (FULL, LENGTHS):
         gradients, (carry, ys) = differentiate(*args, jnp.asarray(seq_lengths))
 
-        def in_numpy(*args: Any, seq_lengths: Any = seq_lengths) -> tuple[Any, Any]:
-            return equations.loop(step, *args, masks, seq_lengths)
+        def in_numpy(p: Any, carry: Any, xs: Any, lengths: Any = seq_lengths) -> tuple[Any, Any]:
+            return equations.loop(step, p, carry, xs, masks, lengths)
 
         want_carry, want_ys = in_numpy(*args)
         pairs = zip(equations.as_tuple(carry), equations.as_tuple(want_carry), strict=True)
