@@ -9,6 +9,7 @@ import importlib as _importlib
 import importlib.metadata as _metadata
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from . import recipes as recipes
 from ._embedding import embedding_dropout as embedding_dropout
 from ._inside import Cell as Cell
 from ._inside import undisturbed as undisturbed

@@ -44,6 +44,11 @@ def place_state(dropout: RecurrentDropout, carry: PyTree, family: Family) -> Rec
         for site in (Site("state"), Site("hidden", inside=True)):
             _refuse_scaling(dropout, site, "a GRU's h, which it carries on")
     noise = dropout.state
+    # A pair of noises is for c and h, whichever way the pair and the carry are written.
+    if isinstance(carry, LSTMState) and type(noise) is tuple and len(noise) == 2:
+        return dataclasses.replace(dropout, state=LSTMState(*noise))
+    if type(carry) is tuple and isinstance(noise, LSTMState):
+        return dataclasses.replace(dropout, state=tuple(noise))
     if not isinstance(noise, Noise) or is_identity(noise):
         return dropout
     if isinstance(carry, LSTMState):

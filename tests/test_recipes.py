@@ -1,5 +1,6 @@
 """The recipes: where each puts its noises, and that in a stack no wire is dropped twice."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -169,3 +170,22 @@ def test_probabilities_may_be_arrays() -> None:
     plain, half = run(jnp.float32(1)), run(jnp.float32(0.5))
     assert len(traces) == 1
     assert (plain != half).any()
+
+
+@pytest.mark.parametrize("made", [tuple, fdc.LSTMState._make], ids=["(c, h)", "LSTMState"])
+@pytest.mark.parametrize("written", [tuple, fdc.LSTMState._make], ids=["(c, h)", "LSTMState"])
+def test_a_pair_of_noises_is_for_c_and_h(made: Any, written: Any) -> None:
+    """Whichever way the pair and the carry are written, the same masks reach the same leaves."""
+    params = fdc.init_lstm(jax.random.key(0), 3, 8)
+    rows, xs = [jnp.zeros((2, 8))] * 2, jnp.ones((4, 2, 3))
+    spec = recipes.krueger2016(cell_prob=0.5)
+    want, want_ys = fdc.dropout_scan(
+        params, tuple(rows), xs, jax.random.key(1), cell=fdc.lstm_cell, dropout=spec
+    )
+    spec = dataclasses.replace(spec, state=written(spec.state))
+    carry, ys = fdc.dropout_scan(
+        params, made(rows), xs, jax.random.key(1), cell=fdc.lstm_cell, dropout=spec
+    )
+    assert type(carry) is type(made(rows))
+    np.testing.assert_array_equal(ys, want_ys)
+    np.testing.assert_array_equal(carry[0], want[0])

@@ -1,0 +1,114 @@
+"""The traps that implementations of recurrent dropout elsewhere fell into, each with a test."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scheme_equations import KEEP
+from schemes import BATCH, FEATURES, LENGTHS, SCHEMES, draw, example, loss, masks_of, run, schemes
+
+import flax_dropout_cell as fdc
+from flax_dropout_cell import recipes
+
+
+@schemes
+def test_nothing_explodes_in_a_thousand_steps(name: str) -> None:
+    """tensorflow#11650: dropout on an LSTM's c grows by 1 / keep_prob at each step."""
+    params, carry, _ = example(SCHEMES[name].cell)
+    xs = jnp.asarray(draw((1000, BATCH, FEATURES), 7))
+    carry, ys = jax.jit(lambda *args: run(name, *args))(params, carry, xs, jax.random.key(0))
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves((carry, ys)))
+    assert largest < 50
+
+
+@pytest.mark.parametrize("variational", [True, False], ids=["variational", "step"])
+def test_scaling_dropout_on_the_memory_is_refused(variational: bool) -> None:
+    params, carry, xs = example("lstm")
+    noise = fdc.Dropout(keep_prob=KEEP, variational=variational)
+    with pytest.raises(ValueError, match=r"inside\['memory'\].*explode.*scale=False"):
+        fdc.dropout_scan(
+            params, carry, xs, jax.random.key(0), cell=fdc.lstm_cell,
+            dropout=fdc.RecurrentDropout(inside={"memory": noise}),
+        )  # fmt: skip
+
+
+@schemes
+def test_evaluation_draws_nothing(name: str) -> None:
+    """Keras draws masks in evaluation too; haste once leaked them into it."""
+    args = example(SCHEMES[name].cell)
+    program = str(jax.make_jaxpr(lambda *args: run(name, *args))(*args, None))
+    assert "random" not in program
+    assert "threefry" not in program
+    training = jax.make_jaxpr(lambda *args: run(name, *args))(*args, jax.random.key(0))
+    assert "random_bits" in str(training)
+
+
+@schemes
+def test_masks_are_drawn_anew(name: str) -> None:
+    """In TensorFlow 2 a variational mask was drawn once, for good."""
+    masks, others = masks_of(name, 0), masks_of(name, 1)
+    once = variational_sites(SCHEMES[name].spec)
+    assert masks[0].keys() == others[0].keys()
+    for site in masks[0]:
+        assert differs(masks[0][site], others[0][site])
+        assert differs(masks[0][site], masks[1][site]) != (site in once)
+
+
+def variational_sites(spec: fdc.RecurrentDropout) -> set[str]:
+    """By the names that they have in `masks_of`."""
+    around = {"params": spec.params, "input": spec.input, "output": spec.output, "c": spec.state}
+    found = set()
+    for name, prefix in {**around, **spec.inside}.items():
+        entries = jax.tree.leaves(prefix, is_leaf=lambda node: hasattr(node, "variational"))
+        # A lazy prefix has its noise in a field.
+        if any(getattr(entry, "noise", entry).variational for entry in entries):
+            found.add(name)
+    return found
+
+
+def differs(ours: Any, theirs: Any) -> bool:
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return any((a != b).any() for a, b in pairs)
+
+
+def test_zoneout_emits_what_it_carries_on() -> None:
+    """RETURNN and haste emitted the un-zoned h."""
+    args = example("lstm")
+    (_, h), ys = run("Krueger 2016", *args, jax.random.key(0))
+    np.testing.assert_array_equal(ys[-1], h)
+    frozen_h = recipes.krueger2016(cell_prob=0.0, hidden_prob=1.0)
+    _, ys = fdc.dropout_scan(*args, jax.random.key(0), cell=fdc.lstm_cell, dropout=frozen_h)
+    np.testing.assert_array_equal(ys, np.broadcast_to(args[1][1], ys.shape))
+
+
+def test_padding_leaves_zoneout_alone() -> None:
+    """A row's carry is that of its last valid step, whatever is drawn on the padding."""
+    params, first, xs = example("lstm")
+    padded = jax.jit(lambda *args: run("Krueger 2016", params, first, xs, *args))
+    carry, _ = padded(jax.random.key(0), jnp.asarray(LENGTHS))
+    for row, length in enumerate(LENGTHS):
+        alone, _ = padded(jax.random.key(0), jnp.full(BATCH, length))
+        for leaf, want in zip(carry, alone, strict=True):
+            np.testing.assert_array_equal(leaf[row], want[row])
+
+
+def test_weights_are_dropped_for_one_call_only() -> None:
+    """Elsewhere it was cut off (fastai), or the weights were zeroed for good (Better_LSTM)."""
+    params, carry, xs = example("lstm")
+
+    def gradient(rng: Any) -> Any:
+        def with_loss(params: Any) -> Any:
+            return loss(*run("Merity 2017", params, carry, xs, rng))
+
+        return jax.jit(jax.grad(with_loss))(params).recurrent_kernel
+
+    before = params.recurrent_kernel.copy()
+    one, two = (np.asarray(gradient(jax.random.key(seed))) for seed in (0, 1))
+    masks = [masks_of("Merity 2017", seed)[0]["params"] for seed in (0, 1)]
+    for found, mask in zip((one, two), masks, strict=True):
+        np.testing.assert_array_equal(found != 0, mask.recurrent_kernel)
+    assert (masks[0].recurrent_kernel != masks[1].recurrent_kernel).any()
+    np.testing.assert_array_equal(params.recurrent_kernel, before)
+    assert np.asarray(gradient(None)).all()
