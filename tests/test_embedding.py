@@ -439,12 +439,24 @@ def test_nnx_with_a_key_at_the_call_may_be_closed_over() -> None:
     assert len({np.asarray(rows).tobytes() for rows in mapped}) == 3
 
 
-def test_nnx_keep_prob_may_be_an_array() -> None:
-    ids, rng = ids_of(4, 5), jax.random.key(0)
+def test_nnx_keep_prob_may_be_an_array_or_become_one() -> None:
+    ids, rng, traces = ids_of(4, 5), jax.random.key(0), []
+
+    @nnx.jit
+    def run(embed: fdc.nnx.Embed, ids: jax.Array) -> jax.Array:
+        traces.append(1)
+        return embed(ids, rngs=rng)
+
     embed = fdc.nnx.Embed(TYPES, FEATURES, jnp.float32(KEEP_PROB), rngs=nnx.Rngs(0))
-    got = nnx.jit(lambda embed, ids: embed(ids, rngs=rng))(embed, ids)
-    wanted = fdc.embedding_dropout(embed.embedding[...], ids, rng, keep_prob=KEEP_PROB)
-    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    for keep_prob, traced in ((jnp.float32(0.7), 1), (jnp.float32(0.4), 1), (0.5, 2), (0.9, 3)):
+        embed.keep_prob = keep_prob
+        wanted = fdc.embedding_dropout(embed.embedding[...], ids, rng, keep_prob=keep_prob)
+        np.testing.assert_allclose(run(embed, ids), wanted, rtol=1e-6)
+        assert len(traces) == traced
+    embed.keep_prob = jnp.float32(0.4)
+    np.testing.assert_array_equal(run(embed, ids)[..., 0] != 0, kept(ids, rng, keep_prob=0.4))
+    with pytest.raises(ValueError, match="keep_prob must be between"):
+        embed.keep_prob = 2
 
 
 @pytest.mark.parametrize("framework", ["linen", "nnx"])

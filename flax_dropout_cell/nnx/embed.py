@@ -1,12 +1,15 @@
 """`Embed`: NNX's embedding, from which whole word types are dropped."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from .._embedding import check_embed, embedding_dropout
+from ..noises.protocol import check_probability, is_array
+
+_static = getattr(nnx, "static", lambda value: value)  # Flax 0.11 has none, and needs none
 
 
 class Embed(nnx.Embed):
@@ -56,6 +59,15 @@ class Embed(nnx.Embed):
         has_stream = "dropout" in rngs or "default" in rngs
         self.rngs: nnx.RngStream | None
         self.rngs = rngs["dropout"].fork() if has_stream else nnx.data(None)
+
+    if not TYPE_CHECKING:
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            # A number is static and an array is data, also where one takes the other's place.
+            if name == "keep_prob":
+                check_probability(name, value)
+                value = nnx.data(value) if is_array(value) else _static(value)
+            super().__setattr__(name, value)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
