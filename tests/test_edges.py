@@ -1,5 +1,7 @@
 """Sizes, numbers and leaves at the edge of what JAX takes: they work, or are one clear error."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ def everywhere(noise) -> fdc.RecurrentDropout:
     return fdc.RecurrentDropout(params=noise, input=noise, state=noise, output=noise)
 
 
-def scan(noise, params, h, xs, rng=RNG, cell=cell, **options):
+def scan(noise, params, h, xs, rng: Any = RNG, cell=cell, **options):
     dropout = noise if isinstance(noise, fdc.RecurrentDropout) else everywhere(noise)
     return fdc.dropout_scan(params, h, xs, rng, cell=cell, dropout=dropout, **options)
 
@@ -120,7 +122,8 @@ def test_steps_stay_below_the_keys_of_sites() -> None:
     for start in (2**31 - 4, 2**31, -1):
         with pytest.raises(ValueError, match=r"start"):
             scan(FRESH, jnp.ones(6), XS[0], XS, start=start)
-    for step, error in ((-1, ValueError), (2**31, ValueError), (0.5, TypeError), (True, TypeError)):
+    mistakes: Any = ((-1, ValueError), (2**31, ValueError), (0.5, TypeError), (True, TypeError))
+    for step, error in mistakes:
         with pytest.raises(error, match="step must be"):
             fdc.dropout_cell(
                 jnp.ones(6), XS[0], XS[0], RNG, step=step, cell=cell, dropout=everywhere(FRESH)

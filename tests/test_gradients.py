@@ -1,5 +1,7 @@
 """Gradients under dropout, against finite differences and by what must be zero."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,7 +118,7 @@ def test_no_gradient_to_dropped_weights() -> None:
 def test_nan_in_dropped_units_stays_out_of_a_sequence(site) -> None:
     """A poisoned unit that is always dropped leaves the outputs and all gradients clean."""
     mask = jnp.array([[True, False, True]])
-    noise = fdc.Dropout(keep_prob=0.5, variational=True)
+    noise: Any = fdc.Dropout(keep_prob=0.5, variational=True)
     spec = fdc.RecurrentDropout(**{site: noise})
     masks = fdc.Masks(**{site: jnp.broadcast_to(mask, (2, 3))})
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+from typing import Any
 
 import equinox as eqx
 import flax.linen as nn
@@ -33,7 +34,7 @@ def spec_of(**inside) -> fdc.RecurrentDropout:
     return fdc.RecurrentDropout(inside=inside)
 
 
-def scan(spec, rng=RNG, cell=cell, **options):
+def scan(spec, rng: Any = RNG, cell=cell, **options):
     return fdc.dropout_scan(None, H, XS, rng, cell=cell, dropout=spec, **options)[1]
 
 
@@ -239,7 +240,8 @@ def test_a_noise_that_needs_the_step_before() -> None:
         scan(spec_of(a=Previous()))
     for site in ("input", "output"):
         with pytest.raises(ValueError, match=r"Put it at state, or inside .* memory and hidden"):
-            scan(fdc.RecurrentDropout(**{site: Previous()}))
+            sites: Any = {site: Previous()}
+            scan(fdc.RecurrentDropout(**sites))
 
 
 def test_undisturbed_takes_what_disturb_takes() -> None:

@@ -93,6 +93,6 @@ def test_flax_adopts_a_field_in_the_order_that_the_wrapper_relies_on() -> None:
         def __call__(self, x: jax.Array) -> Any:
             return self.cell(x)
 
-    Owner.cell = Spy()
+    Owner.cell = Spy()  # type: ignore
     Owner(nn.Dense(2)).init(RNG, np.ones((1, 2), np.float32))
     assert seen[0] == (True, "cell", None)

@@ -122,7 +122,7 @@ def test_a_step_never_shares_a_mask_with_the_sequence() -> None:
 
 def test_a_single_step_under_the_sequence_key_is_independent_of_its_masks() -> None:
     """`draw_masks` and `dropout_cell` may be given one key: their sites are different draws."""
-    noises = {
+    noises: Any = {
         "input": fdc.Dropout(keep_prob=0.5, variational=True),
         "output": fdc.Dropout(keep_prob=0.5),
     }

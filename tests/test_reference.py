@@ -111,7 +111,7 @@ def test_one_step(data: Any, params: Any, carry: Any, x: Any) -> None:
     rng = jax.random.key(data.draw(st.integers(0, 100)))
     frozen = jax.tree.map(
         lambda noise: fdc.Dropout(
-            noise.keep_prob, variational=True, broadcast_dims=noise.broadcast_dims
+            keep_prob=noise.keep_prob, variational=True, broadcast_dims=noise.broadcast_dims
         ),
         spec,
         is_leaf=lambda node: isinstance(node, fdc.Dropout),
