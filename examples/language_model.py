@@ -252,7 +252,7 @@ class LanguageModel(nn.Module):
         for dropout, start in zip(self.dropouts, carry, strict=True):
             cell = DropoutCell(nn.OptimizedLSTMCell(self.hidden_size), dropout, self.deterministic)
             # New masks on the old state; without a key they come from the "dropout" stream.
-            start = cell.redraw_masks(None, start, x[:, 0].shape)
+            start = cell.redraw_masks(start, x[:, 0])
             end, x = nn.RNN(cell, return_carry=True)(x, initial_carry=start)
             ends.append(end.cell_carry)
         return nn.Dense(self.vocabulary_size)(x), tuple(ends)

@@ -49,7 +49,7 @@ def run(xs: Any = TWO_STEPS, rng: Any = RNG, **arguments: Any) -> Any:
         def __call__(self, xs: jax.Array) -> Any:
             state = (jnp.full((batch, 3), 0.1),) * 2
             cell = RNNCellDropoutWrapper(nn.LSTMCell(3, name="cell"), **arguments)
-            carry = cell.redraw_masks(None, state, xs.shape[1:])
+            carry = cell.redraw_masks(state, xs[0])
             return nn.RNN(cell, time_major=True, return_carry=True)(xs, initial_carry=carry)
 
     variables = weights_of(nn.LSTMCell(3), xs)
@@ -417,9 +417,9 @@ class TestSizes:
             Cell(), input_keep_prob=0.5, variational_recurrent=True, input_size=(32, 64)
         )
         x = (jnp.ones((4, 32)), jnp.ones((4, 64)))
-        carry = wrapper.redraw_masks(RNG, jnp.zeros(1), ((4, 32), (4, 64)))
-        (_, masks, _), y = wrapper.apply({}, carry, x)
-        for leaf, mask in zip(y, masks.input, strict=True):
+        carry = wrapper.redraw_masks(jnp.zeros(1), x, rng=RNG)
+        carry, y = wrapper.apply({}, carry, x)
+        for leaf, mask in zip(y, carry.masks.input, strict=True):
             np.testing.assert_array_equal(leaf, jnp.where(mask, 2.0, 0.0))
         with pytest.raises(ValueError, match=r"input_size is \(32, 64\), but the inputs have"):
             wrapper.apply({}, carry, {"a": x[0], "b": x[1]})

@@ -1,17 +1,21 @@
 """A Flax wrapper's carry: hosts draw it before their loop and hand it from step to step."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 
-from .._random.keys import fold_in
+from .._inside import Cell
+from .._random.keys import as_rng, fold_in
 from .._sites import Masks, PyTree, RecurrentDropout, draws_at_each_step
-from .._step import Cell, draw_sites, dropout_cell
+from .._step import draw_sites, dropout_cell
+from .outline import Outline, check_outline, fixed_arrays, outline_of, with_fixed_arrays
 
 
 class StepRng(NamedTuple):
-    """A sequence's key and the index of its next step.
+    """A sequence's key, as raw data so that it can be saved, and the index of its next step.
 
     Both have an axis of length 1, since `nn.RNN` and `nnx.RNN` index every leaf of a carry with
     `[time, batch]` when they are given `seq_lengths` and `return_carry`. That turns the axis into
@@ -22,34 +26,79 @@ class StepRng(NamedTuple):
     step: jax.Array
 
 
-class DropoutCarry(NamedTuple):
+class _Fields(NamedTuple):
+    cell_carry: Any
+    masks: Masks | None
+    rng: StepRng | None
+    arrays: Any = None
+    outline: Outline | None = None
+
+
+class DropoutCarry(_Fields):
     """The carry of `DropoutCell`: the cell's own, and the randomness of the running sequence.
 
-    Handed on to a next window it goes on as one long sequence that was cut. To start new masks
-    on an old state, see `redraw_masks` of the wrapper.
+    It is a NamedTuple of arrays, which `flax.serialization` and Orbax save. Handed on to a next
+    window it goes on as one long sequence that was cut. To start new masks on an old state, see
+    `redraw_masks` of the wrapper.
+
+    Take the cell's own carry by its name: `c, h = carry.cell_carry`. Rows count by their place:
+    a part of a carry (a microbatch, a shard) draws the per-step masks of the first rows. For parts
+    with masks of their own use the layer `RNN` with `sequence_ids`.
 
     Attributes:
       cell_carry: what the wrapped cell carries, such as an LSTM's `(c, h)`.
       masks: the variational masks of this sequence; None in evaluation.
       rng: where the per-step masks come from; None where there are none.
+      arrays: the arrays that the masks were drawn with, such as a scheduled keep_prob.
+      outline: the noises that the masks were drawn for, in words.
     """
 
-    cell_carry: Any
-    masks: Masks | None
-    rng: StepRng | None
+    __slots__ = ()
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            "a DropoutCarry holds the cell's carry and the sequence's masks, and is not unpacked: "
+            "take the cell's own carry by its name, such as `c, h = carry.cell_carry`."
+        )
+
+    # What NamedTuple makes by iterating over itself.
+
+    def _asdict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._fields}
+
+    def _replace(self, **fields: Any) -> "DropoutCarry":
+        return DropoutCarry(**{**self._asdict(), **fields})
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(self._asdict().values())
 
 
 def start_sequence(
     cell_carry: PyTree, rng: jax.Array, dropout: RecurrentDropout, values: Masks
 ) -> DropoutCarry:
     """Draws a sequence's masks for `values`, each site's value or its shapes and dtypes."""
-    masks = draw_sites(dropout, values, rng)
+    key = as_rng(rng)
+    assert key is not None
+    masks = draw_sites(dropout, values, key)
     # Weights have no batch dim for a host to index, so their masks get one of length 1.
     masks = masks._replace(params=jax.tree.map(lambda mask: mask[None], masks.params))
     step_rng = None
-    if draws_at_each_step(dropout):
-        step_rng = StepRng(rng[None], jnp.zeros((1,), jnp.int32))
-    return DropoutCarry(cell_carry, masks, step_rng)
+    if draws_at_each_step(dropout) or _for_a_dtype(masks):
+        step_rng = StepRng(jax.random.key_data(key)[None], jnp.zeros((1,), jnp.int32))
+    arrays = tuple(jnp.asarray(array)[None] for array in fixed_arrays(dropout))
+    inputs = tuple(str(leaf.dtype) for leaf in jax.tree.leaves(values.input))
+    outline = Outline(outline_of(dropout), inputs, jax.random.key_impl(key))
+    return DropoutCarry(cell_carry, masks, step_rng, arrays or None, outline)
+
+
+def inner_rng(rng: jax.Array) -> jax.Array:
+    """The key for what lies inside a cell that draws its own masks from `rng`.
+
+    The number is none that a step, or a site's leaf, folds in.
+    """
+    key = as_rng(rng)
+    assert key is not None
+    return fold_in(key, 2**32 - 1)
 
 
 def run_step(
@@ -60,30 +109,94 @@ def run_step(
     params: PyTree,
     dropout: RecurrentDropout,
     deterministic: bool,
+    disturb_params: bool = True,
+    values: Callable[[PyTree], Masks] | None = None,
 ) -> tuple[DropoutCarry, PyTree]:
-    """One step of a wrapped cell."""
-    if not isinstance(carry, DropoutCarry):
-        raise TypeError(
-            f"the carry must be a DropoutCarry, got {type(carry).__name__}: start with "
-            f"initialize_carry, or with redraw_masks to go on from a cell's own carry."
-        )
+    """One step of a wrapped cell.
+
+    Args:
+      carry: the wrapper's carry.
+      x: the input.
+      cell: the wrapped cell, `cell(params, carry, x) -> (carry, y)`.
+      params: its weights.
+      dropout: which noise sits where.
+      deterministic: True is evaluation.
+      disturb_params: False where the weights are not there yet.
+      values: each site's shapes and dtypes for an input.
+
+    Returns:
+      The next carry, and the output.
+    """
+    check_carry(carry)
+    spec = dropout if disturb_params else dataclasses.replace(dropout, params=None)
     if deterministic:
-        cell_carry, y = dropout_cell(params, carry.cell_carry, x, None, cell=cell, dropout=dropout)
+        cell_carry, y = dropout_cell(params, carry.cell_carry, x, None, cell=cell, dropout=spec)
         return carry._replace(cell_carry=cell_carry), y
     if carry.masks is None:
         raise ValueError(
             "the carry was made in evaluation and has no masks: call redraw_masks to train on "
             "from it."
         )
-    masks = carry.masks._replace(params=jax.tree.map(lambda mask: mask[0], carry.masks.params))
-    rng, step_rng = None, carry.rng
-    if step_rng is not None:
+    check_outline(carry.outline, dropout)
+    if carry.arrays is not None:
+        spec = with_fixed_arrays(spec, [_first(array) for array in carry.arrays])
+    masks = carry.masks
+    weights = jax.tree.map(_first, masks.params) if disturb_params else None
+    masks = masks._replace(params=weights)
+    rng, step, next_rng = None, None, carry.rng
+    if carry.rng is not None:
+        prng = carry.outline.prng if isinstance(carry.outline, Outline) else None
+        rng = jax.random.wrap_key_data(_first(carry.rng.key), impl=prng)
         # Where rows are at different steps, the furthest sets the pace: no row then sees a mask
         # for a second time.
-        step = jnp.max(step_rng.step)
-        rng = fold_in(step_rng.key[0], step)
-        step_rng = step_rng._replace(step=jnp.full_like(step_rng.step, step + 1))
+        step = jnp.max(carry.rng.step)
+        next_rng = carry.rng._replace(step=jnp.full_like(carry.rng.step, step + 1))
+        if values is not None and _drawn_for_other_inputs(carry, x):
+            masks = _redraw(masks, spec, values(x), rng)
     cell_carry, y = dropout_cell(
-        params, carry.cell_carry, x, rng, cell=cell, dropout=dropout, masks=masks
+        params, carry.cell_carry, x, rng, cell=cell, dropout=spec, masks=masks, step=step
     )
-    return DropoutCarry(cell_carry, carry.masks, step_rng), y
+    return carry._replace(cell_carry=cell_carry, rng=next_rng), y
+
+
+def check_carry(carry: Any) -> None:
+    """Refuses what is no wrapper's carry."""
+    if not isinstance(carry, DropoutCarry):
+        raise TypeError(
+            f"the carry must be a DropoutCarry, got {type(carry).__name__}: start with "
+            f"initialize_carry, or with redraw_masks to go on from a cell's own carry."
+        )
+
+
+def _first(leaf: jax.Array) -> jax.Array:
+    if leaf.shape[0] == 0:
+        raise ValueError(
+            "a DropoutCarry was sliced: the sequence's key and the masks of weights are shared by "
+            "all rows, along an axis of length 1. For parts of a batch that draw by the row, use "
+            "the layer fdc.linen.RNN or fdc.nnx.RNN with sequence_ids."
+        )
+    return leaf[0]
+
+
+def _for_a_dtype(masks: Masks) -> bool:
+    """Whether a mask was drawn in the dtype of a value that is not there yet.
+
+    Hosts say the inputs' shape, not their dtype, when they start a sequence. For boolean masks it
+    does not matter.
+    """
+    drawn = jax.tree.leaves((masks.input, masks.output, masks.inside))
+    return any(mask.dtype != jnp.bool_ for mask in drawn)
+
+
+def _drawn_for_other_inputs(carry: DropoutCarry, x: PyTree) -> bool:
+    if not isinstance(carry.outline, Outline) or carry.masks is None:
+        return False
+    here = tuple(str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(x))
+    return here != carry.outline.inputs and _for_a_dtype(carry.masks)
+
+
+def _redraw(masks: Masks, dropout: RecurrentDropout, values: Masks, rng: jax.Array) -> Masks:
+    """Draws once more what was drawn for inputs of another dtype: the same bits at every step."""
+    unknown = dataclasses.replace(dropout, params=None, state=None)
+    drawn = draw_sites(unknown, values._replace(params=None, state=None), rng)
+    return masks._replace(input=drawn.input, output=drawn.output, inside=drawn.inside)

@@ -6,11 +6,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core import unfreeze
 
-from .._flax.carry import DropoutCarry, run_step
+from .._flax.carry import DropoutCarry, check_carry, inner_rng, run_step
 from .._flax.wrapper import CellWrapper
-from .._sites import PyTree, RecurrentDropout
+from .._inside import trace_cell
+from .._shown import shown
+from .._sites import PyTree, RecurrentDropout, active_noises, shape_of
 from .cell_field import CellField, copy_with_cell, waits_for_a_host
+from .weights import restrict, run_on, weights_of
 
 
 class Wrapper(CellWrapper, nn.RNNCellBase):
@@ -34,17 +38,23 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
         return copy_with_cell(self, self.cell, **kwargs)
 
     @nn.nowrap
-    def _sequence_rng(self, rng: jax.Array | None) -> jax.Array | None:
-        """The key of a new sequence; None where it is to run without dropout."""
-        if self.deterministic:
-            return None
+    def _stream(self) -> nn.Module | None:
+        """The module whose `dropout` stream this one draws from; None outside of any module."""
         # A cell that is made with parent=None inside a module's call is unbound, but the stream of
         # that module is at hand, while the key that a host gives there is a constant.
         module = self if self.scope is not None else nn.module._context.module_stack[-1]
-        if module is None or module.scope is None:
-            if rng is None:
-                raise ValueError("an unbound cell draws its masks from rng; got None.")
+        return None if module is None or module.scope is None else module
+
+    @nn.nowrap
+    def _sequence_rng(self, rng: jax.Array | None = None) -> jax.Array | None:
+        """The key of a new sequence; None where it is to run without dropout."""
+        if self.deterministic:
+            return None
+        if rng is not None:
             return rng
+        module = self._stream()
+        if module is None:
+            raise ValueError("an unbound cell draws its masks from rng; got None.")
         if module.has_rng("dropout"):
             return module.make_rng("dropout")
         if module.is_initializing():
@@ -65,7 +75,8 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
         draws from `rng`: give it a new key for each sequence.
 
         Args:
-          rng: handed to the cell's own `initialize_carry`.
+          rng: handed to the cell's own `initialize_carry`; an unbound cell, which draws from it,
+            hands on another key that it derives.
           input_shape: the shape of the input at a step, `[*batch, *features]`, or a pytree of
             such shapes for nested inputs.
 
@@ -75,25 +86,44 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
         Raises:
           ValueError: there is no `dropout` stream, and this is neither evaluation nor `init`.
         """
+        own = None
+        if self._stream() is None and not self.deterministic:
+            own, rng = rng, inner_rng(rng)
         cell_carry = self.cell.initialize_carry(rng, input_shape)
-        return self._start(self._sequence_rng(rng), cell_carry, input_shape)
+        return self._start(self._sequence_rng(own), cell_carry, input_shape)
 
     @nn.nowrap
-    def redraw_masks(self, rng: jax.Array | None, carry: PyTree, input_shape: Any) -> DropoutCarry:
+    def redraw_masks(
+        self, carry: PyTree, inputs: PyTree, rng: jax.Array | None = None
+    ) -> DropoutCarry:
         """Starts new masks on an old state, as Gal and Ghahramani do from window to window.
 
         Args:
-          rng: as in `initialize_carry`; None where there is a `dropout` stream.
-          carry: this wrapper's last carry, or a carry of the wrapped cell.
-          input_shape: as in `initialize_carry`.
+          carry: this wrapper's last carry, or a carry of the wrapped cell, such as an encoder's
+            in a decoder.
+          inputs: the input of one step, `[*batch, *features]`, or its `jax.ShapeDtypeStruct`; a
+            pytree for nested inputs.
+          rng: the key of the new sequence. None reads the `dropout` stream.
 
         Returns:
           The carry to start the next window with.
+
+        Example:
+          >>> import flax.linen as nn
+          >>> import jax, jax.numpy as jnp
+          >>> import flax_dropout_cell as fdc
+          >>> noise = fdc.Dropout(keep_prob=0.8, variational=True)
+          >>> cell = fdc.linen.DropoutCell(nn.LSTMCell(64), fdc.RecurrentDropout(input=noise))
+          >>> state = (jnp.zeros((4, 64)), jnp.zeros((4, 64)))
+          >>> carry = cell.redraw_masks(state, jnp.ones((4, 32)), rng=jax.random.key(0))
+          >>> carry.masks.input.shape
+          (4, 32)
         """
         cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
         if isinstance(self.cell, Wrapper):
-            cell_carry = self.cell.redraw_masks(rng, cell_carry, input_shape)
-        return self._start(self._sequence_rng(rng), cell_carry, input_shape)
+            inner = None if rng is None else inner_rng(rng)
+            cell_carry = self.cell.redraw_masks(cell_carry, inputs, inner)
+        return self._start(self._sequence_rng(rng), cell_carry, jax.tree.map(shape_of, inputs))
 
     @nn.nowrap
     def _parts(self) -> Iterable[Any]:
@@ -103,38 +133,58 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
 
     @nn.nowrap
     def _params_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
-        _, variables = _trace_cell(self.cell, cell_carry, x)
-        return nn.unbox(variables).get("params")
+        if self.scope is not None and not self.is_initializing():
+            return self._checked(weights_of(self.cell).tree)
+        (_, variables), _ = _trace(self.cell, cell_carry, x, frozenset())
+        return self._checked(unfreeze(nn.unbox(variables)).get("params", {}))
+
+    @nn.nowrap
+    def _checked(self, tree: PyTree) -> PyTree:
+        if not jax.tree.leaves(tree):
+            raise ValueError(
+                f"dropout.params has noise, but {type(self.cell).__name__} has no weights, nothing "
+                f"in the collection 'params', for it to sit on."
+            )
+        return tree
 
     @nn.nowrap
     def _output_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
-        (_, y), _ = _trace_cell(self.cell, cell_carry, x)
-        return y
+        return self._trace(cell_carry, x, frozenset())[0]
+
+    @nn.nowrap
+    def _trace(
+        self, cell_carry: PyTree, x: PyTree, names: frozenset[str]
+    ) -> tuple[PyTree, dict[str, PyTree]]:
+        (y, _), inside = _trace(self.cell, cell_carry, x, names)
+        return y, inside
 
     def __call__(self, carry: DropoutCarry, inputs: PyTree) -> tuple[DropoutCarry, PyTree]:
         """One step of the wrapped cell, with noise."""
-        no_masks = isinstance(carry, DropoutCarry) and carry.masks is None
-        evaluate = self.deterministic or (self.is_initializing() and no_masks)
-        dropout = RecurrentDropout()
-        if isinstance(carry, DropoutCarry):
-            dropout = self._dropout(carry.cell_carry)
-        params = None
-        if dropout.params is not None and not evaluate:
-            if self.is_initializing():
-                self.cell(carry.cell_carry, inputs)  # makes the weights that are to be disturbed
-            params = self.cell.variables["params"]
+        check_carry(carry)
+        initializing = self.is_initializing()
+        dropout = self._dropout(carry.cell_carry)
+        # During init there are no weights yet, and the cell is to run once.
+        weights, params = None, None
+        if active_noises(dropout.params) and not initializing:
+            weights = weights_of(self.cell)
+            params = self._checked(weights.tree)
+            if carry.masks is not None and carry.masks.params is not None:
+                params = restrict(params, carry.masks.params)
 
-        else:
-            dropout = dataclasses.replace(dropout, params=None)
-
-        def cell(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
-            if params is None:
-                return self.cell(carry, x)
-            run = nn.map_variables(_call, "params", lambda _: {"params": params})
-            return run(self.cell, carry, x)
+        def cell(params: PyTree, carry: PyTree, x: PyTree, **sites: Any) -> tuple[PyTree, PyTree]:
+            if weights is None:
+                return self.cell(carry, x, **sites)
+            return run_on(self.cell, weights, params, carry, x, **sites)
 
         return run_step(
-            carry, inputs, cell=cell, params=params, dropout=dropout, deterministic=evaluate
+            carry,
+            inputs,
+            cell=cell,
+            params=params,
+            dropout=dropout,
+            deterministic=self.deterministic or (initializing and carry.masks is None),
+            disturb_params=weights is not None,
+            values=lambda x: self._values(dropout, carry.cell_carry, jax.tree.map(shape_of, x)),
         )
 
 
@@ -150,7 +200,8 @@ class DropoutCell(Wrapper):
     Args:
       cell: any `nn.RNNCellBase`.
       dropout: which noise sits where. One noise for the whole `state` of an LSTM-family cell
-        means h alone; to reach the memory c, name it: `state=(noise_c, noise_h)`.
+        means h alone; to reach the memory c, name it: `state=(noise_c, noise_h)`. Where another
+        cell's state has several leaves, say which.
       deterministic: True is evaluation.
 
     Example:
@@ -175,28 +226,31 @@ class DropoutCell(Wrapper):
         if not isinstance(self.dropout, RecurrentDropout):
             raise TypeError(
                 f"dropout must be a RecurrentDropout, such as "
-                f"RecurrentDropout(input=Dropout(keep_prob=0.8)), got {self.dropout!r}."
+                f"RecurrentDropout(input=Dropout(keep_prob=0.8)), got {shown(self.dropout)}."
             )
         super().__post_init__()
 
     @nn.nowrap
     def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
-        return dataclasses.replace(self.dropout, state=self._place_state(self.dropout.state))
-
-
-def _call(cell: nn.RNNCellBase, *args: Any) -> Any:
-    return cell(*args)
+        return self._place(self.dropout, cell_carry)
 
 
 def check_cell(cell: Any) -> None:
     if not (isinstance(cell, nn.Module) and callable(cell) and hasattr(cell, "initialize_carry")):
         raise TypeError(
-            f"{cell!r} is not an RNNCell of flax.linen: give a cell such as nn.LSTMCell(64), "
+            f"{shown(cell)} is not an RNNCell of flax.linen: give a cell such as nn.LSTMCell(64), "
             f"a module with initialize_carry and __call__(carry, inputs)."
         )
 
 
-def _trace_cell(cell: nn.RNNCellBase, cell_carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
-    """The shapes of what a cell returns and of its variables."""
+def _trace(
+    cell: nn.RNNCellBase, cell_carry: PyTree, x: PyTree, names: frozenset[str]
+) -> tuple[tuple[PyTree, PyTree], dict[str, PyTree]]:
+    """The shapes of a cell's output and variables, and of what stands at its sites `names`."""
     unbound = cell.clone(parent=None, _deep_clone=True, _reset_names=True)
-    return jax.eval_shape(unbound.init_with_output, jax.random.key(0), cell_carry, x)
+
+    def run(params: None, carry: PyTree, x: PyTree, **sites: Any) -> tuple[PyTree, PyTree]:
+        (carry, y), variables = unbound.init_with_output(jax.random.key(0), carry, x, **sites)
+        return carry, (y, variables)
+
+    return trace_cell(run, None, cell_carry, x, names)
