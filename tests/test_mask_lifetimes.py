@@ -32,16 +32,32 @@ def test_a_variational_mask_is_frozen_and_a_per_step_mask_is_fresh(host: str, sp
             assert differ(mask[s], mask[t]) is not is_frozen(spec, site), (site, s, t)
 
 
+def assert_all_differ(seen: dict[str, np.ndarray]) -> None:
+    """No row of a site's masks is a row of another's, nor of another example's."""
+    for site, other in itertools.combinations(SITE_NAMES, 2):
+        for i, j in itertools.product(range(BATCH), repeat=2):
+            assert differ_by_step(seen[site][:, i], seen[other][:, j]), (site, other)
+    for site in SITE_NAMES[1:]:
+        for i, j in itertools.combinations(range(BATCH), 2):
+            assert differ_by_step(seen[site][:, i], seen[site][:, j]), site
+
+
+def differ_by_step(one: np.ndarray, other: np.ndarray) -> bool:
+    return bool((one[:, None] != other[None]).any(-1).all())
+
+
 @all_hosts
 @both_specs
 def test_masks_differ_over_sites_leaves_and_examples(host: str, spec: str) -> None:
-    seen = hosts.run(host, spec, seed=0).seen
-    for site, other in itertools.combinations(SITE_NAMES, 2):
-        for s, t in itertools.product(range(STEPS), repeat=2):
-            assert differ(seen[site][s], seen[other][t]), (site, other)
-    for site in SITE_NAMES[1:]:
-        for i, j in itertools.combinations(range(BATCH), 2):
-            assert differ(seen[site][0, i], seen[site][0, j]), (site, i, j)
+    assert_all_differ(hosts.run(host, spec, seed=0).seen)
+
+
+@both_modes
+def test_masks_of_one_kind_differ_over_sites_leaves_and_examples(noise: fdc.Dropout) -> None:
+    """With one noise everywhere: the other specs never have one kind at all sites."""
+    spec = probes.spec_of(noise)
+    run = jax.jit(lambda rng, xs: hosts.run_dropout_scan(spec, rng, xs).seen)
+    assert_all_differ(jax.tree.map(np.asarray, run(jax.random.key(0), probes.ones())))
 
 
 @all_hosts
