@@ -349,4 +349,4 @@ def test_mistakes_with_the_carry() -> None:
     cell.train()
     with pytest.raises(ValueError, match=r"made in evaluation and has no masks: call redraw_masks"):
         cell(carry, jnp.ones(SHAPE))
-    cell(cell.redraw_masks(carry, SHAPE), jnp.ones(SHAPE))
+    cell(cell.redraw_masks(carry, jnp.ones(SHAPE)), jnp.ones(SHAPE))

@@ -97,7 +97,7 @@ def test_wrappers_nest(noise: fdc.Dropout) -> None:
     assert set(np.unique(ys)) == {0.0, 4.0}  # both have to keep a unit
     assert (ys[:, 1:] == ys[:, :1]).all() == noise.variational
     assert draws_of(inner) == draws_of(outer) == 1
-    fresh: Any = outer.redraw_masks(carry, SHAPE)
+    fresh: Any = outer.redraw_masks(carry, jnp.ones(SHAPE))
     assert draws_of(inner) == draws_of(outer) == 2
     assert_same(fresh.cell_carry.cell_carry, carry.cell_carry.cell_carry)
     if noise.variational:

@@ -184,7 +184,7 @@ def test_sizes_and_states() -> None:
         for leaf in state:
             assert_same(leaf, jnp.zeros((5, 8), jnp.bfloat16))
             assert leaf.dtype == jnp.bfloat16
-    carry = wrapper.redraw_masks(wrapper.zero_state(BATCH, jnp.float32), (BATCH, 3))
+    carry = wrapper.redraw_masks(wrapper.zero_state(BATCH, jnp.float32), jnp.ones((BATCH, 3)))
     wrapper(carry, inputs()[:, 0])
 
     nested = wrap(DropoutCell(cell, MIXED))

@@ -87,7 +87,7 @@ def test_padded_rows_of_a_reversed_sequence() -> None:
 def test_redraw_masks_keeps_the_state_and_nothing_else(noise: fdc.Dropout) -> None:
     cell: Any = probe_of(noise)
     carry, _ = cell(start(cell), jnp.ones(SHAPE))
-    fresh: Any = cell.redraw_masks(carry, SHAPE)
+    fresh: Any = cell.redraw_masks(carry, jnp.ones(SHAPE))
     assert draws_of(cell) == 2
     assert_same(fresh.cell_carry, carry.cell_carry)
     old_masks, masks = jax.tree.leaves(carry.masks), jax.tree.leaves(fresh.masks)
@@ -97,7 +97,7 @@ def test_redraw_masks_keeps_the_state_and_nothing_else(noise: fdc.Dropout) -> No
     if not noise.variational:
         assert fresh.rng.key[0] != carry.rng.key[0]
         assert fresh.rng.step.tolist() == [0]
-    of_the_cell = cell.redraw_masks(carry.cell_carry, SHAPE)
+    of_the_cell = cell.redraw_masks(carry.cell_carry, jnp.ones(SHAPE))
     assert_same(of_the_cell.cell_carry, carry.cell_carry)
     cell(of_the_cell, jnp.ones(SHAPE))
 

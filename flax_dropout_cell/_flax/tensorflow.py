@@ -57,9 +57,9 @@ class TensorFlowWrapper(CellWrapper):
             input=noise(self.input_keep_prob), output=noise(self.output_keep_prob), state=state
         )
 
-    def _start(self, rng: jax.Array | None, cell_carry: PyTree, input_shape: Any) -> DropoutCarry:
+    def _start(self, rng: jax.Array | None, cell_carry: PyTree, inputs: Any) -> DropoutCarry:
         rng = None if rng is None else fold_seed(rng, self.seed)
-        return super()._start(rng, cell_carry, input_shape)
+        return super()._start(rng, cell_carry, inputs)
 
     @property
     def wrapped_cell(self) -> Any:

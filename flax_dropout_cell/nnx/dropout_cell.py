@@ -1,6 +1,5 @@
 """`DropoutCell`: an NNX cell under recurrent dropout."""
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .._flax.carry import DropoutCarry, run_step
+from .._flax.carry import DropoutCarry, check_carry, inner_rng, run_step
 from .._flax.wrapper import CellWrapper
-from .._random.keys import nested_rng
+from .._inside import trace_cell
+from .._random.keys import as_rng, nested_rng
 from .._shown import shown
-from .._sites import PyTree, RecurrentDropout
-from .functional import call_with_params, params_of, trace
+from .._sites import PyTree, RecurrentDropout, shape_of
+from .functional import call_with_params, functional_cell, params_of
 
 RngSource = nnx.Rngs | nnx.RngStream | None
 
@@ -99,20 +99,43 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         cell_carry = self.cell.initialize_carry(input_shape, rngs, *given)
         return self._start(self._sequence_rng(), cell_carry, input_shape)
 
-    def redraw_masks(self, carry: PyTree, input_shape: Any) -> DropoutCarry:
-        """Starts new masks on an old state, as Gal and Ghahramani do from window to window.
+    def redraw_masks(
+        self, carry: PyTree, inputs: PyTree, rngs: RngSource | jax.Array = None
+    ) -> DropoutCarry:
+        """Starts new masks on an old state.
 
         Args:
-          carry: this wrapper's last carry, or a carry of the wrapped cell.
-          input_shape: as in `initialize_carry`.
+          carry: this wrapper's last carry, or a carry of the wrapped cell, such as an encoder's
+            in a decoder.
+          inputs: the input of one step, `[*batch, *features]`, or its `jax.ShapeDtypeStruct`; a
+            pytree for nested inputs.
+          rngs: the key of the new sequence, or an `nnx.Rngs` or `nnx.RngStream` to take it from.
+            None takes it from the module's own stream.
 
         Returns:
           The carry to start the next window with.
+
+        Example:
+          >>> from flax import nnx
+          >>> import jax, jax.numpy as jnp
+          >>> import flax_dropout_cell as fdc
+          >>> noise = fdc.Dropout(keep_prob=0.8, variational=True)
+          >>> cell = nnx.LSTMCell(32, 64, rngs=nnx.Rngs(0))
+          >>> cell = fdc.nnx.DropoutCell(cell, fdc.RecurrentDropout(input=noise))
+          >>> state = (jnp.zeros((4, 64)), jnp.zeros((4, 64)))
+          >>> carry = cell.redraw_masks(state, jnp.ones((4, 32)), rngs=jax.random.key(0))
+          >>> carry.masks.input.shape
+          (4, 32)
         """
+        rng = self._sequence_rng() if rngs is None else _key_of(rngs)
+        return self._redraw(rng, carry, jax.tree.map(shape_of, inputs))
+
+    def _redraw(self, rng: jax.Array | None, carry: PyTree, inputs: PyTree) -> DropoutCarry:
         cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
         if isinstance(self.cell, Wrapper):
-            cell_carry = self.cell.redraw_masks(cell_carry, input_shape)
-        return self._start(self._sequence_rng(), cell_carry, input_shape)
+            inner = None if rng is None else inner_rng(rng)
+            cell_carry = self.cell._redraw(inner, cell_carry, inputs)
+        return self._start(rng, cell_carry, inputs)
 
     def _parts(self) -> Iterable[Any]:
         return (node for _, node in nnx.iter_graph(self.cell))
@@ -121,17 +144,12 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         return params_of(self.cell, self._dropout(cell_carry).params)
 
     def _output_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
-        def run(x: PyTree) -> PyTree:
-            return trace(self.cell, lambda cell, *args: cell(*args), cell_carry, x)[1]
+        return self._trace(cell_carry, x, frozenset())[0]
 
-        try:
-            return run(x)
-        except (TypeError, ValueError) as error:
-            # Nobody says the dtype of the inputs, and a cell that looks tokens up takes no floats.
-            try:
-                return run(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "int32"), x))
-            except Exception:
-                raise error from None
+    def _trace(
+        self, cell_carry: PyTree, x: PyTree, names: frozenset[str]
+    ) -> tuple[PyTree, dict[str, PyTree]]:
+        return trace_cell(functional_cell(self.cell), None, cell_carry, x, names)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view` calls.
@@ -144,17 +162,16 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
 
     def __call__(self, carry: DropoutCarry, inputs: PyTree) -> tuple[DropoutCarry, PyTree]:
         """One step of the wrapped cell, with noise."""
-        dropout = RecurrentDropout()
-        if isinstance(carry, DropoutCarry):
-            dropout = self._dropout(carry.cell_carry)
+        check_carry(carry)
+        dropout = self._dropout(carry.cell_carry)
         params = None
         if dropout.params is not None:
             params = params_of(self.cell, dropout.params)
 
-        def cell(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+        def cell(params: PyTree, carry: PyTree, x: PyTree, **sites: Any) -> tuple[PyTree, PyTree]:
             if params is None:
-                return self.cell(carry, x)
-            return call_with_params(self.cell, params, carry, x)
+                return self.cell(carry, x, **sites)
+            return call_with_params(self.cell, params, carry, x, **sites)
 
         return run_step(
             carry,
@@ -163,6 +180,7 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
             params=params,
             dropout=dropout,
             deterministic=self.deterministic,
+            values=lambda x: self._values(dropout, carry.cell_carry, jax.tree.map(shape_of, x)),
         )
 
 
@@ -234,8 +252,7 @@ class DropoutCell(Wrapper):
         )
 
     def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
-        dropout = self.dropout
-        return dataclasses.replace(dropout, state=self._place_state(dropout.state))
+        return self._place(self.dropout, cell_carry)
 
 
 class Static:
@@ -256,6 +273,12 @@ class Static:
 
     def __repr__(self) -> str:
         return repr(self.tree)
+
+
+def _key_of(rngs: Any) -> jax.Array | None:
+    if isinstance(rngs, nnx.Rngs):
+        return rngs.dropout()
+    return rngs() if isinstance(rngs, nnx.RngStream) else as_rng(rngs)
 
 
 def _is_array(value: Any) -> bool:

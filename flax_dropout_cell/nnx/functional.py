@@ -24,19 +24,31 @@ def params_of(cell: nnx.RNNCellBase, noises: PyTree) -> dict[str, Any]:
 
 
 def call_with_params(
-    cell: nnx.RNNCellBase, params: PyTree, carry: PyTree, x: PyTree
+    cell: nnx.RNNCellBase, params: PyTree, carry: PyTree, x: PyTree, **sites: Any
 ) -> tuple[PyTree, PyTree]:
     """Runs the cell with other weights, which are gone afterwards; what else it writes stays."""
     graphdef, own, rest = nnx.split(cell, nnx.Param, ...)
     others = jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(params))
     copy = nnx.merge(graphdef, others, rest)
     before = jax.tree.leaves(rest)
-    result = copy(carry, x)
+    result = copy(carry, x, **sites)
     after = nnx.state(copy, nnx.Not(nnx.Param))
     # Flax forbids even an idle write where the cell comes from outside of a jax.lax.scan.
     if list(map(id, jax.tree.leaves(after))) != list(map(id, before)):
         nnx.update(cell, after)
     return result
+
+
+def functional_cell(cell: nnx.RNNCellBase) -> Callable[..., tuple[PyTree, PyTree]]:
+    """The cell as a function to be traced for shapes, on a copy whose own state stays as it is."""
+    graphdef, state = nnx.split(cell)
+
+    def run(params: None, carry: PyTree, x: PyTree, **sites: Any) -> tuple[PyTree, PyTree]:
+        copy = nnx.merge(graphdef, state)
+        copy.eval()  # shapes are those of training, and there is no stream to draw from
+        return copy(carry, x, **sites)
+
+    return run
 
 
 def trace(cell: nnx.RNNCellBase, run: Callable[..., PyTree], *args: PyTree) -> PyTree:
