@@ -126,7 +126,8 @@ class TestKeys:
                 carry: Any = cell.redraw_masks(jnp.zeros((B, H)), x, rng=RNG)
                 return carry.masks.input
 
-        masks = [Model().apply({}, XS[:, 0], rngs={"dropout": jax.random.key(n)}) for n in (0, 1)]
+        model: Any = Model()
+        masks = [model.apply({}, XS[:, 0], rngs={"dropout": jax.random.key(n)}) for n in (0, 1)]
         np.testing.assert_array_equal(*masks)
 
 
@@ -138,7 +139,7 @@ class TestNoiseOnWeights:
             cell: Any = DropoutCell(Shift(), spec_of(params=Flipped()), deterministic=True)
             if nested:
                 cell = DropoutCell(cell, spec_of(input=PER_STEP), deterministic=True)
-            ys = nn.RNN(cell).apply(variables, XS)
+            ys: Any = nn.RNN(cell).apply(variables, XS)
             assert (ys == -1).all()
 
     def test_init_runs_the_cell_once(self) -> None:
@@ -174,7 +175,7 @@ class TestNoiseOnWeights:
         """Weights with partition names are disturbed as those without, and stay boxed."""
         boxed_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
         cells = [nn.SimpleCell(H, kernel_init=boxed_init), nn.SimpleCell(H)]
-        got = []
+        got, variables = [], {}
         for cell in cells:
             rnn = nn.RNN(DropoutCell(cell, spec_of(params=noise)))
             variables = rnn.init(RNG, XS)
@@ -469,7 +470,7 @@ class TestTypesOfInputs:
         rnn = nn.RNN(DropoutCell(Tokens(), spec_of(output=noise)), return_carry=True)
         variables = rnn.init(RNG, tokens)
         carry, ys = train(rnn, variables, tokens)
-        want = nn.RNN(Tokens()).apply(variables, tokens)
+        want: Any = nn.RNN(Tokens()).apply(variables, tokens)
         for t in range(T):
             disturbed = noise.apply(carry.masks.output, want[:, t], None)
             np.testing.assert_allclose(ys[:, t], disturbed, rtol=1e-6)

@@ -63,10 +63,10 @@ class DropoutCarry(_Fields):
 
     # What NamedTuple makes by iterating over itself.
 
-    def _asdict(self) -> dict[str, Any]:
+    def _asdict(self) -> dict[str, Any]:  # type: ignore[override]
         return {name: getattr(self, name) for name in self._fields}
 
-    def _replace(self, **fields: Any) -> "DropoutCarry":
+    def _replace(self, **fields: Any) -> "DropoutCarry":  # type: ignore[override]
         return DropoutCarry(**{**self._asdict(), **fields})
 
     def __getnewargs__(self) -> tuple[Any, ...]:

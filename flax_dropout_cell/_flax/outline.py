@@ -70,7 +70,8 @@ def in_words(value: Any) -> str:
         return f"{{{', '.join(entries)}}}"
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         # An entry that is left out, as a carry's newer fields may be, is None.
-        named = ((name, getattr(value, name)) for name in value._fields)
+        fields = getattr(value, "_fields")  # noqa: B009
+        named = ((name, getattr(value, name)) for name in fields)
         entries = (f"{name}={in_words(entry)}" for name, entry in named if entry is not None)
         return f"{type(value).__name__}({', '.join(entries)})"
     if isinstance(value, list | tuple):

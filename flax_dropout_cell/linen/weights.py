@@ -38,7 +38,8 @@ def weights_of(cell: nn.Module) -> Weights:
     tree: dict[str, Any] = {}
     scopes = []
     for path, scope in _outermost(list(_scopes(cell, (), set()))):
-        boxed = unfreeze(scope.variables().get("params", {}))
+        params: Any = scope.variables().get("params", {})
+        boxed = unfreeze(params)
         plain = tree
         for name in path if boxed else ():
             plain = plain.setdefault(name, {})
