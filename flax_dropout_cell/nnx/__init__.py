@@ -15,4 +15,5 @@ from .cells import cell_params as cell_params
 from .cells import core_params as core_params
 from .dropout_cell import DropoutCell as DropoutCell
 from .embed import Embed as Embed
+from .rnn import RNN as RNN
 from .tensorflow import RNNCellDropoutWrapper as RNNCellDropoutWrapper

@@ -1,0 +1,320 @@
+"""`RNN`: an NNX cell over whole sequences, under recurrent dropout."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from .._flax.layer import (
+    Call,
+    check_layer_dropout,
+    choose,
+    read_layout,
+    refuse_as_cell,
+    refuse_state,
+    refuse_wrapper,
+    run_layer,
+)
+from .._flax.wrapper import CellWrapper
+from .._leaky import Family
+from .._random.keys import as_rng
+from .._shown import shown
+from .._sites import PyTree, RecurrentDropout
+from .dropout_cell import Static
+
+RngSource = nnx.Rngs | nnx.RngStream | jax.Array | None
+
+_CARRY = "carry"
+"""The stream that Flax's hosts hand on for `initialize_carry`; masks never come from it."""
+
+
+class RNN(nnx.Module):
+    """`nnx.RNN` under recurrent dropout: any cell over whole sequences.
+
+    In training a call draws one key from the module's own `dropout` stream, or takes `rngs`; from
+    that key variational masks are drawn once and per-step masks at each step. Evaluation, by
+    `eval()`, `nnx.view` or `deterministic=True`, needs none. A call is a window: it draws new
+    masks, on whatever carry it starts from (Gal and Ghahramani 2016, arXiv:1512.05287, section 4).
+
+    The weights lie where they lie in `nnx.RNN(cell)`, so its checkpoints load as they are. The
+    carry is the cell's own. Outputs on padding are zero, unlike in `nnx.RNN`. It goes into
+    `nnx.Bidirectional`.
+
+    Args:
+      cell: any `nnx.RNNCellBase`, bare.
+      dropout: which noise sits where. One noise for the whole `state` of an LSTM means h. `params`
+        takes a prefix of the cell's `nnx.Param`s as a plain dict. Arrays in it are data of this
+        module, so that a new `dropout` with other values does not retrace.
+      deterministic: True is evaluation. What is given at the call wins, here and below.
+      time_major: whether inputs are `[time, *batch, *features]`, not `[*batch, time, *features]`.
+      return_carry: whether to return `(carry, outputs)`.
+      reverse: whether to run from each sequence's end to its start. Outputs then come in the
+        order in which they were made, with padding still at the end.
+      keep_order: with `reverse`, outputs come in the order of the inputs.
+      unroll: as in `jax.lax.scan`.
+      checkpoint_every: as in `dropout_scan`.
+      rngs: where the masks come from, an `nnx.Rngs` or an `nnx.RngStream`; it is forked.
+
+    Raises:
+      TypeError: `cell` is no cell, or has dropout of its own, or `dropout` is no
+        `RecurrentDropout`.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> noise = fdc.Dropout(keep_prob=0.8, variational=True)
+      >>> dropout = fdc.RecurrentDropout(input=noise, inside={"recurrent": noise})
+      >>> rngs = nnx.Rngs(params=0, dropout=1)
+      >>> rnn = fdc.nnx.RNN(fdc.nnx.LSTMCell(32, 64, rngs=rngs), dropout, rngs=rngs)
+      >>> x = jnp.ones((4, 20, 32))
+      >>> rnn(x).shape
+      (4, 20, 64)
+      >>> samples = fdc.mc_samples(lambda key: rnn(x, rngs=key), jax.random.key(2), 3)
+      >>> samples.shape
+      (3, 4, 20, 64)
+    """
+
+    def __init__(
+        self,
+        cell: nnx.RNNCellBase,
+        dropout: RecurrentDropout,
+        deterministic: bool = False,
+        *,
+        time_major: bool = False,
+        return_carry: bool = False,
+        reverse: bool = False,
+        keep_order: bool = False,
+        unroll: int = 1,
+        checkpoint_every: int | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+    ) -> None:
+        _check_cell(cell)
+        self.cell = cell
+        self.dropout = dropout
+        self.deterministic = deterministic
+        self.time_major = time_major
+        self.return_carry = return_carry
+        self.reverse = reverse
+        self.keep_order = keep_order
+        self.unroll = unroll
+        self.checkpoint_every = checkpoint_every
+        self.rngs: nnx.RngStream | None = _fork(rngs)
+
+    @property
+    def dropout(self) -> RecurrentDropout:
+        """Which noise sits where."""
+        arrays = iter(self._noise_arrays)
+        return jax.tree.map(
+            lambda leaf: next(arrays)[...] if leaf is ... else leaf, self._noises.tree
+        )
+
+    @dropout.setter
+    def dropout(self, dropout: RecurrentDropout) -> None:
+        check_layer_dropout(dropout)
+        leaves, structure = jax.tree.flatten(dropout, is_leaf=_is_array)
+        arrays = [leaf for leaf in leaves if _is_array(leaf)]
+        kept = [... if _is_array(leaf) else leaf for leaf in leaves]
+        self._noises = Static(jax.tree.unflatten(structure, kept))
+        # Variables, for Flax cannot update a bare array inside a list.
+        self._noise_arrays = nnx.data(
+            [
+                leaf if isinstance(leaf, nnx.Variable) else nnx.Variable(jnp.asarray(leaf))
+                for leaf in arrays
+            ]
+        )
+
+    if not TYPE_CHECKING:
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            # Flax up to 0.12.8 looks for arrays in a value before it looks for a property.
+            if name == "dropout":
+                object.__setattr__(self, name, value)
+            else:
+                super().__setattr__(name, value)
+
+    @property
+    def num_feature_axes(self) -> int:
+        """Not for a layer: it is how `nnx.RNN` would ask, had it been given one for its cell."""
+        raise refuse_as_cell()
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` calls.
+
+        Args:
+          deterministic: True is evaluation.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        initial_carry: PyTree = None,
+        init_key: jax.Array | None = None,
+        seq_lengths: jax.typing.ArrayLike | None = None,
+        resets: jax.typing.ArrayLike | None = None,
+        sequence_ids: jax.typing.ArrayLike | None = None,
+        start: int | jax.Array = 0,
+        deterministic: bool | None = None,
+        rngs: RngSource = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+    ) -> Any:
+        """Runs the cell over the inputs, in training with dropout.
+
+        Args:
+          inputs: `[*batch, time, *features]`, or time first with `time_major`.
+          initial_carry: the cell's carry to start from; its `initialize_carry` by default.
+          init_key: the key for `initialize_carry`; `jax.random.key(0)` by default.
+          seq_lengths: ints `[*batch]`. Past its length a row's carry stands still and its outputs
+            are zero.
+          resets: bools `[*batch, time]`, with time where the inputs have it. True marks a
+            sequence's first step: the row's carry is that of `initialize_carry` there, and its
+            variational masks are new.
+          sequence_ids: ints `[*batch]`, or shaped like `resets` beside them. A row then draws by
+            its id instead of by its place; equal ids, equal masks.
+          start: the absolute index of the first step. A sequence that is cut into windows, each
+            with the same key as `rngs`, its own `start` and the carry of the one before, gives the
+            uncut result.
+          deterministic: True is evaluation; None is as the layer has it.
+          rngs: what to draw from instead of the layer's own stream: an `nnx.Rngs`, an
+            `nnx.RngStream` or a key. With a key the call changes no state, so transformations may
+            close over the layer.
+          return_carry: None is as the layer has it; so are the rest.
+          time_major: see the layer.
+          reverse: see the layer.
+          keep_order: see the layer.
+
+        Returns:
+          The outputs, `[*batch, time, ...]` or time first; `(carry, outputs)` with
+          `return_carry`.
+
+        Raises:
+          ValueError: there is nothing to draw from and this is not evaluation, or a shape does
+            not fit.
+          TypeError: `rngs` is none of these, a dtype does not fit, or the cell draws or writes at
+            each step.
+        """
+        call = Call(
+            time_major=choose(time_major, self.time_major),
+            return_carry=choose(return_carry, self.return_carry),
+            reverse=choose(reverse, self.reverse),
+            keep_order=choose(keep_order, self.keep_order),
+            unroll=self.unroll,
+            checkpoint_every=self.checkpoint_every,
+            start=start,
+            seq_lengths=seq_lengths,
+            resets=resets,
+            sequence_ids=sequence_ids,
+        )
+        if not isinstance(rngs, nnx.Rngs | nnx.RngStream):
+            rngs = as_rng(rngs)
+        layout = read_layout(inputs, self.cell.num_feature_axes, call.time_major)
+
+        def make_carry() -> PyTree:
+            return self.cell.initialize_carry(layout.step_shape, _carry_stream(rngs, init_key))
+
+        carry = make_carry() if initial_carry is None else initial_carry
+        key = self._key(rngs, choose(deterministic, self.deterministic))
+        params, cell = _pure(self.cell)
+        return run_layer(
+            params,
+            carry,
+            layout,
+            key,
+            cell=cell,
+            dropout=self.dropout,
+            family=_family(self.cell),
+            make_carry=make_carry,
+            call=call,
+        )
+
+    def _key(self, rngs: RngSource, evaluate: bool) -> jax.Array | None:
+        if evaluate:
+            return None
+        source = self.rngs if rngs is None or _is_for_carries(rngs) else rngs
+        if isinstance(source, nnx.Rngs) and _has_dropout(source):
+            source = source["dropout"]
+        if isinstance(source, nnx.RngStream):
+            return source()
+        if isinstance(source, jax.Array):
+            return source
+        raise ValueError(
+            "RNN needs a 'dropout' stream in training: make it with rngs=nnx.Rngs(dropout=0), "
+            "pass rngs=key or rngs=nnx.Rngs(dropout=key) at the call, or evaluate with eval() or "
+            "deterministic=True."
+        )
+
+
+def _pure(cell: nnx.RNNCellBase) -> tuple[PyTree, Any]:
+    """A cell's weights as a plain dict, and the cell as a function of them."""
+    graphdef, own, rest = nnx.split(cell, nnx.Param, ...)
+    structure, before = jax.tree.structure(own), jax.tree.leaves(rest)
+
+    def run(params: PyTree, carry: PyTree, x: PyTree, **options: Any) -> tuple[PyTree, PyTree]:
+        weights = jax.tree.unflatten(structure, jax.tree.leaves(params))
+        copy = nnx.merge(graphdef, weights, rest)
+        result: Any = copy(carry, x, **options)
+        after = jax.tree.leaves(nnx.state(copy, nnx.Not(nnx.Param)))
+        if list(map(id, after)) != list(map(id, before)):
+            raise refuse_state(cell, "writes a variable, or draws from an rng stream,")
+        return result
+
+    return nnx.to_pure_dict(own), run
+
+
+def _fork(rngs: Any) -> Any:
+    """A stream of the layer's own; none to fork is no error yet, as evaluation needs none."""
+    if isinstance(rngs, nnx.Rngs):
+        return rngs["dropout"].fork() if _has_dropout(rngs) else nnx.data(None)
+    if isinstance(rngs, nnx.RngStream):
+        return rngs.fork()
+    if rngs is None:
+        return nnx.data(None)
+    raise TypeError(
+        f"rngs must be Rngs, an RngStream or None, such as nnx.Rngs(dropout=0), got {shown(rngs)}."
+    )
+
+
+def _has_dropout(rngs: nnx.Rngs) -> bool:
+    return "dropout" in rngs or "default" in rngs
+
+
+def _is_for_carries(rngs: RngSource) -> bool:
+    """Whether a host hands on its stream for carries: it starts from one key in every program."""
+    return isinstance(rngs, nnx.RngStream) and rngs.tag == _CARRY
+
+
+def _carry_stream(rngs: RngSource, init_key: jax.Array | None) -> nnx.RngStream:
+    if init_key is None and isinstance(rngs, nnx.RngStream) and _is_for_carries(rngs):
+        return rngs
+    if init_key is None and isinstance(rngs, nnx.Rngs) and _CARRY in rngs:
+        return rngs[_CARRY]
+    return nnx.RngStream(jax.random.key(0) if init_key is None else init_key, tag=_CARRY)
+
+
+def _family(cell: nnx.RNNCellBase) -> Family:
+    if isinstance(cell, nnx.LSTMCell | nnx.OptimizedLSTMCell):
+        return "lstm"
+    return "gru" if isinstance(cell, nnx.GRUCell) else None
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | nnx.Variable)
+
+
+def _check_cell(cell: Any) -> None:
+    if not (isinstance(cell, nnx.Module) and callable(cell) and hasattr(cell, "initialize_carry")):
+        raise TypeError(
+            f"RNN needs a cell of flax.nnx, such as nnx.LSTMCell(32, 64, rngs=rngs): a module "
+            f"with initialize_carry and __call__(carry, inputs); got {shown(cell)}."
+        )
+    for _, part in nnx.iter_graph(cell):
+        if isinstance(part, CellWrapper):
+            refuse_wrapper(cell, part)
