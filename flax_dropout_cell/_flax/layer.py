@@ -209,28 +209,20 @@ def _time_first(
     if value is None:
         return None
     value = jnp.asarray(value)
-    if name == "resets":
-        if value.dtype != bool:
-            raise TypeError(f"resets must be bools, got {value.dtype}.")
-    elif not jnp.issubdtype(value.dtype, jnp.integer):
-        raise TypeError(f"sequence_ids must be ints, got {value.dtype}.")
-    expected = layout.batch
+    wanted = jnp.bool_ if name == "resets" else jnp.integer
+    if not jnp.issubdtype(value.dtype, wanted):
+        kind = "bools" if name == "resets" else "ints"
+        raise TypeError(f"{name} must be {kind}, got {value.dtype}.")
+    expected, dims = list(layout.batch), "*batch"
     if timed:
-        steps = layout.xs.shape[0]
-        dims = list(layout.batch)
-        dims.insert(layout.time_axis, steps)
-        expected = tuple(dims)
-    if value.shape != expected:
-        dims = ["*batch"]
-        if timed:
-            dims = ["time", "*batch"] if call.time_major else ["*batch", "time"]
-        beside = " beside resets" if timed and name == "sequence_ids" else ""
-        beside = " without resets" if not timed else beside
-        turned = (*expected[1:], expected[0]) if call.time_major else (expected[-1:] + expected[:-1])
-        hint = _reading(layout, call) if timed and value.shape == turned else ""
+        expected.insert(layout.time_axis, layout.xs.shape[0])
+        dims = "time, *batch" if call.time_major else "*batch, time"
+    if value.shape != tuple(expected):
+        beside = f" {'beside' if timed else 'without'} resets" if name != "resets" else ""
+        hint = _reading(layout, call) if timed and value.shape == tuple(expected[::-1]) else ""
         raise ValueError(
-            f"{name}{beside} must be [{', '.join(dims)}], as the inputs have it: {expected}, "
-            f"got shape {value.shape}.{hint}"
+            f"{name}{beside} must be [{dims}], as the inputs have it: {tuple(expected)}, got "
+            f"shape {value.shape}.{hint}"
         )
     return jnp.moveaxis(value, layout.time_axis, 0) if timed else value
 

@@ -1,0 +1,138 @@
+"""The layers of linen and NNX behind one face, each beside the stock layer with its weights."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import probes
+from flax import nnx
+
+import flax_dropout_cell as fdc
+
+BATCH, STEPS, FEATURES, UNITS = 3, 6, 4, 16
+LENGTHS = jnp.array([4, 6, 1])
+XS = jax.random.normal(jax.random.key(1), (BATCH, STEPS, FEATURES))
+
+
+class Layer(NamedTuple):
+    """A layer with weights.
+
+    Attributes:
+      run: `run(xs, key=None, **options)`, the layer's call.
+      stock: `stock(xs, **options)`, the call of the stock layer around the bare cell.
+      params: the cell's weights.
+      cell: the cell as a pure function of them.
+      carry: the cell's first carry.
+    """
+
+    run: Callable[..., Any]
+    stock: Callable[..., Any]
+    params: Any
+    cell: Callable[..., Any]
+    carry: Any
+
+
+def linen_layer(cell: Any, spec: fdc.RecurrentDropout, xs: jax.Array, **options: Any) -> Layer:
+    layer, stock = fdc.linen.RNN(cell, spec, **options), nn.RNN(cell, **options)
+    variables = jax.jit(stock.init)(jax.random.key(7), xs)
+
+    def pure(params: Any, carry: Any, x: jax.Array, **given: Any) -> Any:
+        return cell.apply({"params": params}, carry, x, **given)
+
+    return Layer(
+        run=lambda xs, key=None, **given: layer.apply(variables, xs, rng=key, **given),
+        stock=lambda xs, **given: stock.apply(variables, xs, **given),
+        params=variables["params"]["cell"],
+        cell=pure,
+        carry=cell.initialize_carry(jax.random.key(0), step_shape(xs, options)),
+    )
+
+
+def nnx_layer(cell: Any, spec: fdc.RecurrentDropout, xs: jax.Array, **options: Any) -> Layer:
+    layer: Any = fdc.nnx.RNN(cell, spec, **options)
+    graphdef, state = nnx.split(cell)
+
+    def pure(params: Any, carry: Any, x: jax.Array, **given: Any) -> Any:
+        leaves = jax.tree.leaves(params)
+        run: Any = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
+        return run(carry, x, **given)
+
+    def stock(xs: jax.Array, **given: Any) -> Any:
+        # Made where it runs: it writes to itself.
+        rnn: Any = nnx.RNN(nnx.merge(graphdef, state), **options)
+        return rnn(xs, **given)
+
+    return Layer(
+        run=lambda xs, key=None, **given: layer(xs, rngs=key, **given),
+        stock=stock,
+        params=nnx.to_pure_dict(state),
+        cell=pure,
+        carry=cell.initialize_carry(step_shape(xs, options), nnx.Rngs(0)),
+    )
+
+
+def step_shape(xs: jax.Array, options: dict[str, Any]) -> tuple[int, ...]:
+    return xs.shape[1:] if options.get("time_major") else (*xs.shape[:-2], xs.shape[-1])
+
+
+class NNXProbe(nnx.RNNCellBase):
+    """`probes.probe_cell` as an NNX cell."""
+
+    def __init__(self, units: int = probes.UNITS) -> None:
+        self.w = nnx.Param(jnp.ones(units))
+
+    def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, Any]:
+        return probes.probe_cell({"w": self.w[...]}, carry, inputs)
+
+    def initialize_carry(self, input_shape: Any, rngs: Any = None, carry_init: Any = None) -> Any:
+        return {"a": jnp.ones(input_shape), "b": jnp.ones(input_shape)}
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
+class Framework(NamedTuple):
+    """What a framework's layer is made of."""
+
+    layer: Callable[..., Layer]
+    lstm: Callable[[], Any]
+    stock_lstm: Callable[[], Any]
+    gru: Callable[[], Any]
+    probe: Callable[[], Any]
+    rnn: type
+
+
+FRAMEWORKS = {
+    "linen": Framework(
+        linen_layer,
+        lambda: fdc.linen.LSTMCell(UNITS),
+        lambda: nn.OptimizedLSTMCell(UNITS),
+        lambda: nn.GRUCell(UNITS),
+        probes.LinenProbe,
+        fdc.linen.RNN,
+    ),
+    "nnx": Framework(
+        nnx_layer,
+        lambda: fdc.nnx.LSTMCell(FEATURES, UNITS, rngs=nnx.Rngs(0)),
+        lambda: nnx.LSTMCell(FEATURES, UNITS, rngs=nnx.Rngs(0)),
+        lambda: nnx.GRUCell(FEATURES, UNITS, rngs=nnx.Rngs(0)),
+        NNXProbe,
+        fdc.nnx.RNN,
+    ),
+}
+
+
+def assert_same(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a: Any, b: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), a, b)
+
+
+def differ(a: Any, b: Any) -> bool:
+    return any((x != y).mean() > 0.1 for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
