@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 import flax.linen as nn
+import hosts
 import jax
 import jax.numpy as jnp
 import linen_cells
@@ -122,7 +123,7 @@ def test_evaluation_is_the_stock_layer(framework: Framework) -> None:
         assert_close(carry, stock_carry)
         ys, stock_ys = (jnp.moveaxis(y, 0, 1) if time_major else y for y in (ys, stock_ys))
         if lengths is not None:
-            valid = (jnp.arange(STEPS) < lengths[:, None])[..., None]
+            valid = (jnp.arange(STEPS)[None] < lengths[:, None])[..., None]
             stock_ys = jnp.where(valid, stock_ys, 0)
         assert_close(ys, stock_ys)
 
@@ -135,7 +136,8 @@ def test_masks_live_as_long_as_they_should(framework: Framework, noise) -> None:
     layer = framework.layer(framework.probe(), spec, xs, time_major=True, return_carry=True)
     run = jax.jit(lambda key: probes.seen(*layer.run(xs, key)))
     seen = run(jax.random.key(0))
-    assert_same(seen, probes.run("dropout_scan", noise, 0).seen)
+    scanned = jax.jit(lambda key: hosts.run_dropout_scan(spec, key, xs).seen)
+    assert_same(seen, scanned(jax.random.key(0)))
     other = run(jax.random.key(1))
     for site in probes.SITE_NAMES:
         masks = np.asarray(seen[site])
