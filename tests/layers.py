@@ -62,7 +62,7 @@ def nnx_layer(cell: Any, spec: fdc.RecurrentDropout, xs: jax.Array, **options: A
 
     def stock(xs: jax.Array, **given: Any) -> Any:
         # Made where it runs: it writes to itself.
-        rnn: Any = nnx.RNN(nnx.merge(graphdef, state), **options)
+        rnn: Any = nnx.RNN(nnx.merge(graphdef, jax.tree.map(jnp.copy, state)), **options)
         return rnn(xs, **given)
 
     return Layer(
