@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from . import _checkpointed_scan
 from ._disturb import Disturbance
 from ._inside import Cell
 from ._leaky import family_of, place_state
@@ -20,6 +21,7 @@ from ._sequences import (
     select_rows,
     start_anew,
 )
+from ._shown import shown
 from ._sites import (
     PARAMS,
     Leaf,
@@ -61,6 +63,7 @@ def dropout_scan(
     reverse: bool = False,
     start: int | jax.Array = 0,
     unroll: int | bool = 1,
+    checkpoint_every: int | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Runs `cell` over a sequence under dropout.
 
@@ -99,6 +102,9 @@ def dropout_scan(
       start: the absolute index of `xs[0]`, at least 0. A sequence that is cut in pieces, each
         run with the same `rng` and its own `start`, gives the uncut result.
       unroll: as in `jax.lax.scan`.
+      checkpoint_every: for long sequences, keep only every so many steps for the gradient, and
+        compute those between a second time, with the same masks. Memory grows with
+        `time / checkpoint_every + checkpoint_every` instead of `time`; it need not divide `time`.
 
     Returns:
       `(carry, ys)`: the last carry, and the outputs `[time, ...]`.
@@ -206,8 +212,14 @@ def dropout_scan(
         names = jnp.full_like(sequences.names[0], -1) if ids is None else jnp.asarray(ids)
         running = (carry, None if row_masks is None else row_masks.first, names)
     indices = jnp.arange(steps, dtype=jnp.uint32)
-    running, ys = jax.lax.scan(
-        step, running, (indices, xs, sequences), reverse=reverse, unroll=unroll
+    running, ys = _checkpointed_scan.scan(
+        step,
+        running,
+        (indices, xs, sequences),
+        steps=steps,
+        reverse=reverse,
+        unroll=unroll,
+        checkpoint_every=_check_every(checkpoint_every),
     )
     return (running if sequences is None else running[0]), ys
 
@@ -270,6 +282,14 @@ def _check_batch_dims(name: str, tree: PyTree, batch: tuple[int, ...], of: str) 
                 f"{name}{keystr(path)} has shape {np.shape(leaf)} at a step, which does not start "
                 f"with the batch dims of {of}, {batch}."
             )
+
+
+def _check_every(every: Any) -> int | None:
+    if every is None:
+        return None
+    if isinstance(every, bool) or not isinstance(every, int | np.integer) or every < 1:
+        raise ValueError(f"checkpoint_every must be an int of at least 1, got {shown(every)}.")
+    return int(every)
 
 
 def _check_start(start: Any, steps: int) -> None:

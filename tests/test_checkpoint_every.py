@@ -1,0 +1,47 @@
+"""Long sequences: less memory for the gradient, the same numbers, the same masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_resets import RESETS, XS, T, assert_close, scan, spec_of
+
+import flax_dropout_cell as fdc
+
+NOISES = [fdc.Dropout(keep_prob=0.7, variational=True), fdc.Dropout(keep_prob=0.7)]
+noises = pytest.mark.parametrize("noise", NOISES, ids=["variational", "step"])
+
+
+@noises
+@pytest.mark.parametrize(("every", "reverse"), [(1, False), (5, False), (5, True), (100, False)])
+def test_no_number_changes(noise, every, reverse) -> None:
+    """With resets and lengths, and chunks that do not fill the sequence."""
+
+    def run(xs, checkpoint_every):
+        carry, ys = scan(
+            noise, xs, resets=RESETS, seq_lengths=jnp.array([6, T, 9, 3]), start=4,
+            reverse=reverse, checkpoint_every=checkpoint_every,
+        )  # fmt: skip
+        return (ys["h"] ** 2).sum() + carry["h"].sum(), ys
+
+    differentiate = jax.jit(jax.value_and_grad(run, has_aux=True), static_argnums=1)
+    plain, chunked = differentiate(XS, None), differentiate(XS, every)
+    for name in ("inside", "out", "state"):
+        np.testing.assert_array_equal(chunked[0][1][name], plain[0][1][name])
+    assert_close(chunked, plain)
+
+
+def test_memory_grows_with_the_chunks_and_what_is_in_one() -> None:
+    xs = jnp.ones((256, 4, 3))
+
+    def memory(**options):
+        run = jax.jit(jax.grad(lambda xs: scan(NOISES[1], xs, **options)[0]["h"].sum()))
+        return run.lower(xs).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(checkpoint_every=16) < memory() / 3
+
+
+@pytest.mark.parametrize("every", [0, -1, True, 2.0, "2"])
+def test_mistakes(every) -> None:
+    with pytest.raises(ValueError, match="checkpoint_every must be an int of at least 1"):
+        scan(spec_of(NOISES[0]), checkpoint_every=every)
