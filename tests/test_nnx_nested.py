@@ -82,7 +82,7 @@ def test_a_users_stack_of_dropout_cells(noise: fdc.Dropout) -> None:
 
 def test_one_noise_over_a_cell_that_holds_dropout_cells() -> None:
     spec = fdc.RecurrentDropout(state=VARIATIONAL)
-    with pytest.raises(ValueError, match="would reach the memory c of the DropoutCell that it"):
+    with pytest.raises(ValueError, match="one noise for the whole state would reach every leaf"):
         start(DropoutCell(Stack(PER_STEP, nnx.Rngs(0)), spec, rngs=nnx.Rngs(0)))
 
 

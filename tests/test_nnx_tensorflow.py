@@ -214,7 +214,9 @@ def test_config_round_trip() -> None:
     kept = {"in_features", "hidden_features", "activation_fn", "param_dtype"}
     assert config["cell"]["config"].keys() == kept
     stored = json.loads(json.dumps(config))
-    twin: Any = RNNCellDropoutWrapper.from_config(stored, rngs=nnx.Rngs(0), trusted=(__name__,))
+    twin: Any = RNNCellDropoutWrapper.from_config(
+        stored, rngs=nnx.Rngs(0), trusted=(__name__, "nnx_cells")
+    )
     assert twin.get_config() == config
     assert twin.cell.activation_fn is jnp.sin
     assert twin.dropout_state_filter_visitor is visit_memories
@@ -242,7 +244,9 @@ class Around(Sum):
 def test_config_of_a_cell_that_holds_a_cell() -> None:
     wrapper = wrap(Around(nnx.GRUCell(3, 8, rngs=nnx.Rngs(0))))
     config = json.loads(json.dumps(wrapper.get_config()))
-    twin: Any = RNNCellDropoutWrapper.from_config(config, rngs=nnx.Rngs(0), trusted=(__name__,))
+    twin: Any = RNNCellDropoutWrapper.from_config(
+        config, rngs=nnx.Rngs(0), trusted=(__name__, "nnx_cells")
+    )
     assert twin.cell.inner.hidden_features == 8
     assert twin.get_config() == config
 
@@ -263,7 +267,7 @@ def test_what_a_config_cannot_hold() -> None:
     with pytest.raises(ValueError, match="input_keep_prob is traced"):
         nnx.jit(lambda wrapper: wrapper.get_config())(wrap(Sum(), jnp.float32(0.5)))
     weightless: Any = RNNCellDropoutWrapper.from_config(
-        wrap(Sum(3)).get_config(), trusted=(__name__,)
+        wrap(Sum(3)).get_config(), trusted=(__name__, "nnx_cells")
     )
     assert weightless.cell.in_features == 3
 

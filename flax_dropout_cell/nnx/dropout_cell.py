@@ -127,14 +127,14 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
           >>> carry.masks.input.shape
           (4, 32)
         """
-        rng = self._sequence_rng() if rngs is None else _key_of(rngs)
-        return self._redraw(rng, carry, jax.tree.map(shape_of, inputs))
-
-    def _redraw(self, rng: jax.Array | None, carry: PyTree, inputs: PyTree) -> DropoutCarry:
+        inputs = jax.tree.map(shape_of, inputs)
         cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
+        rng = None if rngs is None else _key_of(rngs)
         if isinstance(self.cell, Wrapper):
             inner = None if rng is None else inner_rng(rng)
-            cell_carry = self.cell._redraw(inner, cell_carry, inputs)
+            cell_carry = self.cell.redraw_masks(cell_carry, inputs, inner)
+        if rng is None or self.deterministic:
+            rng = self._sequence_rng()
         return self._start(rng, cell_carry, inputs)
 
     def _parts(self) -> Iterable[Any]:

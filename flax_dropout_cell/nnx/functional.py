@@ -44,7 +44,7 @@ def functional_cell(cell: nnx.RNNCellBase) -> Callable[..., tuple[PyTree, PyTree
     graphdef, state = nnx.split(cell)
 
     def run(params: None, carry: PyTree, x: PyTree, **sites: Any) -> tuple[PyTree, PyTree]:
-        copy = nnx.merge(graphdef, state)
+        copy = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
         copy.eval()  # shapes are those of training, and there is no stream to draw from
         return copy(carry, x, **sites)
 
