@@ -36,7 +36,9 @@ def test_memory_grows_with_the_chunks_and_what_is_in_one() -> None:
 
     def memory(**options):
         run = jax.jit(jax.grad(lambda xs: scan(NOISES[1], xs, **options)[0]["h"].sum()))
-        return run.lower(xs).compile().memory_analysis().temp_size_in_bytes
+        analysis = run.lower(xs).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     assert memory(checkpoint_every=16) < memory() / 3
 

@@ -175,7 +175,7 @@ def test_the_same_key_gives_what_dropout_scan_gives(framework: Framework) -> Non
 
     assert_same(*run(XS))
     assert_same(*run(XS, seq_lengths=LENGTHS, start=jnp.int32(5)))
-    assert_same(*jax.jit(lambda xs: run.__wrapped__(xs, reverse=True, keep_order=True))(XS))
+    assert_same(*jax.jit(lambda xs: run.__wrapped__(xs, reverse=True, keep_order=True))(XS))  # type: ignore
     assert_same(*run(XS, sequence_ids=jnp.array([7, 2, 9])))
 
 
