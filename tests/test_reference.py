@@ -88,6 +88,11 @@ def disturb(prefix: Any, value: Any, masks: Any) -> Any:
     return jax.tree.unflatten(structure, done)
 
 
+def named_leaf_by_leaf(state: Any, carry: Any) -> Any:
+    """One noise for a state of several leaves is refused; this says that all are meant."""
+    return jax.tree.map(lambda _: state, carry) if isinstance(state, fdc.Dropout) else state
+
+
 def cell(params: Any, carry: Any, x: Any) -> tuple[Any, Any]:
     """Sums of small integers, exact in any order."""
     total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves((params, x)))
@@ -105,7 +110,7 @@ def test_one_step(data: Any, params: Any, carry: Any, x: Any) -> None:
     spec = fdc.RecurrentDropout(
         params=data.draw(prefixes(params)),
         input=data.draw(prefixes(x)),
-        state=data.draw(prefixes(carry)),
+        state=named_leaf_by_leaf(data.draw(prefixes(carry)), carry),
         output={"x": data.draw(prefixes(x)), "carry": data.draw(prefixes(carry))},
     )
     rng = jax.random.key(data.draw(st.integers(0, 100)))
@@ -170,7 +175,7 @@ def test_a_sequence(data: Any, carry: Any, lengths: Any, steps: int, reverse: bo
     xs = np.random.default_rng(seed).integers(-8, 9, (steps, 2, 3)).astype(np.float32)
     spec = fdc.RecurrentDropout(
         input=data.draw(noises(2)),
-        state=data.draw(prefixes(carry)),
+        state=named_leaf_by_leaf(data.draw(prefixes(carry)), carry),
         output={"x": data.draw(noises(2)), "carry": None},
     )
     rng = jax.random.key(seed)
