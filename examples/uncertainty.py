@@ -95,20 +95,19 @@ class Forecaster(nnx.Module):
     """An LSTM, and a normal distribution for each year ahead: its mean and log of its scale."""
 
     def __init__(self, units: int, dropout: fdc.RecurrentDropout, rngs: nnx.Rngs) -> None:
-        cell = nnx.OptimizedLSTMCell(1, units, rngs=rngs)
-        self.rnn = nnx.RNN(fdc.nnx.DropoutCell(cell, dropout, rngs=rngs))
+        self.rnn = fdc.nnx.RNN(fdc.nnx.LSTMCell(1, units, rngs=rngs), dropout, rngs=rngs)
         self.readout = nnx.Linear(units, 2 * AHEAD, rngs=rngs)
 
-    def __call__(self, past: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ys: Any = self.rnn(past)
+    def __call__(self, past: jax.Array, rng: Any = None) -> tuple[jax.Array, jax.Array]:
+        ys: Any = self.rnn(past, rngs=rng)  # None: from the model's own stream
         mean, log_scale = jnp.split(self.readout(ys[:, -1]), 2, axis=-1)
         return mean, jnp.maximum(log_scale, -5)
 
 
 def build_model(config: Config, dropout: bool) -> Forecaster:
+    kept = config.keep_prob if dropout else 1.0
     # Not on the input: it is one number per year, and a sequence without it says nothing.
-    noise = fdc.Dropout(keep_prob=config.keep_prob, variational=True) if dropout else None
-    spec = fdc.RecurrentDropout(state=noise, output=noise)
+    spec = fdc.recipes.gal2016(input_keep_prob=1.0, recurrent_keep_prob=kept, output_keep_prob=kept)
     return Forecaster(config.units, spec, nnx.Rngs(params=config.seed, dropout=config.seed + 1))
 
 
@@ -121,7 +120,7 @@ def negative_log_likelihood(mean: jax.Array, log_scale: jax.Array, value: jax.Ar
 def train_step(
     model: Forecaster, optimizer: nnx.Optimizer, past: jax.Array, future: jax.Array
 ) -> jax.Array:
-    def loss_of(model: Forecaster) -> jax.Array:  # draws new masks from the model's own stream
+    def loss_of(model: Forecaster) -> jax.Array:
         return negative_log_likelihood(*model(past), future).mean()
 
     loss, gradients = nnx.value_and_grad(loss_of)(model)
@@ -157,9 +156,7 @@ def forecast(config: Config, model: Forecaster, past: jax.Array) -> Forecast:
 
     def predict(rng: jax.Array) -> tuple[jax.Array, ...]:
         masks_rng, value_rng = jax.random.split(rng)
-        copy = nnx.clone(model)  # for the masks are drawn from the model's own stream
-        nnx.reseed(copy, dropout=masks_rng)
-        mean, log_scale = copy(past)
+        mean, log_scale = model(past, masks_rng)
         noise = jnp.exp(log_scale) * jax.random.normal(value_rng, mean.shape)
         return mean, log_scale, mean + noise
 
