@@ -10,6 +10,8 @@ import importlib.metadata as _metadata
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import recipes as recipes
+from ._describe import Description as Description
+from ._describe import describe as describe
 from ._embedding import embedding_dropout as embedding_dropout
 from ._inside import Cell as Cell
 from ._inside import undisturbed as undisturbed
@@ -18,6 +20,7 @@ from ._monte_carlo import mc_entropies as mc_entropies
 from ._monte_carlo import mc_samples as mc_samples
 from ._paths import at_paths as at_paths
 from ._paths import recurrent_kernels as recurrent_kernels
+from ._plot_masks import plot_masks as plot_masks
 from ._regularization import activation_regularization as activation_regularization
 from ._regularization import concrete_regularization as concrete_regularization
 from ._regularization import (

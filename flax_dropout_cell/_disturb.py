@@ -21,6 +21,7 @@ from ._sites import (
     Site,
     active_noises,
     broadcasts,
+    draws_at_each_step,
     draws_once,
     dtype_of,
     line_up,
@@ -123,16 +124,19 @@ def draw_site(
     rows: Rows | None = None,
     *,
     rows_alone: bool = False,
+    at_step: bool = False,
 ) -> PyTree:
     """Draws a site's variational masks for a value, or for its shapes and dtypes.
 
-    With `rows_alone` only the masks that each row has for itself.
+    With `rows_alone` only the masks that each row has for itself. With `at_step` those of the
+    other noises, from a step's key.
     """
-    if not draws_once(site.of(dropout)):
+    is_drawn = draws_at_each_step if at_step else draws_once
+    if not is_drawn(site.of(dropout)):
         return None
 
     def draw(index: int, leaf: Leaf) -> jax.Array | None:
-        if leaf.noise is None or not draws_once(leaf.noise):
+        if leaf.noise is None or not is_drawn(leaf.noise):
             return None
         if rows_alone and rows is not None and not _by_row(site, leaf.noise, leaf.value, rows):
             return None

@@ -17,6 +17,8 @@ except ImportError:  # before JAX 0.8
 Cell = Callable[..., tuple[Any, Any]]
 """`cell(params, carry, x) -> (carry, y)`, any pytrees; `flax.linen.LSTMCell(64).apply` is one."""
 
+_NO_SITES = object()
+
 _OUR_CELLS = {
     "recurrent": "lstm_cell and gru_cell",
     "input_per_gate": "lstm_cell and gru_cell",
@@ -112,10 +114,15 @@ class Sites:
         self._called.append(site)
         return self._noise(site, value, previous) if site in self._names else value
 
+    @property
+    def known(self) -> set[str]:
+        """The sites that the cell has called or asked for."""
+        return {*self._called, *self._asked}
+
     def check_all_called(self) -> None:
         """Refuses noise at a site that the cell has not."""
         for site in sorted(self._names.difference(self._called)):
-            known = sorted({*self._called, *self._asked} - {site})
+            known = sorted(self.known - {site})
             has = f"it has {', '.join(known)}" if known else "it has none"
             where = f" {_OUR_CELLS[site]} of this library has it." if site in _OUR_CELLS else ""
             raise ValueError(
@@ -140,17 +147,24 @@ def call_cell(
 def _call_with_sites(
     cell: Cell, params: PyTree, carry: PyTree, x: PyTree, sites: Sites
 ) -> tuple[PyTree, PyTree]:
-    if not _takes_disturb(cell):
+    result = _offer_sites(cell, params, carry, x, sites)
+    if result is _NO_SITES:
         raise _no_sites(sites)
+    sites.check_all_called()
+    return result
+
+
+def _offer_sites(cell: Cell, params: PyTree, carry: PyTree, x: PyTree, sites: Sites) -> Any:
+    """Runs the cell with `disturb=`; `_NO_SITES` where it takes none."""
+    if not _takes_disturb(cell):
+        return _NO_SITES
     try:
-        result = cell(params, carry, x, disturb=sites)
+        return cell(params, carry, x, disturb=sites)
     except TypeError as error:
         # A Flax module's `apply` takes any keyword, and its `__call__` does not.
         if "unexpected keyword argument 'disturb'" in str(error):
-            raise _no_sites(sites) from None
+            return _NO_SITES
         raise
-    sites.check_all_called()
-    return result
 
 
 def _takes_disturb(cell: Cell) -> bool:
@@ -185,18 +199,35 @@ def trace_cell(
         seen[site] = jax.tree.map(shape_of, value)
         return value
 
-    leaves, structure = jax.tree.flatten((params, carry, x))
+    def run(params: PyTree, carry: PyTree, x: PyTree) -> PyTree:
+        return call_cell(cell, params, carry, x, Sites(names, note) if names else None)[1]
 
-    def run(arrays: list[Any]) -> PyTree:
+    return _eval_shape(run, params, carry, x), seen
+
+
+def sites_of_cell(cell: Cell, params: PyTree, carry: PyTree, x: PyTree) -> list[str]:
+    """The names of the sites that a cell has, whether noise sits there or not."""
+    known: set[str] = set()
+
+    def run(params: PyTree, carry: PyTree, x: PyTree) -> None:
+        sites = Sites(frozenset(), undisturbed)
+        _offer_sites(cell, params, carry, x, sites)
+        known.update(sites.known)
+
+    _eval_shape(run, params, carry, x)
+    return sorted(known)
+
+
+def _eval_shape(run: Callable[..., PyTree], *values: PyTree) -> PyTree:
+    """`jax.eval_shape` for values that may hold what is no array, such as functions."""
+    leaves, structure = jax.tree.flatten(values)
+
+    def run_filled(arrays: list[Any]) -> PyTree:
         pairs = zip(leaves, arrays, strict=True)
         filled = [leaf if array is None else array for leaf, array in pairs]
-        sites = Sites(names, note) if names else None
-        params, carry, x = jax.tree.unflatten(structure, filled)
-        return call_cell(cell, params, carry, x, sites)[1]
+        return run(*jax.tree.unflatten(structure, filled))
 
-    # What is no array, such as an activation function among the weights, is not traced.
-    y = jax.eval_shape(run, [leaf if _is_traceable(leaf) else None for leaf in leaves])
-    return y, seen
+    return jax.eval_shape(run_filled, [leaf if _is_traceable(leaf) else None for leaf in leaves])
 
 
 def _is_traceable(leaf: Any) -> bool:

@@ -131,7 +131,7 @@ def dropout_scan(
     check_dropout(dropout)
     check_masks(masks, dropout)
     rng = as_rng(rng)
-    steps = _count_steps(xs)
+    steps = count_steps(xs)
     _check_start(start, steps)
     if seq_lengths is not None:
         seq_lengths = _check_seq_lengths(seq_lengths)
@@ -257,7 +257,8 @@ def _blank(tree: PyTree, valid: jax.Array) -> PyTree:
     return jax.tree.map(blank, tree)
 
 
-def _count_steps(xs: PyTree) -> int:
+def count_steps(xs: PyTree) -> int:
+    """How many steps the inputs have: the length of the axis that leads all of them."""
     shapes = {f"xs{keystr(path)}": np.shape(leaf) for path, leaf in tree_leaves_with_path(xs)}
     if not shapes:
         raise ValueError("xs has no arrays; give the inputs as arrays [time, ...].")

@@ -11,12 +11,12 @@ import flax_dropout_cell.linen
 import flax_dropout_cell.nnx
 
 PUBLIC = {
-    "Cell", "ConcreteDropout", "Dropout", "Entropies", "GRUParams", "GaussianNoise",
+    "Cell", "ConcreteDropout", "Description", "Dropout", "Entropies", "GRUParams", "GaussianNoise",
     "LSTMParams", "LSTMState", "Masks", "Noise", "RANDOM_STREAM", "RecurrentDropout", "Zoneout",
-    "activation_regularization", "at_paths", "concrete_regularization", "draw_masks",
-    "dropout_cell", "dropout_scan", "embedding_dropout", "gru_cell", "init_gru", "init_lstm",
-    "lstm_cell", "mc_entropies", "mc_samples", "recurrent_kernels", "register_noise",
-    "temporal_activation_regularization", "undisturbed",
+    "activation_regularization", "at_paths", "concrete_regularization", "describe",
+    "draw_masks", "dropout_cell", "dropout_scan", "embedding_dropout", "gru_cell",
+    "init_gru", "init_lstm", "lstm_cell", "mc_entropies", "mc_samples", "plot_masks", "recurrent_kernels",
+    "register_noise", "temporal_activation_regularization", "undisturbed",
 }  # fmt: skip
 
 

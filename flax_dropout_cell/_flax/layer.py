@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from .._describe import Description, describe
 from .._leaky import Family, place_state
 from .._scan import dropout_scan
 from .._shown import shown
@@ -168,6 +169,21 @@ def _flip(y: jax.Array, lengths: jax.Array | None) -> jax.Array:
     steps = jnp.arange(y.shape[0]).reshape((-1,) + (1,) * lengths.ndim)
     at = (lengths[None] - 1 - steps) % y.shape[0]
     return jnp.take_along_axis(y, at.reshape(at.shape + (1,) * (y.ndim - at.ndim)), 0)
+
+
+def describe_layer(
+    params: PyTree,
+    carry: PyTree,
+    layout: Layout,
+    *,
+    cell: Callable[..., Any],
+    dropout: RecurrentDropout,
+    family: Family,
+) -> Description:
+    """`fdc.describe` for a layer's cell, as `run_layer` runs it."""
+    x = jax.ShapeDtypeStruct(layout.step_shape, layout.xs.dtype)
+    placed = place_state(dropout, carry, family)
+    return describe(params, carry, x, cell=cell, dropout=placed)
 
 
 def _check_carry(carry: PyTree, layout: Layout, call: Call) -> PyTree:

@@ -8,10 +8,12 @@ import flax.linen as nn
 import jax
 from flax import errors, serialization, traverse_util
 
+from .._describe import Description
 from .._flax.layer import (
     Call,
     check_layer_dropout,
     choose,
+    describe_layer,
     read_layout,
     refuse_as_cell,
     refuse_state,
@@ -171,6 +173,47 @@ class RNN(nn.Module):
             family=_family(self.cell),
             make_carry=make_carry,
             call=call,
+        )
+
+    @nn.nowrap
+    def describe(self, inputs: Any, *, time_major: bool | None = None) -> Description:
+        """Shows what the layer disturbs, as a table; it needs no weights and no keys.
+
+        Args:
+          inputs: inputs, or a `jax.ShapeDtypeStruct` of them.
+          time_major: see the layer.
+
+        Returns:
+          A `Description`, as `fdc.describe` gives it for one step of the cell.
+
+        Example:
+          >>> import flax_dropout_cell as fdc
+          >>> import jax, jax.numpy as jnp
+          >>> gal = fdc.recipes.gal2016(input_keep_prob=0.8, recurrent_keep_prob=0.7)
+          >>> fdc.linen.RNN(fdc.linen.GRUCell(8), gal).describe(jnp.ones((4, 20, 8)))
+          site                 value          noise                   drawn  mask        shared over
+          input                float32[4, 8]  Dropout(keep_prob=0.8)  once   bool[4, 8]  steps
+          inside['recurrent']  float32[4, 8]  Dropout(keep_prob=0.7)  once   bool[4, 8]  steps
+          not disturbed: params (10 leaves), state, output
+          free sites inside the cell: candidate, hidden, input_per_gate, recurrent_per_gate
+        """
+        found: list[Description] = []
+
+        def trace(rng: jax.Array, inputs: Any) -> None:
+            free = self.clone(parent=None)
+            free.init(rng, inputs, choose(time_major, self.time_major), found, method=RNN._describe)
+
+        jax.eval_shape(trace, jax.random.key(0), inputs)
+        return found[0]
+
+    def _describe(self, inputs: jax.Array, time_major: bool, found: list[Description]) -> None:
+        layout = read_layout(inputs, self.cell.num_feature_axes, time_major)
+        carry = self.cell.initialize_carry(jax.random.key(0), layout.step_shape)
+        self.cell(carry, layout.xs[0])  # makes the weights
+        params, cell = _pure(self.cell)
+        family = _family(self.cell)
+        found.append(
+            describe_layer(params, carry, layout, cell=cell, dropout=self.dropout, family=family)
         )
 
     @nn.nowrap

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from .._describe import Description
 from .._flax.layer import (
     Call,
     check_layer_dropout,
     choose,
+    describe_layer,
     read_layout,
     refuse_as_cell,
     refuse_state,
@@ -234,6 +236,41 @@ class RNN(nnx.Module):
             make_carry=make_carry,
             call=call,
         )
+
+    def describe(self, inputs: Any, *, time_major: bool | None = None) -> Description:
+        """Shows what the layer disturbs, as a table; it draws nothing.
+
+        Args:
+          inputs: inputs, or a `jax.ShapeDtypeStruct` of them.
+          time_major: see the layer.
+
+        Returns:
+          A `Description`, as `fdc.describe` gives it for one step of the cell.
+
+        Example:
+          >>> from flax import nnx
+          >>> import flax_dropout_cell as fdc
+          >>> import jax.numpy as jnp
+          >>> dropout = fdc.RecurrentDropout(output=fdc.Dropout(keep_prob=0.8))
+          >>> rnn = fdc.nnx.RNN(nnx.GRUCell(32, 64, rngs=nnx.Rngs(0)), dropout)
+          >>> rnn.describe(jnp.ones((4, 20, 32)))
+          site    value           noise                   drawn      mask         shared over
+          output  float32[4, 64]  Dropout(keep_prob=0.8)  each step  bool[4, 64]
+          not disturbed: params (3 leaves), input, state
+          free sites inside the cell: none
+        """
+        found: list[Description] = []
+        params, cell = _pure(self.cell)
+
+        def trace(params: PyTree, inputs: Any) -> None:
+            time_is_first = choose(time_major, self.time_major)
+            layout = read_layout(inputs, self.cell.num_feature_axes, time_is_first)
+            carry = self.cell.initialize_carry(layout.step_shape, _carry_stream(None, None))
+            options = {"cell": cell, "dropout": self.dropout, "family": _family(self.cell)}
+            found.append(describe_layer(params, carry, layout, **options))
+
+        jax.eval_shape(trace, params, inputs)
+        return found[0]
 
     def _key(self, rngs: RngSource, evaluate: bool) -> jax.Array | None:
         if evaluate:
