@@ -9,6 +9,7 @@ import numpy as np
 from ._random.keep_masks import drop_prob_in_24_bits
 from ._random.keys import EMBEDDING, as_rng, fold_in, is_threefry
 from ._random.threefry import threefry_2x32
+from ._shown import shown
 from .noises import Dropout
 from .noises.protocol import check_probability, check_scalar
 
@@ -118,5 +119,5 @@ def check_embed(num_embeddings: int, features: int, keep_prob: float | jax.Array
     """Refuses, where an `Embed` is made, what would fail or mislead where it is called."""
     for name, size in (("num_embeddings", num_embeddings), ("features", features)):
         if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {size!r}.")
+            raise ValueError(f"{name} must be an int of at least 1, got {shown(size)}.")
     check_probability("keep_prob", keep_prob)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
+from ._shown import shown
 from .noises.protocol import Noise
 
 PyTree = Any
@@ -127,7 +128,7 @@ def at_paths(noise: Noise, *patterns: str) -> AtPaths:
         raise ValueError("at_paths needs a pattern, such as at_paths(noise, 'h*/kernel').")
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"patterns must be strings such as 'h*/kernel', got {pattern!r}.")
+            raise TypeError(f"patterns must be strings such as 'h*/kernel', got {shown(pattern)}.")
     return AtPaths(noise, patterns)
 
 

@@ -94,7 +94,7 @@ def test_keep_prob_out_of_range(bad) -> None:
         (
             lambda: step(NOISE),
             TypeError,
-            "dropout must be a RecurrentDropout, such as .*, got Dropout",
+            "dropout must be a RecurrentDropout, such as .*, got a Dropout",
         ),
         (
             lambda: step(spec_of(input=FROZEN)),
@@ -205,7 +205,7 @@ def test_keep_prob_out_of_range(bad) -> None:
         (
             lambda: DropoutCell(nn.LSTMCell(3), NOISE),
             TypeError,
-            "dropout must be a RecurrentDropout, such as .*, got Dropout",
+            "dropout must be a RecurrentDropout, such as .*, got a Dropout",
         ),
         (
             lambda: DropoutCell("lstm", spec_of()),

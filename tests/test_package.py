@@ -15,8 +15,8 @@ PUBLIC = {
     "LSTMParams", "LSTMState", "Masks", "Noise", "RANDOM_STREAM", "RecurrentDropout", "Zoneout",
     "activation_regularization", "at_paths", "concrete_regularization", "describe",
     "draw_masks", "dropout_cell", "dropout_scan", "embedding_dropout", "gru_cell",
-    "init_gru", "init_lstm", "lstm_cell", "mc_entropies", "mc_samples", "plot_masks", "recurrent_kernels",
-    "register_noise", "temporal_activation_regularization", "undisturbed",
+    "init_gru", "init_lstm", "lstm_cell", "mc_entropies", "mc_samples", "plot_masks",
+    "recurrent_kernels", "register_noise", "temporal_activation_regularization", "undisturbed",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .describe import describe, shorten
+from .._shown import shorten, shown
 from .names import Names, check_name, find, find_cell_class, find_visitor, to_name
 
 _DEEPEST, _LARGEST = 64, 10_000
@@ -47,7 +47,7 @@ def to_config(what: str, value: Any, names: Names) -> Any:
         return {"dtype": dtype.name}
     if callable(value):
         return {"import_path": to_name(what, value, names)}
-    raise ValueError(f"{what} is {describe(value)}, which a config cannot hold.")
+    raise ValueError(f"{what} is {shown(value)}, which a config cannot hold.")
 
 
 def keep_prob_to_config(name: str, keep_prob: Any) -> float:
@@ -74,7 +74,7 @@ def plan_wrapper(
     """
     check_data(config, names)
     if not isinstance(config, dict):
-        raise ValueError(f"config must be a dict that get_config gave, got {describe(config)}.")
+        raise ValueError(f"config must be a dict that get_config gave, got {shown(config)}.")
     _check_arguments("config", config, _parameters_of(wrapper, names))
     _check_types(config)
     arguments = {
@@ -110,7 +110,7 @@ def check_data(config: Any, names: Names) -> None:
             todo += [(f"{where}[{index}]", entry, depth + 1) for index, entry in enumerate(node)]
         elif node is not None and not isinstance(node, bool | int | float | str):
             raise ValueError(
-                f"{shorten(where)} is {describe(node)}, and a config holds what JSON can: dicts, "
+                f"{shorten(where)} is {shown(node)}, and a config holds what JSON can: dicts, "
                 f"lists, strings, numbers, bools and None."
             )
 
@@ -124,13 +124,13 @@ def _check_names(where: str, node: dict[Any, Any], names: Names) -> None:
         not isinstance(node["dtype"], str) or node["dtype"] not in _DTYPES
     ):
         raise ValueError(
-            f"{shorten(where)} must name a dtype of jax.numpy, got {describe(node['dtype'])}."
+            f"{shorten(where)} must name a dtype of jax.numpy, got {shown(node['dtype'])}."
         )
 
 
 def _at(where: str, key: Any) -> str:
     if not isinstance(key, str):
-        raise ValueError(f"{shorten(where)} has the key {describe(key)}; keys are strings.")
+        raise ValueError(f"{shorten(where)} has the key {shown(key)}; keys are strings.")
     return f"{where}.{key}" if key.isidentifier() and key.isascii() else f"{where}[{key!a}]"
 
 
@@ -146,7 +146,7 @@ def _check_arguments(
     if unknown or missing:
         problem, which = ("takes no", unknown) if unknown else ("needs", missing)
         raise ValueError(
-            f"{shorten(where)} {problem} {describe(min(which))}; its arguments are "
+            f"{shorten(where)} {problem} {shown(min(which))}; its arguments are "
             f"{', '.join(list(parameters)[:20])}."
         )
 
@@ -156,7 +156,7 @@ def _check_types(config: dict[str, Any]) -> None:
 
     def check(name: str, is_right: Callable[[Any], bool], wanted: str) -> None:
         if name in config and not is_right(config[name]):
-            raise ValueError(f"config.{name} must be {wanted}, got {describe(config[name])}.")
+            raise ValueError(f"config.{name} must be {wanted}, got {shown(config[name])}.")
 
     for name in ("variational_recurrent", "deterministic"):
         check(name, lambda value: isinstance(value, bool), "true or false")
@@ -194,7 +194,7 @@ def _plan_cell(where: str, config: Any, names: Names, rngs: dict[str, Any]) -> C
     """Checks a cell's config, and gives what makes the cell."""
     if not (isinstance(config, dict) and config.keys() == {"class_name", "config"}):
         raise ValueError(
-            f"{shorten(where)} must have a class_name and a config, got {describe(config)}."
+            f"{shorten(where)} must have a class_name and a config, got {shown(config)}."
         )
     cls: Any = find_cell_class(shorten(f"{where}.class_name"), config["class_name"], names)
     if hasattr(cls, "from_config"):
@@ -205,7 +205,7 @@ def _plan_cell(where: str, config: Any, names: Names, rngs: dict[str, Any]) -> C
     where = f"{where}.config"
     if not isinstance(config["config"], dict):
         raise ValueError(
-            f"{shorten(where)} must be a dict of arguments, got {describe(config['config'])}."
+            f"{shorten(where)} must be a dict of arguments, got {shown(config['config'])}."
         )
     _check_arguments(where, config["config"], _parameters_of(cls, names))
     takes = inspect.signature(cls.__init__).parameters

@@ -11,7 +11,7 @@ import jax
 import jax.nn.initializers
 import jax.numpy as jnp
 
-from .describe import describe, shorten
+from .._shown import shorten, shown
 
 # Functions of arrays that read and write nothing. Modules as a whole are not to be trusted:
 # jax.numpy has load and fromfile, jax has pure_callback.
@@ -62,12 +62,12 @@ def collect_names(
     if not isinstance(trusted, Sequence) or isinstance(trusted, str):
         raise TypeError(
             f"trusted must be a sequence of modules' names such as ('my_project',), "
-            f"got {describe(trusted)}."
+            f"got {shown(trusted)}."
         )
     for module in trusted:
         if not (isinstance(module, str) and _MODULE.fullmatch(module)):
             raise TypeError(
-                f"trusted must hold modules' names such as 'my_project', got {describe(module)}."
+                f"trusted must hold modules' names such as 'my_project', got {shown(module)}."
             )
     cells = {
         f"{module}:{name}": value
@@ -90,7 +90,7 @@ def to_name(what: str, value: Any, names: Names) -> str:
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     if vars(sys.modules.get(str(module), object)).get(str(name)) is not value:
         raise ValueError(
-            f"{what} is {describe(value)}, which has no import path, and a config holds no code: "
+            f"{what} is {shown(value)}, which has no import path, and a config holds no code: "
             f"use a module-level function or class."
         )
     return f"{module}:{name}"
@@ -104,7 +104,7 @@ def check_name(where: str, name: Any, names: Names) -> None:
     """
     if not (isinstance(name, str) and len(name) < 500 and _NAME.fullmatch(name)):
         raise ValueError(
-            f"{where} must be a name such as 'flax.linen:LSTMCell', got {describe(name)}."
+            f"{where} must be a name such as 'flax.linen:LSTMCell', got {shown(name)}."
         )
     module, _, _ = name.partition(":")
     if name in names.known or any(f"{module}.".startswith(f"{root}.") for root in names.trusted):

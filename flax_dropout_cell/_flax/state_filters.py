@@ -1,31 +1,41 @@
 """TensorFlow's state filter visitors: they say which parts of a state get dropout."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Protocol
 
 import jax
 
+from .._shown import shown
 from .._sites import PyTree
 from ..noises import Noise
 from .carry import DropoutCarry
-from .describe import describe
 from .wrapper import CellWrapper
 
 Visitor = Callable[[Any], Any]
 
 
+class CellFacts(Protocol):
+    """What a framework knows of its cells."""
+
+    _lstm_cells: ClassVar[tuple[type, ...]]
+
+    def _parts(self, cell: Any) -> Iterable[Any]:
+        """What a cell holds; a cell among them has a state of its own."""
+        ...
+
+
 def place_visited(
-    wrapper: CellWrapper, state: PyTree, noise: Noise, visitor: Visitor | None
+    facts: CellFacts, cell: Any, state: PyTree, noise: Noise, visitor: Visitor | None
 ) -> PyTree:
     """Places a noise where a state filter visitor says."""
-    if isinstance(wrapper.cell, CellWrapper):
-        inner = place_visited(wrapper.cell, state.cell_carry, noise, visitor)
+    if isinstance(cell, CellWrapper):
+        inner = place_visited(facts, cell.cell, state.cell_carry, noise, visitor)
         return DropoutCarry(inner, None, None)
     answers = visit_state(visitor or leave_lstm_memory_alone, state)
     if visitor is None and all(jax.tree.leaves(answers)):
-        spared = wrapper._spare_lstm_memory(noise)
-        if spared is not noise:
-            return spared
+        if isinstance(cell, facts._lstm_cells):
+            return (None, noise)
+        _refuse_lstms_within(facts, cell)
     # Leaf by leaf, for one noise on a state of several leaves is refused where it may explode,
     # and TensorFlow puts it on all of them.
     return noise_where_true(noise, answers)
@@ -53,7 +63,7 @@ def visit_state(visitor: Visitor, state: PyTree) -> PyTree:
     if jax.tree_util.all_leaves([state]):
         if not isinstance(answer, bool):
             raise TypeError(
-                f"dropout_state_filter_visitor returned {describe(answer)} for an array; "
+                f"dropout_state_filter_visitor returned {shown(answer)} for an array; "
                 f"return True or False."
             )
         return answer
@@ -78,7 +88,7 @@ def _child_answers(answer: Any, structure: Any) -> list[bool]:
             else "no depth=1 structure of bools like the state's"
         )
         raise TypeError(
-            f"dropout_state_filter_visitor returned {describe(answer)}, {what}; return True, "
+            f"dropout_state_filter_visitor returned {shown(answer)}, {what}; return True, "
             f"False or a structure of bools such as (False, True) for a state (c, h)."
         )
     return answers
@@ -89,6 +99,16 @@ def leave_lstm_memory_alone(state: Any) -> Any:
     if getattr(state, "_fields", None) == ("c", "h"):
         return state._replace(c=False, h=True)
     return True
+
+
+def _refuse_lstms_within(facts: CellFacts, cell: Any) -> None:
+    for part in facts._parts(cell):
+        if isinstance(part, (*facts._lstm_cells, CellWrapper)):
+            raise ValueError(
+                f"one noise for the whole state of {type(cell).__name__} would reach the memory c "
+                f"of the {type(part).__name__} that it holds; say where it goes, with a "
+                f"dropout_state_filter_visitor."
+            )
 
 
 def noise_where_true(noise: Noise, answers: PyTree) -> PyTree:

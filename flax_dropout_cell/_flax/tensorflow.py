@@ -1,18 +1,18 @@
 """TensorFlow's arguments: what both `RNNCellDropoutWrapper`s share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._shown import shorten, shown
 from .._sites import PyTree, RecurrentDropout
 from ..noises.dropout import Dropout
 from ..noises.protocol import check_probability
 from .carry import DropoutCarry
 from .configs import keep_prob_to_config, plan_wrapper, to_config
-from .describe import describe, shorten
 from .names import Names, collect_names, to_name
 from .state_filters import Visitor, place_visited
 from .wrapper import CellWrapper, input_shapes, is_shape
@@ -46,13 +46,18 @@ class TensorFlowWrapper(CellWrapper):
     def _arguments(self, cell: Any) -> dict[str, Any]:
         raise NotImplementedError
 
+    def _parts(self, cell: Any) -> Iterable[Any]:
+        raise NotImplementedError
+
     def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
         def noise(keep_prob: Any) -> Dropout | None:
             return keep_prob_noise(keep_prob, self.variational_recurrent, self.broadcast_dims)
 
         state = noise(self.state_keep_prob)
         if state is not None:
-            state = place_visited(self, cell_carry, state, self.dropout_state_filter_visitor)
+            state = place_visited(
+                self, self.cell, cell_carry, state, self.dropout_state_filter_visitor
+            )
         return RecurrentDropout(
             input=noise(self.input_keep_prob), output=noise(self.output_keep_prob), state=state
         )
@@ -181,16 +186,16 @@ def check_arguments(
     if dropout_state_filter_visitor is not None and not callable(dropout_state_filter_visitor):
         raise TypeError(
             f"dropout_state_filter_visitor must be callable, "
-            f"got {describe(dropout_state_filter_visitor)}."
+            f"got {shown(dropout_state_filter_visitor)}."
         )
     for name, keep_prob in keep_probs.items():
         if not isinstance(keep_prob, int | float | np.number | np.ndarray | jax.Array):
             raise TypeError(
-                f"{name} must be a number in [0, 1] or a scalar array, got {describe(keep_prob)}."
+                f"{name} must be a number in [0, 1] or a scalar array, got {shown(keep_prob)}."
             )
         check_probability(name, keep_prob)
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer | None):
-        raise TypeError(f"seed must be an int or None, got {describe(seed)}.")
+        raise TypeError(f"seed must be an int or None, got {shown(seed)}.")
 
 
 def keep_prob_noise(
@@ -227,14 +232,14 @@ def check_inputs(x: PyTree, input_size: Any, dtype: Any) -> None:
             sizes = structure.flatten_up_to(input_size)
         except (ValueError, TypeError):
             raise ValueError(
-                f"input_size is {describe(input_size)}, but the inputs have the structure "
+                f"input_size is {shown(input_size)}, but the inputs have the structure "
                 f"{shorten(str(structure))}."
             ) from None
         for leaf, size in zip(leaves, sizes, strict=True):
             features = tuple(np.atleast_1d(size).tolist())
             if leaf.shape[len(leaf.shape) - len(features) :] != features:
                 raise ValueError(
-                    f"input_size is {describe(input_size)}, but an input of shape {leaf.shape} "
+                    f"input_size is {shown(input_size)}, but an input of shape {leaf.shape} "
                     f"arrived."
                 )
     for leaf in leaves if dtype is not None else ():

@@ -11,24 +11,20 @@ import jax.numpy as jnp
 from .._disturb import inside_names
 from .._leaky import Family, is_flax_gru, place_state
 from .._sites import Masks, PyTree, RecurrentDropout, draws_once, shape_of
-from ..noises import Noise
 from .carry import DropoutCarry, start_sequence
 
 
 class CellWrapper:
     """What linen's and NNX's wrappers share: how a sequence starts, and where its noise sits.
 
-    A framework's wrapper says which cells are LSTMs, what a cell holds, and what shapes its
-    weights and outputs have.
+    A framework's wrapper says which cells are LSTMs, and what shapes a cell's weights and outputs
+    have.
     """
 
     cell: Any
     _lstm_cells: ClassVar[tuple[type, ...]]
 
     def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
-        raise NotImplementedError
-
-    def _parts(self) -> Iterable[Any]:
         raise NotImplementedError
 
     def _params_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
@@ -93,26 +89,6 @@ class CellWrapper:
         if isinstance(self.cell, self._lstm_cells):
             family = "lstm"
         return place_state(dropout, cell_carry, family)
-
-    def _place_state(self, state: PyTree) -> PyTree:
-        """Places a noise on the h of an LSTM, without a look at the carry."""
-        if isinstance(self.cell, CellWrapper):
-            return DropoutCarry(self.cell._place_state(state), None, None)
-        return self._spare_lstm_memory(state) if isinstance(state, Noise) else state
-
-    def _spare_lstm_memory(self, noise: Noise) -> PyTree:
-        """Places one noise for a whole state: on all of it, or on the h of an LSTM-family cell."""
-        if isinstance(self.cell, self._lstm_cells):
-            return (None, noise)
-        for part in self._parts():
-            if isinstance(part, (*self._lstm_cells, CellWrapper)):
-                raise ValueError(
-                    f"one noise for the whole state of {type(self.cell).__name__} would reach the "
-                    f"memory c of the {type(part).__name__} that it holds; say where it goes, "
-                    f"such as state=((None, noise), (None, noise)), or with a "
-                    f"dropout_state_filter_visitor."
-                )
-        return noise
 
 
 def guesses(inputs: Any, cell_carry: PyTree) -> Iterable[PyTree]:

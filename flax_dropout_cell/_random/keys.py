@@ -67,9 +67,9 @@ def as_rng(rng: Any) -> jax.Array | None:
     else:
         is_key = dtype == jnp.uint32 and shape in ((2,), (4,))
     if not is_key:
-        what = f"{dtype}{list(shape)}" if shape is not None else shown(rng)
         raise TypeError(
-            f"rng must be one key, such as jax.random.key(0), or None for evaluation; got {what}."
+            f"rng must be one key, such as jax.random.key(0), or None for evaluation; "
+            f"got {shown(rng)}."
         )
     return as_typed(rng)
 

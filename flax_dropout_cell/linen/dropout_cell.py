@@ -1,7 +1,5 @@
 """`DropoutCell`: a linen cell under recurrent dropout."""
 
-import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -96,7 +94,11 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
     def redraw_masks(
         self, carry: PyTree, inputs: PyTree, rng: jax.Array | None = None
     ) -> DropoutCarry:
-        """Starts new masks on an old state, as Gal and Ghahramani do from window to window.
+        """Starts new masks on an old state.
+
+        The state stays as the last step left it. What noise at `state` dropped there is dropped
+        still, so the first step reads h through the old mask, and the second through the new one.
+        Noise at `inside={"recurrent": ..}` leaves no such trace.
 
         Args:
           carry: this wrapper's last carry, or a carry of the wrapped cell, such as an encoder's
@@ -124,12 +126,6 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
             inner = None if rng is None else inner_rng(rng)
             cell_carry = self.cell.redraw_masks(cell_carry, inputs, inner)
         return self._start(self._sequence_rng(rng), cell_carry, jax.tree.map(shape_of, inputs))
-
-    @nn.nowrap
-    def _parts(self) -> Iterable[Any]:
-        for field in dataclasses.fields(self.cell):
-            if field.name != "parent":
-                yield from jax.tree.leaves(getattr(self.cell, field.name, None))
 
     @nn.nowrap
     def _params_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:

@@ -1,12 +1,9 @@
 """`RNN`: a linen cell over whole sequences, under recurrent dropout."""
 
-import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import errors, serialization, traverse_util
 
 from .._describe import Description
 from .._flax.layer import (
@@ -16,7 +13,6 @@ from .._flax.layer import (
     describe_layer,
     read_layout,
     refuse_as_cell,
-    refuse_state,
     refuse_wrapper,
     run_layer,
 )
@@ -25,6 +21,7 @@ from .._leaky import Family
 from .._random.keys import as_rng
 from .._shown import shown
 from .._sites import PyTree, RecurrentDropout
+from .functional import parts_of, pure_cell
 
 
 class RNN(nn.Module):
@@ -162,7 +159,7 @@ class RNN(nn.Module):
         carry = make_carry() if initial_carry is None else initial_carry
         if self.is_initializing():
             self.cell(carry, layout.xs[0])  # makes the weights
-        params, cell = _pure(self.cell)
+        params, cell = pure_cell(self.cell)
         return run_layer(
             params,
             carry,
@@ -210,7 +207,7 @@ class RNN(nn.Module):
         layout = read_layout(inputs, self.cell.num_feature_axes, time_major)
         carry = self.cell.initialize_carry(jax.random.key(0), layout.step_shape)
         self.cell(carry, layout.xs[0])  # makes the weights
-        params, cell = _pure(self.cell)
+        params, cell = pure_cell(self.cell)
         family = _family(self.cell)
         found.append(
             describe_layer(params, carry, layout, cell=cell, dropout=self.dropout, family=family)
@@ -232,58 +229,6 @@ class RNN(nn.Module):
         )
 
 
-def _pure(cell: nn.RNNCellBase) -> tuple[PyTree, Any]:
-    """A bound cell's weights, and the cell as a function of them."""
-    free, _ = cell.unbind()
-    variables = nn.unbox(_variables(cell, {}))
-    params = variables.pop("params", {})
-
-    def run(params: PyTree, carry: PyTree, x: PyTree, **options: Any) -> tuple[PyTree, PyTree]:
-        try:
-            return free.apply({"params": params, **variables}, carry, x, **options)
-        except errors.InvalidRngError:
-            raise refuse_state(cell, "draws from an rng stream") from None
-        except errors.ModifyScopeVariableError:
-            raise refuse_state(cell, "writes a variable") from None
-
-    return params, run
-
-
-def _variables(module: nn.Module, seen: dict[int, None]) -> dict[str, Any]:
-    """A bound module's variables, as they lie in it once it is unbound.
-
-    A module in a field that is bound elsewhere, as one that was made inside a compact method is,
-    keeps its variables there, and is found under its field's name once it is unbound.
-    """
-    found = {name: dict(tree) for name, tree in module.variables.items()}
-    for name, part in _fields(module):
-        if id(part) in seen or part.scope is None or module.scope is None:
-            continue
-        seen[id(part)] = None
-        inside = part.scope.path[:-1] == module.scope.path
-        for collection, tree in _variables(part, seen).items():
-            if inside:  # under the name that it was given, which unbinding takes away
-                found.get(collection, {}).pop(part.scope.path[-1], None)
-            if tree:
-                found.setdefault(collection, {})[name] = tree
-    return found
-
-
-def _fields(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in a module's fields, with the names that Flax gives them there."""
-    for field in dataclasses.fields(module):
-        if field.name in ("parent", "name"):
-            continue
-        tree = serialization.to_state_dict(getattr(module, field.name, None))
-        if not isinstance(tree, dict):
-            flat = {(): tree}
-        else:
-            flat = traverse_util.flatten_dict(tree)
-        for path, part in flat.items():
-            if isinstance(part, nn.Module):
-                yield "_".join([field.name, *path]), part
-
-
 def _family(cell: nn.RNNCellBase) -> Family:
     if isinstance(cell, nn.LSTMCell | nn.OptimizedLSTMCell | nn.ConvLSTMCell):
         return "lstm"
@@ -296,12 +241,6 @@ def _check_cell(cell: Any) -> None:
             f"RNN needs a cell of flax.linen, such as nn.LSTMCell(64): a module with "
             f"initialize_carry and __call__(carry, inputs); got {shown(cell)}."
         )
-    for part in _parts(cell):
+    for part in parts_of(cell):
         if isinstance(part, CellWrapper):
             refuse_wrapper(cell, part)
-
-
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    yield module
-    for _, part in _fields(module):
-        yield from _parts(part)

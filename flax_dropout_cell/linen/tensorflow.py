@@ -1,7 +1,7 @@
 """TensorFlow's wrapper around linen cells."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -124,6 +124,12 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
         return jax.eval_shape(
             lambda rng: self.cell.initialize_carry(rng, input_shape), jax.random.key(0)
         )
+
+    @nn.nowrap
+    def _parts(self, cell: Any) -> Iterable[Any]:
+        for field in dataclasses.fields(cell):
+            if field.name != "parent":
+                yield from jax.tree.leaves(getattr(cell, field.name, None))
 
     @nn.nowrap
     def _arguments(self, cell: Any) -> dict[str, Any]:

@@ -1,22 +1,21 @@
 """`DropoutCell`: an NNX cell under recurrent dropout."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from .._flax.carry import DropoutCarry, check_carry, inner_rng, run_step
 from .._flax.wrapper import CellWrapper
 from .._inside import trace_cell
-from .._random.keys import as_rng, nested_rng
+from .._random.keys import nested_rng
 from .._shown import shown
 from .._sites import PyTree, RecurrentDropout, shape_of
+from .dropout_attribute import DropoutAttribute
 from .functional import call_with_params, functional_cell, params_of
-
-RngSource = nnx.Rngs | nnx.RngStream | None
+from .streams import RngSource, fork_stream, key_of
 
 _static = getattr(nnx, "static", lambda value: value)  # Flax 0.11 tells by the value
 
@@ -30,28 +29,12 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         check_cell(cell)
         self.cell = cell
         self.deterministic = deterministic
-        self.rngs: nnx.RngStream | None
-        if isinstance(rngs, nnx.Rngs):
-            # No stream to fork is no error yet: evaluation needs none.
-            has_stream = "dropout" in rngs or "default" in rngs
-            self.rngs = rngs["dropout"].fork() if has_stream else nnx.data(None)
-        elif isinstance(rngs, nnx.RngStream):
-            self.rngs = rngs.fork()
-        elif rngs is None:
-            self.rngs = nnx.data(None)
-        else:
-            raise TypeError(
-                f"rngs must be Rngs, an RngStream or None, such as nnx.Rngs(dropout=0), "
-                f"got {shown(rngs)}."
-            )
+        self.rngs: nnx.RngStream | None = fork_stream(rngs)
 
     if not TYPE_CHECKING:
 
         def __setattr__(self, name: str, value: Any) -> None:
-            if isinstance(getattr(type(self), name, None), property):
-                # Flax up to 0.12.8 looks for arrays in a value before it looks for a property.
-                object.__setattr__(self, name, value)
-            elif name not in vars(self) and _is_state(value) and _cell_has(self, name):
+            if name not in vars(self) and _is_state(value) and _cell_has(self, name):
                 # What nnx.update finds no place for: state of the bare cell. NNX names it by where
                 # it stands, and the cell stands one level further in.
                 nnx.update(_unwrap(self), {name: value})
@@ -104,6 +87,10 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
     ) -> DropoutCarry:
         """Starts new masks on an old state.
 
+        The state stays as the last step left it. What noise at `state` dropped there is dropped
+        still, so the first step reads h through the old mask, and the second through the new one.
+        Noise at `inside={"recurrent": ..}` leaves no such trace.
+
         Args:
           carry: this wrapper's last carry, or a carry of the wrapped cell, such as an encoder's
             in a decoder.
@@ -129,16 +116,13 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         """
         inputs = jax.tree.map(shape_of, inputs)
         cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
-        rng = None if rngs is None else _key_of(rngs)
+        rng = None if rngs is None else key_of(rngs)
         if isinstance(self.cell, Wrapper):
             inner = None if rng is None else inner_rng(rng)
             cell_carry = self.cell.redraw_masks(cell_carry, inputs, inner)
         if rng is None or self.deterministic:
             rng = self._sequence_rng()
         return self._start(rng, cell_carry, inputs)
-
-    def _parts(self) -> Iterable[Any]:
-        return (node for _, node in nnx.iter_graph(self.cell))
 
     def _params_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
         return params_of(self.cell, self._dropout(cell_carry).params)
@@ -184,7 +168,7 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         )
 
 
-class DropoutCell(Wrapper):
+class DropoutCell(DropoutAttribute, Wrapper):
     """An NNX cell under recurrent dropout; put it wherever the cell would go.
 
     In training it draws from its own `dropout` stream, once per sequence; evaluation, by
@@ -230,63 +214,19 @@ class DropoutCell(Wrapper):
         super().__init__(cell, deterministic, rngs)
         self.dropout = dropout
 
-    @property
-    def dropout(self) -> RecurrentDropout:
-        """Which noise sits where; to be set to another at any time, inside of `nnx.jit` too."""
-        structure = jax.tree.structure(self.noises)
-        return jax.tree.unflatten(structure, [array[...] for array in self._noise_arrays])
-
-    @dropout.setter
-    def dropout(self, dropout: RecurrentDropout) -> None:
+    def _check_dropout(self, dropout: Any) -> None:
         if not isinstance(dropout, RecurrentDropout):
             raise TypeError(
                 f"dropout must be a RecurrentDropout, such as "
                 f"RecurrentDropout(input=Dropout(keep_prob=0.8)), got {shown(dropout)}."
             )
-        # Numbers are static, and nnx.jit retraces where they change. Arrays are state: Variables,
-        # for Flax cannot update a bare array inside of a pytree.
-        leaves, structure = jax.tree.flatten(dropout, is_leaf=_is_variable)
-        self.noises = jax.tree.unflatten(structure, [...] * len(leaves))
-        self._noise_arrays = nnx.data(
-            [leaf if _is_variable(leaf) else nnx.Variable(jnp.asarray(leaf)) for leaf in leaves]
-        )
 
     def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
         return self._place(self.dropout, cell_carry)
 
 
-class Static:
-    """A pytree as one static value: graphdefs are compared and hashed, and dicts have no hash."""
-
-    def __init__(self, tree: PyTree) -> None:
-        self.tree = tree
-
-    def _key(self) -> Any:
-        leaves, structure = jax.tree.flatten(self.tree)
-        return tuple(leaves), structure
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Static) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def __repr__(self) -> str:
-        return repr(self.tree)
-
-
-def _key_of(rngs: Any) -> jax.Array | None:
-    if isinstance(rngs, nnx.Rngs):
-        return rngs.dropout()
-    return rngs() if isinstance(rngs, nnx.RngStream) else as_rng(rngs)
-
-
 def _is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray)
-
-
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)
 
 
 def _is_state(value: Any) -> bool:

@@ -1,10 +1,8 @@
 """`RNN`: an NNX cell over whole sequences, under recurrent dropout."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from .._describe import Description
@@ -24,15 +22,11 @@ from .._leaky import Family
 from .._random.keys import as_rng
 from .._shown import shown
 from .._sites import PyTree, RecurrentDropout
-from .dropout_cell import Static
-
-RngSource = nnx.Rngs | nnx.RngStream | jax.Array | None
-
-_CARRY = "carry"
-"""The stream that Flax's hosts hand on for `initialize_carry`; masks never come from it."""
+from .dropout_attribute import DropoutAttribute
+from .streams import RngSource, carry_stream, fork_stream, has_dropout, is_for_carries
 
 
-class RNN(nnx.Module):
+class RNN(DropoutAttribute, nnx.Module):
     """`nnx.RNN` under recurrent dropout: any cell over whole sequences.
 
     In training a call draws one key from the module's own `dropout` stream, or takes `rngs`; from
@@ -91,7 +85,7 @@ class RNN(nnx.Module):
         keep_order: bool = False,
         unroll: int = 1,
         checkpoint_every: int | None = None,
-        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        rngs: RngSource = None,
     ) -> None:
         _check_cell(cell)
         self.cell = cell
@@ -103,39 +97,10 @@ class RNN(nnx.Module):
         self.keep_order = keep_order
         self.unroll = unroll
         self.checkpoint_every = checkpoint_every
-        self.rngs: nnx.RngStream | None = _fork(rngs)
+        self.rngs: nnx.RngStream | None = fork_stream(rngs)
 
-    @property
-    def dropout(self) -> RecurrentDropout:
-        """Which noise sits where."""
-        arrays = iter(self._noise_arrays)
-        return jax.tree.map(
-            lambda leaf: next(arrays)[...] if leaf is ... else leaf, self._noises.tree
-        )
-
-    @dropout.setter
-    def dropout(self, dropout: RecurrentDropout) -> None:
+    def _check_dropout(self, dropout: Any) -> None:
         check_layer_dropout(dropout)
-        leaves, structure = jax.tree.flatten(dropout, is_leaf=_is_array)
-        arrays = [leaf for leaf in leaves if _is_array(leaf)]
-        kept = [... if _is_array(leaf) else leaf for leaf in leaves]
-        self._noises = Static(jax.tree.unflatten(structure, kept))
-        # Variables, for Flax cannot update a bare array inside a list.
-        self._noise_arrays = nnx.data(
-            [
-                leaf if isinstance(leaf, nnx.Variable) else nnx.Variable(jnp.asarray(leaf))
-                for leaf in arrays
-            ]
-        )
-
-    if not TYPE_CHECKING:
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            # Flax up to 0.12.8 looks for arrays in a value before it looks for a property.
-            if name == "dropout":
-                object.__setattr__(self, name, value)
-            else:
-                super().__setattr__(name, value)
 
     @property
     def num_feature_axes(self) -> int:
@@ -162,7 +127,7 @@ class RNN(nnx.Module):
         sequence_ids: jax.typing.ArrayLike | None = None,
         start: int | jax.Array = 0,
         deterministic: bool | None = None,
-        rngs: RngSource = None,
+        rngs: RngSource | jax.Array = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
         reverse: bool | None = None,
@@ -220,7 +185,7 @@ class RNN(nnx.Module):
         layout = read_layout(inputs, self.cell.num_feature_axes, call.time_major)
 
         def make_carry() -> PyTree:
-            return self.cell.initialize_carry(layout.step_shape, _carry_stream(rngs, init_key))
+            return self.cell.initialize_carry(layout.step_shape, carry_stream(rngs, init_key))
 
         carry = make_carry() if initial_carry is None else initial_carry
         key = self._key(rngs, choose(deterministic, self.deterministic))
@@ -265,18 +230,18 @@ class RNN(nnx.Module):
         def trace(params: PyTree, inputs: Any) -> None:
             time_is_first = choose(time_major, self.time_major)
             layout = read_layout(inputs, self.cell.num_feature_axes, time_is_first)
-            carry = self.cell.initialize_carry(layout.step_shape, _carry_stream(None, None))
+            carry = self.cell.initialize_carry(layout.step_shape, carry_stream(None, None))
             options = {"cell": cell, "dropout": self.dropout, "family": _family(self.cell)}
             found.append(describe_layer(params, carry, layout, **options))
 
         jax.eval_shape(trace, params, inputs)
         return found[0]
 
-    def _key(self, rngs: RngSource, evaluate: bool) -> jax.Array | None:
+    def _key(self, rngs: RngSource | jax.Array, evaluate: bool) -> jax.Array | None:
         if evaluate:
             return None
-        source = self.rngs if rngs is None or _is_for_carries(rngs) else rngs
-        if isinstance(source, nnx.Rngs) and _has_dropout(source):
+        source = self.rngs if rngs is None or is_for_carries(rngs) else rngs
+        if isinstance(source, nnx.Rngs) and has_dropout(source):
             source = source["dropout"]
         if isinstance(source, nnx.RngStream):
             return source()
@@ -306,44 +271,10 @@ def _pure(cell: nnx.RNNCellBase) -> tuple[PyTree, Any]:
     return nnx.to_pure_dict(own), run
 
 
-def _fork(rngs: Any) -> Any:
-    """A stream of the layer's own; none to fork is no error yet, as evaluation needs none."""
-    if isinstance(rngs, nnx.Rngs):
-        return rngs["dropout"].fork() if _has_dropout(rngs) else nnx.data(None)
-    if isinstance(rngs, nnx.RngStream):
-        return rngs.fork()
-    if rngs is None:
-        return nnx.data(None)
-    raise TypeError(
-        f"rngs must be Rngs, an RngStream or None, such as nnx.Rngs(dropout=0), got {shown(rngs)}."
-    )
-
-
-def _has_dropout(rngs: nnx.Rngs) -> bool:
-    return "dropout" in rngs or "default" in rngs
-
-
-def _is_for_carries(rngs: RngSource) -> bool:
-    """Whether a host hands on its stream for carries: it starts from one key in every program."""
-    return isinstance(rngs, nnx.RngStream) and rngs.tag == _CARRY
-
-
-def _carry_stream(rngs: RngSource, init_key: jax.Array | None) -> nnx.RngStream:
-    if init_key is None and isinstance(rngs, nnx.RngStream) and _is_for_carries(rngs):
-        return rngs
-    if init_key is None and isinstance(rngs, nnx.Rngs) and _CARRY in rngs:
-        return rngs[_CARRY]
-    return nnx.RngStream(jax.random.key(0) if init_key is None else init_key, tag=_CARRY)
-
-
 def _family(cell: nnx.RNNCellBase) -> Family:
     if isinstance(cell, nnx.LSTMCell | nnx.OptimizedLSTMCell):
         return "lstm"
     return "gru" if isinstance(cell, nnx.GRUCell) else None
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | nnx.Variable)
 
 
 def _check_cell(cell: Any) -> None:

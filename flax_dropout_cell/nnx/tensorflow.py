@@ -1,7 +1,7 @@
 """TensorFlow's wrapper around NNX cells."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,10 @@ from flax import nnx
 from .._flax import tensorflow as tf
 from .._flax.carry import DropoutCarry
 from .._sites import PyTree
-from .dropout_cell import RngSource, Static, Wrapper
+from .dropout_attribute import Static
+from .dropout_cell import Wrapper
 from .functional import trace
+from .streams import RngSource
 
 
 class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
@@ -138,6 +140,9 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
 
     def _state_shapes(self, input_shape: Any) -> PyTree:
         return trace(self.cell, lambda cell: cell.initialize_carry(input_shape, nnx.Rngs(0)))
+
+    def _parts(self, cell: Any) -> Iterable[Any]:
+        return (node for _, node in nnx.iter_graph(cell))
 
     def _arguments(self, cell: Any) -> dict[str, Any]:
         # Of a class's own signature Flax's metaclass leaves (*args, **kwargs).

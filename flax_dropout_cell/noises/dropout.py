@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._random.keep_masks import Number, draw_keep_mask
+from .._shown import shown
 from .protocol import check_probability, check_scalar, check_shared, register_noise, shared_shape
 
 
@@ -61,7 +62,7 @@ class Dropout:
         check_probability("keep_prob", self.keep_prob)
         check_shared(self.variational, self.broadcast_dims)
         if not isinstance(self.scale, bool):
-            raise TypeError(f"scale must be True or False, got {self.scale!r}.")
+            raise TypeError(f"scale must be True or False, got {shown(self.scale)}.")
         object.__setattr__(self, "broadcast_dims", tuple(self.broadcast_dims))
 
     @property

@@ -186,12 +186,12 @@ def check_probability(name: str, probability: Any) -> None:
 def check_shared(variational: Any, broadcast_dims: Any) -> None:
     """Refuses what every noise's `variational` and `broadcast_dims` cannot be."""
     if not isinstance(variational, bool):
-        raise TypeError(f"variational must be True or False, got {variational!r}.")
+        raise TypeError(f"variational must be True or False, got {shown(variational)}.")
     if not isinstance(broadcast_dims, Sequence) or not all(
         isinstance(dim, int) for dim in broadcast_dims
     ):
         raise TypeError(
-            f"broadcast_dims must be a sequence of ints such as (0,), got {broadcast_dims!r}."
+            f"broadcast_dims must be a sequence of ints such as (0,), got {shown(broadcast_dims)}."
         )
 
 
@@ -200,7 +200,7 @@ def check_scalar(name: str, value: Any) -> None:
     if isinstance(value, Number):
         return
     if not is_array(value):
-        raise TypeError(f"{name} must be a number in [0, 1] or a scalar array, got {value!r}.")
+        raise TypeError(f"{name} must be a number in [0, 1] or a scalar array, got {shown(value)}.")
     if value.shape != ():
         raise ValueError(
             f"{name} must be a scalar where it is used, got shape {value.shape}; "

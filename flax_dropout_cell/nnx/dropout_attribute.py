@@ -1,0 +1,74 @@
+"""A spec as an attribute of an NNX module."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from .._sites import PyTree, RecurrentDropout
+
+
+class Static:
+    """A pytree as one static value: graphdefs are compared and hashed, and dicts have no hash."""
+
+    def __init__(self, tree: PyTree) -> None:
+        self.tree = tree
+
+    def _key(self) -> Any:
+        leaves, structure = jax.tree.flatten(self.tree)
+        return tuple(leaves), structure
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        return repr(self.tree)
+
+
+class DropoutAttribute:
+    """Gives a module the attribute `dropout`, of which the numbers are static and arrays state.
+
+    So `nnx.jit` retraces where a number changes, and not where an array does.
+    """
+
+    if not TYPE_CHECKING:
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            # Flax up to 0.12.8 looks for arrays in a value before it looks for a property.
+            if name == "dropout":
+                object.__setattr__(self, name, value)
+            else:
+                super().__setattr__(name, value)
+
+    def _check_dropout(self, dropout: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def dropout(self) -> RecurrentDropout:
+        """Which noise sits where; to be set to another at any time, inside of `nnx.jit` too."""
+        arrays = iter(self._noise_arrays)
+        return jax.tree.map(
+            lambda leaf: next(arrays)[...] if leaf is ... else leaf, self.noises.tree
+        )
+
+    @dropout.setter
+    def dropout(self, dropout: RecurrentDropout) -> None:
+        self._check_dropout(dropout)
+        leaves, structure = jax.tree.flatten(dropout, is_leaf=_is_array)
+        kept = [... if _is_array(leaf) else leaf for leaf in leaves]
+        self.noises = Static(jax.tree.unflatten(structure, kept))
+        # Variables, for Flax cannot update a bare array inside of a list.
+        self._noise_arrays = nnx.data([_as_variable(leaf) for leaf in leaves if _is_array(leaf)])
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | nnx.Variable)
+
+
+def _as_variable(array: Any) -> nnx.Variable:
+    return array if isinstance(array, nnx.Variable) else nnx.Variable(jnp.asarray(array))
