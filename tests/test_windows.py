@@ -12,6 +12,8 @@ import pytest
 from hosts import GOES_ON, HOSTS, ONE_EACH, SPECS, Window, is_frozen
 from probes import BATCH, SITE_NAMES, STEPS, assert_same
 
+import flax_dropout_cell as fdc
+
 LENGTHS = (3, 1, STEPS, 2)
 SOME_OF_EACH = [
     (host, spec)
@@ -85,3 +87,26 @@ def test_padded_windows_one_after_the_other(host: str, spec: str) -> None:
         [4 + length for length in windows[1]],
         [9 + STEPS] * BATCH,
     ]
+
+
+def test_a_new_window_first_reads_the_state_that_the_old_mask_left() -> None:
+    """Noise at `state` has multiplied the carry that comes in; inside the cell it does not."""
+    noise = fdc.Dropout(keep_prob=0.5, variational=True)
+    ones, xs = jnp.ones((BATCH, probes.UNITS)), jnp.ones((2, BATCH, 1))
+
+    def cell(params: Any, h: jax.Array, x: jax.Array, *, disturb: Any = fdc.undisturbed) -> Any:
+        return jnp.ones_like(h), disturb("read", h)  # what this step reads of the state
+
+    def windows(spec: fdc.RecurrentDropout) -> list[Any]:
+        h, seen = ones, []
+        for seed in (0, 1):
+            h, ys = fdc.dropout_scan(None, h, xs, jax.random.key(seed), cell=cell, dropout=spec)
+            seen.append(ys)
+        return seen
+
+    old, new = windows(fdc.RecurrentDropout(state=noise))
+    assert_same(new[0], old[1])
+    assert (new[1] != old[1]).any()
+    old, new = windows(fdc.RecurrentDropout(inside={"read": noise}))
+    assert_same(new[0], new[1])
+    assert (new[0] != old[1]).any()
