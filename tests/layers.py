@@ -21,7 +21,8 @@ class Layer(NamedTuple):
     """A layer with weights.
 
     Attributes:
-      run: `run(xs, key=None, **options)`, the layer's call.
+      run: `run(xs, key=None, params=None, **options)`, the layer's call, on its own weights or
+        others.
       stock: `stock(xs, **options)`, the call of the stock layer around the bare cell.
       params: the cell's weights.
       cell: the cell as a pure function of them.
@@ -42,8 +43,12 @@ def linen_layer(cell: Any, spec: fdc.RecurrentDropout, xs: jax.Array, **options:
     def pure(params: Any, carry: Any, x: jax.Array, **given: Any) -> Any:
         return cell.apply({"params": params}, carry, x, **given)
 
+    def run(xs: jax.Array, key: Any = None, params: Any = None, **given: Any) -> Any:
+        weights = variables if params is None else {"params": {"cell": params}}
+        return layer.apply(weights, xs, rng=key, **given)
+
     return Layer(
-        run=lambda xs, key=None, **given: layer.apply(variables, xs, rng=key, **given),
+        run=run,
         stock=lambda xs, **given: stock.apply(variables, xs, **given),
         params=variables["params"]["cell"],
         cell=pure,
@@ -60,13 +65,20 @@ def nnx_layer(cell: Any, spec: fdc.RecurrentDropout, xs: jax.Array, **options: A
         run: Any = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
         return run(carry, x, **given)
 
+    def run(xs: jax.Array, key: Any = None, params: Any = None, **given: Any) -> Any:
+        if params is None:
+            return layer(xs, rngs=key, **given)
+        weights = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(params))
+        other: Any = fdc.nnx.RNN(nnx.merge(graphdef, weights), spec, **options)
+        return other(xs, rngs=key, **given)
+
     def stock(xs: jax.Array, **given: Any) -> Any:
         # Made where it runs: it writes to itself.
         rnn: Any = nnx.RNN(nnx.merge(graphdef, jax.tree.map(jnp.copy, state)), **options)
         return rnn(xs, **given)
 
     return Layer(
-        run=lambda xs, key=None, **given: layer(xs, rngs=key, **given),
+        run=run,
         stock=stock,
         params=nnx.to_pure_dict(state),
         cell=pure,

@@ -182,13 +182,15 @@ def test_the_same_key_gives_what_dropout_scan_gives(framework: Framework) -> Non
 @frameworks
 def test_windows_of_one_step_are_the_whole(framework: Framework) -> None:
     layer = framework.layer(framework.lstm(), EVERYWHERE, XS, return_carry=True)
-    carry, whole = jax.jit(lambda xs: layer.run(xs, KEY))(XS)
-    step = jax.jit(lambda carry, x, t: layer.run(x, KEY, initial_carry=carry, start=t))
+    run = jax.jit(
+        lambda params, carry, x, t: layer.run(x, KEY, params, initial_carry=carry, start=t)
+    )
+    carry, whole = run(layer.params, layer.carry, XS, 0)
     running, ys = layer.carry, []
     for t in range(STEPS):
-        running, y = step(running, XS[:, t : t + 1], t)
+        running, y = run(layer.params, running, XS[:, t : t + 1], t)
         ys.append(y)
-    assert_close((running, jnp.concatenate(ys, 1)), (carry, whole))
+    assert_same((running, jnp.concatenate(ys, 1)), (carry, whole))
     spec = probes.spec_of(VARIATIONAL)
     probe = framework.layer(framework.probe(), spec, probes.ones(), time_major=True)
     windows = [probe.run(probes.ones(1), KEY, start=t)["input"] for t in range(2)]
@@ -208,35 +210,36 @@ def test_one_noise_for_an_lstms_state_means_h(framework: Framework) -> None:
 
 
 @frameworks
-@noises
-def test_an_actor_and_a_learner_see_the_same_masks(framework: Framework, noise) -> None:
-    """Two rollouts step by step, the second one learned whole with its rows permuted."""
-    spec = fdc.RecurrentDropout(input=noise, state=noise, inside={"recurrent": noise})
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_an_actor_and_a_learner_see_the_same_masks(framework: Framework, impl: str) -> None:
+    """Two rollouts step by step, the second one learned whole with its rows permuted: same bits."""
+    rng, recurrent = jax.random.key(3, impl=impl), {"recurrent": VARIATIONAL}
+    spec = fdc.RecurrentDropout(input=VARIATIONAL, state=PER_STEP, inside=recurrent)
     layer = framework.layer(framework.lstm(), spec, XS, return_carry=True)
     done = jax.random.bernoulli(jax.random.key(3), 0.3, (BATCH, 2 * STEPS)).at[:, STEPS].set(False)
     ids = jnp.arange(BATCH)[:, None] + BATCH * done.astype(int).cumsum(1)
     xs = jax.random.normal(jax.random.key(5), (BATCH, 2 * STEPS, FEATURES))
 
     @jax.jit
-    def act(carry: Any, x: jax.Array, done: jax.Array, ids: jax.Array, t: jax.Array) -> Any:
-        return layer.run(x, KEY, initial_carry=carry, resets=done, sequence_ids=ids, start=t)
+    def run(params: Any, carry: Any, window: Any, start: jax.Array) -> Any:
+        x, done, ids = window
+        given = {"initial_carry": carry, "resets": done, "sequence_ids": ids, "start": start}
+        return layer.run(x, rng, params, **given)
 
     carry, half, acted = layer.carry, None, []
     for t in range(2 * STEPS):
         half = carry if t == STEPS else half
         now = slice(t, t + 1)
-        carry, y = act(carry, xs[:, now], done[:, now], ids[:, now], t)
+        carry, y = run(layer.params, carry, (xs[:, now], done[:, now], ids[:, now]), t)
         acted.append(y)
     order, late = jnp.array([2, 0, 1]), slice(STEPS, None)
-    _, learned = jax.jit(layer.run)(
-        xs[order, late],
-        KEY,
-        initial_carry=jax.tree.map(lambda leaf: leaf[order], half),
-        resets=done[order, late],
-        sequence_ids=ids[order, late],
-        start=STEPS,
+    _, learned = run(
+        layer.params,
+        jax.tree.map(lambda leaf: leaf[order], half),
+        (xs[order, late], done[order, late], ids[order, late]),
+        STEPS,
     )
-    assert_close(learned, jnp.concatenate(acted, 1)[order, late])
+    assert_same(learned, jnp.concatenate(acted, 1)[order, late])
 
 
 @frameworks
