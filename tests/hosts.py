@@ -1,7 +1,7 @@
 """Every host that runs a cell, behind one signature: the table that cross-cutting tests run over.
 
-A host gives what its probe saw. The key is the sequence's own in the core and the `dropout`
-stream's in linen and NNX; None evaluates.
+A host gives what its probe saw. The key is the sequence's own in the core and the layers,
+and the `dropout` stream's in the hosts of linen and NNX; None evaluates.
 """
 
 import functools
@@ -83,17 +83,31 @@ def run_python_loop(
 # Linen
 
 
+def run_linen_layer(
+    spec: fdc.RecurrentDropout,
+    rng: jax.Array | None,
+    xs: jax.Array,
+    weights: Any = None,
+    window: Window = WHOLE,
+) -> Run:
+    """This library's own layer, with the key at the call."""
+    layer = fdc.linen.RNN(LinenProbe(), spec, rng is None, time_major=True, return_carry=True)
+    options = {"initial_carry": window.carry, "seq_lengths": window.seq_lengths}
+    carry, ys = _apply(layer, None, xs, weights, rng=rng, start=window.start, **options)
+    return Run(seen(carry, ys), carry)
+
+
 def _linen_probe(spec: fdc.RecurrentDropout, rng: jax.Array | None) -> fdc.linen.DropoutCell:
     return fdc.linen.DropoutCell(LinenProbe(), spec, deterministic=rng is None)
 
 
 def _apply(
-    module: nn.Module, rng: jax.Array | None, xs: jax.Array, weights: Any = None, **options: Any
+    module: nn.Module, stream: jax.Array | None, xs: jax.Array, weights: Any = None, **options: Any
 ) -> Any:
     variables = module.init(jax.random.key(7), xs)
     if weights is not None:
         variables = jax.tree.map(lambda _: weights, variables)
-    rngs = None if rng is None else {"dropout": rng}
+    rngs = None if stream is None else {"dropout": stream}
     return module.apply(variables, xs, rngs=rngs, **options)
 
 
@@ -250,6 +264,21 @@ def _nnx_host(run: Callable[..., tuple[Any, Any]]) -> Callable[..., Run]:
     return host
 
 
+def run_nnx_layer(
+    spec: fdc.RecurrentDropout,
+    rng: jax.Array | None,
+    xs: jax.Array,
+    weights: Any = None,
+    window: Window = WHOLE,
+) -> Run:
+    """This library's own layer, with the key at the call."""
+    cell: Any = NnxProbe(jnp.ones(xs.shape[-1]) if weights is None else weights)
+    layer = fdc.nnx.RNN(cell, spec, rng is None, time_major=True, return_carry=True)
+    options = {"initial_carry": window.carry, "seq_lengths": window.seq_lengths}
+    carry, ys = layer(xs, rngs=rng, start=window.start, **options)
+    return Run(seen(carry, ys), carry)
+
+
 def run_nnx_bidirectional(
     spec: fdc.RecurrentDropout,
     rng: jax.Array | None,
@@ -267,12 +296,14 @@ def run_nnx_bidirectional(
 HOSTS: dict[str, Callable[..., Run]] = {
     "dropout_scan": run_dropout_scan,
     "python loop": run_python_loop,
+    "fdc.linen.RNN": run_linen_layer,
     "nn.RNN": run_linen_rnn,
     "nn.RNN in a module": run_linen_rnn_in_a_module,
     "nn.Bidirectional": run_linen_bidirectional,
     "nn.Bidirectional, backward": functools.partial(run_linen_bidirectional, direction=1),
     "nn.scan": run_linen_scan,
     "nn.scan from outside": run_linen_scan_from_outside,
+    "fdc.nnx.RNN": run_nnx_layer,
     "nnx.RNN": _nnx_host(in_nnx_rnn),
     "nnx.Bidirectional": run_nnx_bidirectional,
     "nnx.Bidirectional, backward": functools.partial(run_nnx_bidirectional, direction=1),
@@ -281,7 +312,8 @@ HOSTS: dict[str, Callable[..., Run]] = {
 }
 ONE_EACH = ("dropout_scan", "nn.RNN", "nnx.RNN")
 """The plainest host of each framework. These take `seq_lengths` too."""
-GOES_ON = (*ONE_EACH, "python loop", "nn.scan", "nn.scan from outside", "nnx.scan")
+LAYERS = ("fdc.linen.RNN", "fdc.nnx.RNN")
+GOES_ON = (*ONE_EACH, *LAYERS, "python loop", "nn.scan", "nn.scan from outside", "nnx.scan")
 """Those that go on from a carry. (An NNX loop's steps are those of its scan.)"""
 
 FROZEN = {"weights and state frozen": ("params", "state"), "ends frozen": ("input", "output")}

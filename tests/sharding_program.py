@@ -150,9 +150,9 @@ def masks_under_jit(layout: str, scheme: str, host: str = "dropout_scan") -> Non
     assert_same(got, on_one_device("masks", host, scheme))
 
 
-@CASES.over(scheme=SCHEMES)
-def masks_of_nn_rnn_under_jit(scheme: str) -> None:
-    masks_under_jit("both", scheme, host="nn.RNN")
+@CASES.over(host=("nn.RNN", *hosts.LAYERS), scheme=SCHEMES)
+def masks_of_hosts_under_jit(host: str, scheme: str) -> None:
+    masks_under_jit("both", scheme, host)
 
 
 @CASES.over(layout=LAYOUTS, scheme=SCHEMES)
@@ -190,6 +190,42 @@ def gradient_under_checkpoint(what: str, scheme: str) -> None:
 
     got = jax.jit(gradient)(everywhere(mesh), spread(mesh, numbers()))
     assert_same(got, on_one_device("gradient", scheme))
+
+
+# Ids, by which a learner on many devices sees the masks of an actor on one ------------------------
+
+
+@CASES.over(impl=("threefry2x32", "rbg"), scheme=SCHEMES)
+def an_actor_on_one_device_and_a_learner_on_eight(impl: str, scheme: str) -> None:
+    """Step by step and whole, with episodes that end in between: the same bits."""
+    noise = noise_of(scheme, 0.5)
+    spec = fdc.RecurrentDropout(input=noise, inside={"recurrent": noise})
+    params, rng = fdc.init_lstm(jax.random.key(1), UNITS, UNITS), jax.random.key(2, impl=impl)
+    xs = jax.random.normal(jax.random.key(3), (STEPS, BATCH, UNITS))
+    resets = jax.random.bernoulli(jax.random.key(4), 0.3, (STEPS, BATCH))
+    ids = jnp.arange(BATCH)[None] + BATCH * resets.astype(int).cumsum(0)
+    zeros = jnp.zeros((BATCH, UNITS))
+
+    @jax.jit
+    def run(params: Any, rng: Any, carry: Any, xs: Any, resets: Any, ids: Any, start: Any) -> Any:
+        given = {"resets": resets, "sequence_ids": ids, "start": start, "dropout": spec}
+        return fdc.dropout_scan(params, carry, xs, rng, cell=fdc.lstm_cell, **given)
+
+    carry, acted = fdc.LSTMState(zeros, zeros), []
+    for t in range(STEPS):
+        now = slice(t, t + 1)
+        carry, y = run(params, rng, carry, xs[now], resets[now], ids[now], t)
+        acted.append(y)
+    mesh = jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
+
+    def put(tree: Any, *spec: Any) -> Any:
+        return jax.device_put(tree, NamedSharding(mesh, P(*spec)))
+
+    first = put(fdc.LSTMState(zeros, zeros), "batch")
+    by_step = (put(leaf, None, "batch") for leaf in (xs, resets, ids))
+    learned = run(put(params), put(rng), first, *by_step, 0)
+    assert_spread(learned[0])
+    assert_same(learned, (carry, jnp.concatenate(acted)))
 
 
 # Maps, where each shard has a key of its own -----------------------------------------------------

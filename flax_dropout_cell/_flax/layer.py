@@ -235,7 +235,8 @@ def _time_first(
         dims = "time, *batch" if call.time_major else "*batch, time"
     if value.shape != tuple(expected):
         beside = f" {'beside' if timed else 'without'} resets" if name != "resets" else ""
-        hint = _reading(layout, call) if timed and value.shape == tuple(expected[::-1]) else ""
+        swapped = tuple(expected[::-1]) if timed else _swapped(layout, call)
+        hint = _reading(layout, call) if value.shape == swapped else ""
         raise ValueError(
             f"{name}{beside} must be [{dims}], as the inputs have it: {tuple(expected)}, got "
             f"shape {value.shape}.{hint}"

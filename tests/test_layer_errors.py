@@ -1,0 +1,150 @@
+"""Every mistake with a layer that can be seen is one clear error, in linen and in NNX."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from layers import FRAMEWORKS, XS, Framework
+
+import flax_dropout_cell as fdc
+
+frameworks = pytest.mark.parametrize("framework", FRAMEWORKS.values(), ids=FRAMEWORKS)
+NOISE = fdc.Dropout(keep_prob=0.5, variational=True)
+SPEC = fdc.RecurrentDropout(input=NOISE)
+KEY = jax.random.key(0)
+RESETS = jnp.zeros((3, 6), bool)
+CARRY = (jnp.zeros((3, 16)), jnp.zeros((3, 16)))
+TIME_MAJOR = jnp.swapaxes(XS, 0, 1)
+READING = r"Axis 1 of the inputs \(6, 3, 4\) was read as time;.*pass time_major=True"
+
+CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "resets, float": ({"resets": jnp.zeros((3, 6))}, TypeError, "must be bools, got float32"),
+    "resets, int": ({"resets": jnp.zeros((3, 6), int)}, TypeError, "must be bools, got int32"),
+    "resets, too short": (
+        {"resets": RESETS[:, 1:]},
+        ValueError,
+        r"resets must be \[\*batch, time\], as the inputs have it: \(3, 6\), got shape \(3, 5\)",
+    ),
+    "resets, no time": ({"resets": RESETS[:, 0]}, ValueError, r"\(3, 6\), got shape \(3,\)"),
+    "resets, time first": (
+        {"resets": RESETS.T},
+        ValueError,
+        r"got shape \(6, 3\). Axis 1 .* was read as time;.*time_major=True",
+    ),
+    "ids, float": ({"sequence_ids": jnp.zeros(3)}, TypeError, "must be ints, got float32"),
+    "ids, bool": ({"sequence_ids": jnp.zeros(3, bool)}, TypeError, "must be ints, got bool"),
+    "ids, scalar": (
+        {"sequence_ids": 3},
+        ValueError,
+        r"without resets must be \[\*batch\].*\(3,\), got shape \(\)",
+    ),
+    "ids with time, no resets": (
+        {"sequence_ids": jnp.zeros((3, 6), int)},
+        ValueError,
+        r"sequence_ids without resets must be \[\*batch\].*: \(3,\), got shape \(3, 6\)",
+    ),
+    "ids without time, resets": (
+        {"sequence_ids": jnp.zeros(3, int), "resets": RESETS},
+        ValueError,
+        r"sequence_ids beside resets must be \[\*batch, time\].*\(3, 6\), got shape \(3,\)",
+    ),
+    "lengths, float": ({"seq_lengths": jnp.ones(3)}, TypeError, "must be ints, got float32"),
+    "lengths, a mask": ({"seq_lengths": ~RESETS}, TypeError, "seq_lengths must be ints, got bool"),
+    "lengths, other batch": (
+        {"seq_lengths": jnp.ones(4, int)},
+        ValueError,
+        r"seq_lengths must have the batch dims of the inputs, \(3,\), got shape \(4,\)",
+    ),
+    "swapped, lengths": ({"x": TIME_MAJOR, "seq_lengths": jnp.ones(3, int)}, ValueError, READING),
+    "swapped, carry": ({"x": TIME_MAJOR, "initial_carry": CARRY}, ValueError, READING),
+    "swapped, resets": ({"x": TIME_MAJOR, "resets": RESETS}, ValueError, READING),
+    "swapped, ids": ({"x": TIME_MAJOR, "sequence_ids": jnp.zeros(3, int)}, ValueError, READING),
+    "one example at one step": (
+        {"x": XS[0, 0]},
+        ValueError,
+        r"the inputs must be \[\*batch, time, features\], got shape \(4,\)",
+    ),
+    "a wrapper's carry": (
+        {"initial_carry": fdc.linen.DropoutCell(nn.LSTMCell(16), SPEC)},
+        TypeError,
+        r"initial_carry is a DropoutCarry.*give initial_carry=carry.cell_carry",
+    ),
+    "rng, a seed": ({"key": 0}, TypeError, r"one key, such as jax.random.key\(0\).*; got 0"),
+    "rng, floats": ({"key": jnp.ones(2)}, TypeError, r"one key.*; got float32\[2\]"),
+    "rng, many keys": ({"key": jax.random.split(KEY, 3)}, TypeError, r"one key.*key<fry>\[3\]"),
+    "rng, a name": ({"key": "dropout"}, TypeError, "one key.*; got 'dropout'"),
+    "no stream": (
+        {"key": None},
+        ValueError,
+        r"RNN needs a 'dropout' stream in training: .* at the call, or evaluate with",
+    ),
+    "start, float": ({"start": 0.5}, TypeError, "start must be an int, got 0.5"),
+    "start, negative": ({"start": -1}, ValueError, "start must be at least 0.*got -1"),
+}
+
+
+@frameworks
+@pytest.mark.parametrize("case", CALLS)
+def test_calls(framework: Framework, case: str) -> None:
+    given, error, text = CALLS[case]
+    given = {"x": XS, "key": KEY} | given
+    if isinstance(cell := given.get("initial_carry"), nn.Module):
+        given["initial_carry"] = cell.initialize_carry(KEY, (3, 4))
+    layer = framework.layer(framework.lstm(), SPEC, XS)
+    with pytest.raises(error, match=text) as raised:
+        layer.run(given.pop("x"), given.pop("key"), **given)
+    assert str(raised.value).count("\n") < 5
+
+
+def wrapped(framework: Framework) -> Any:
+    wrapper = fdc.linen.DropoutCell if framework.rnn is fdc.linen.RNN else fdc.nnx.DropoutCell
+    return wrapper(framework.lstm(), SPEC)  # type: ignore[arg-type]
+
+
+def run_in_stock(framework: Framework) -> Any:
+    layer: Any = framework.rnn(framework.lstm(), SPEC)
+    if framework.rnn is fdc.linen.RNN:
+        return nn.RNN(layer).init(KEY, XS)
+    return nnx.RNN(layer)(XS)
+
+
+BUILDS: dict[str, tuple[Callable[[Framework], Any], str]] = {
+    "dropout left out": (lambda made: made.rnn(made.lstm()), "argument: 'dropout'"),
+    "a number": (lambda made: made.rnn(made.lstm(), 0.2), "RecurrentDropout beside its cell.*0.2"),
+    "a noise": (lambda made: made.rnn(made.lstm(), NOISE), r"RecurrentDropout beside its cell"),
+    "a wrapper inside": (
+        lambda made: made.rnn(wrapped(made), SPEC),
+        r"RNN does the work of DropoutCell, so its cell must be bare.*Write RNN\(cell, dropout\)",
+    ),
+    "a layer in the stock layer": (run_in_stock, "a layer that runs over whole sequences, and no"),
+    "a layer in a layer": (
+        lambda made: made.rnn(made.rnn(made.lstm(), SPEC), SPEC),
+        "RNN needs a cell of flax",
+    ),
+}
+
+
+@frameworks
+@pytest.mark.parametrize("case", BUILDS)
+def test_builds(framework: Framework, case: str) -> None:
+    build, text = BUILDS[case]
+    with pytest.raises(TypeError, match=text) as raised:
+        build(framework)
+    assert str(raised.value).count("\n") < 5
+
+
+def test_a_missing_stream_where_linen_would_fall_back_to_params() -> None:
+    layer = fdc.linen.RNN(fdc.linen.LSTMCell(16), SPEC)
+    variables = layer.init(KEY, XS)
+    with pytest.raises(ValueError, match="needs a 'dropout' stream"):
+        layer.apply(variables, XS, rngs={"params": KEY})
+
+
+def test_nnx_streams_without_dropout() -> None:
+    layer: Any = fdc.nnx.RNN(fdc.nnx.LSTMCell(4, 16, rngs=nnx.Rngs(0)), SPEC)
+    with pytest.raises(ValueError, match="needs a 'dropout' stream"):
+        layer(XS, rngs=nnx.Rngs(params=0))
