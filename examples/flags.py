@@ -1,8 +1,10 @@
 """What flags of a training may be, with errors of one line."""
 
 import argparse
+import dataclasses
 import math
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import flax_dropout_cell as fdc
 
@@ -40,3 +42,23 @@ def keep_prob(text: str) -> float:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return float(text)
+
+
+TYPES = {"keep_prob": keep_prob, "learning_rate": positive, "seed": seed}
+"""What a flag may be, by its name; the others count something."""
+
+
+def read_config(description: str, config: type) -> tuple[Any, Path]:
+    """Reads a config, with a flag for each of its fields, and makes the folder `--out`."""
+    parser = Parser(description=description)
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("results"))
+    for field in dataclasses.fields(config):
+        flag, kind = f"--{field.name.replace('_', '-')}", TYPES.get(field.name, count)
+        parser.add_argument(flag, type=kind, default=field.default, metavar="N")
+    arguments = vars(parser.parse_args())
+    out = arguments.pop("out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out must be a folder to write to, got {out}: {error.strerror}")
+    return config(**arguments), out

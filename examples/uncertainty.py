@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flags import Parser, count, keep_prob, positive, seed
+from flags import read_config
 from flax import nnx
 from matplotlib.figure import Figure
 from statsmodels.datasets import sunspots
@@ -238,32 +238,8 @@ def write_bands(path: Path, held_out: Windows, forecasts: dict[str, Forecast]) -
 # The command line --------------------------------------------------------------------------------
 
 
-def build_parser() -> Parser:
-    parser = Parser(description="Forecast sunspots with bands, without dropout and with it.")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("results"))
-    types = {
-        "keep_prob": keep_prob,
-        "units": count,
-        "steps": count,
-        "learning_rate": positive,
-        "samples": count,
-        "seed": seed,
-    }
-    for field in dataclasses.fields(Config):
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=types[field.name], default=field.default, metavar="N")
-    return parser
-
-
 def main() -> int:
-    parser = build_parser()
-    arguments = vars(parser.parse_args())
-    out = arguments.pop("out")
-    config = Config(**arguments)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out must be a folder to write to, got {out}: {error.strerror}")
+    config, out = read_config("Forecast sunspots with bands, without dropout and with it.", Config)
     training, held_out = load_windows()
     print(
         f"{len(training.years)} windows to train on, {len(held_out.years)} held out, whose "

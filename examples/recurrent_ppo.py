@@ -1,0 +1,299 @@
+"""A policy that remembers: PPO on a T-maze, under dropout that actor and learner share.
+
+A sign at the start of a maze says left or right. Then comes a corridor with nothing to be seen, and
+at its end a junction: the turn that the sign said gives 1, the other one -1 (Bakker 2001). Without
+memory no policy gets more than 0 on average; an LSTM learns to get 1.
+
+Dropout has a catch in reinforcement learning. PPO divides the learner's probability of an action by
+the actor's, so both must have the same masks, though the learner sees rows in another order, and
+episodes that were cut where a rollout ended. Here every episode has an id, and its masks depend on
+a key and that id alone (`sequence_ids`). Before the first update of each iteration all ratios are
+then 1: on CPUs to the bit, elsewhere to rounding. The program stops where they are not.
+
+    python examples/recurrent_ppo.py
+    python examples/recurrent_ppo.py --keep-prob 0.5 --iterations 100
+
+Three policies learn from as many steps: one that forgets everything at each step, one with memory,
+and one with memory under variational dropout (Gal and Ghahramani 2016, arXiv:1512.05287). It ends
+with a table of returns, and writes `recurrent_ppo.json` and `recurrent_ppo.png` to `--out`.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flags import read_config
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import flax_dropout_cell as fdc
+
+LEFT, RIGHT, ON = range(3)  # the actions
+SHORTEST, LONGEST, PATIENCE = 4, 10, 40  # steps to the junction, and until a maze is given up
+DISCOUNT, TRACE, CLIP, ENTROPY, MINIBATCHES = 0.99, 0.95, 0.2, 0.01, 4
+MODELS = ("no memory", "memory", "memory, dropout")
+EXIT_INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that decides the numbers."""
+
+    keep_prob: float = 0.8
+    units: int = 32
+    mazes: int = 64
+    steps: int = 32
+    iterations: int = 60
+    epochs: int = 4
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+
+# The mazes ---------------------------------------------------------------------------------------
+
+
+class Mazes(NamedTuple):
+    """Mazes with an agent in each, `[mazes]`."""
+
+    sign: jax.Array  # LEFT or RIGHT
+    length: jax.Array
+    place: jax.Array
+    clock: jax.Array  # steps since the start
+    episode: jax.Array  # an id that no other episode has
+
+
+def build_mazes(rng: jax.Array, episode: jax.Array) -> Mazes:
+    sign_rng, length_rng = jax.random.split(rng)
+    sign = jax.random.randint(sign_rng, episode.shape, LEFT, RIGHT + 1)
+    length = jax.random.randint(length_rng, episode.shape, SHORTEST, LONGEST + 1)
+    return Mazes(sign, length, jnp.zeros_like(sign), jnp.zeros_like(sign), episode)
+
+
+def look(mazes: Mazes) -> jax.Array:
+    """What an agent sees: the sign where it starts, and whether it is at the junction."""
+    start, junction = mazes.place == 0, mazes.place == mazes.length
+    seen = (start & (mazes.sign == LEFT), start & (mazes.sign == RIGHT), junction)
+    return jnp.stack(seen, axis=-1).astype(jnp.float32)
+
+
+def walk(mazes: Mazes, action: jax.Array, rng: jax.Array) -> tuple[Mazes, jax.Array, jax.Array]:
+    """The mazes after a step, new ones where an episode is over; rewards; and where it is over."""
+    junction = mazes.place == mazes.length
+    turns, walks = junction & (action != ON), ~junction & (action == ON)
+    into_a_wall = jnp.where(turns | walks, 0.0, -0.1)
+    reward = jnp.where(turns, jnp.where(action == mazes.sign, 1.0, -1.0), into_a_wall)
+    done = turns | (mazes.clock + 1 == PATIENCE)
+    same = mazes._replace(place=mazes.place + walks, clock=mazes.clock + 1)
+    new = build_mazes(rng, mazes.episode + len(done))
+    return jax.tree.map(lambda new, same: jnp.where(done, new, same), new, same), reward, done
+
+
+# The policy --------------------------------------------------------------------------------------
+
+
+class Window(NamedTuple):
+    """What a policy reads, `[mazes, time, ..]`: what is seen, where episodes start, their ids."""
+
+    seen: jax.Array
+    first: jax.Array
+    episode: jax.Array
+
+
+def window_of(mazes: Mazes) -> Window:
+    """One step, as a window."""
+    window = Window(look(mazes), mazes.clock == 0, mazes.episode)
+    return jax.tree.map(lambda leaf: leaf[:, None], window)
+
+
+class Policy(nn.Module):
+    """An LSTM that gives logits of the actions, and the value of where an agent is."""
+
+    units: int
+    dropout: fdc.RecurrentDropout
+    remembers: bool
+
+    @nn.compact
+    def __call__(self, carry: Any, window: Window, key: jax.Array | None) -> Any:
+        rnn = fdc.linen.RNN(fdc.linen.LSTMCell(self.units), self.dropout, return_carry=True)
+        carry, hs = rnn(
+            window.seen,
+            initial_carry=carry,
+            resets=window.first if self.remembers else jnp.ones_like(window.first),
+            sequence_ids=window.episode,
+            rng=key,
+            deterministic=key is None,
+        )
+        return carry, nn.Dense(3)(hs), nn.Dense(1)(hs)[..., 0]
+
+
+# Acting and learning -----------------------------------------------------------------------------
+
+
+class Agent(NamedTuple):
+    """What goes on from rollout to rollout, in the middle of episodes too."""
+
+    params: Any
+    opt_state: Any
+    mazes: Mazes
+    carry: Any
+
+
+class Rollout(NamedTuple):
+    """What agents saw, did and got, `[mazes, time, ..]`, and the carry that they began with."""
+
+    carry: Any
+    window: Window
+    action: jax.Array
+    logits: jax.Array
+    value: jax.Array
+    reward: jax.Array
+    done: jax.Array
+
+
+def act(policy: Policy, agent: Agent, rng: jax.Array, steps: int, key: jax.Array | None) -> Any:
+    """Walks step by step: the agent after it, the rollout, and the value of where it is then."""
+
+    def run(mazes: Mazes, carry: Any) -> Any:
+        window = window_of(mazes)
+        carry, *heads = policy.apply(agent.params, carry, window, key)  # type: ignore[misc]
+        return carry, *jax.tree.map(lambda leaf: leaf[:, 0], (window, *heads))
+
+    def step(state: tuple[Mazes, Any], rng: jax.Array) -> Any:
+        action_rng, maze_rng = jax.random.split(rng)
+        carry, window, logits, value = run(*state)
+        action = jax.random.categorical(action_rng, logits)
+        mazes, reward, done = walk(state[0], action, maze_rng)
+        return (mazes, carry), (window, action, logits, value, reward, done)
+
+    state = (agent.mazes, agent.carry)
+    (mazes, carry), steps_taken = jax.lax.scan(step, state, jax.random.split(rng, steps))
+    seen = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), steps_taken)
+    rollout = Rollout(agent.carry, *seen)
+    return agent._replace(mazes=mazes, carry=carry), rollout, run(mazes, carry)[-1]
+
+
+def advantages_of(rollout: Rollout, last_value: jax.Array) -> jax.Array:
+    """Generalized advantage estimates (Schulman et al. 2015, arXiv:1506.02438)."""
+    following = jnp.concatenate([rollout.value[:, 1:], last_value[:, None]], axis=1)
+    goes_on = DISCOUNT * (1.0 - rollout.done)
+    surprise = rollout.reward + goes_on * following - rollout.value
+
+    def back(later: jax.Array, at: Any) -> tuple[jax.Array, jax.Array]:
+        advantage = at[0] + TRACE * at[1] * later
+        return advantage, advantage
+
+    steps = (surprise.T, goes_on.T)
+    return jax.lax.scan(back, jnp.zeros_like(last_value), steps, reverse=True)[1].T
+
+
+def loss_of(params: Any, policy: Policy, rows: Any, key: jax.Array) -> Any:
+    """PPO's clipped loss (Schulman et al. 2017, arXiv:1707.06347), and how far off ratios are."""
+    rollout, advantage = rows
+    out: Any = policy.apply(params, rollout.carry, rollout.window, key)
+    _, logits, value = out
+    # Both in one array, so that they are rounded alike: from equal logits a ratio is exactly 1.
+    log_probs = jax.nn.log_softmax(jnp.stack([logits, rollout.logits]))
+    actions = jnp.stack([rollout.action, rollout.action])[..., None]
+    new, old = jnp.take_along_axis(log_probs, actions, axis=-1)[..., 0]
+    ratio = jnp.exp(new - old)
+    scaled = advantage / (advantage.std() + 1e-6)
+    gain = jnp.minimum(ratio * scaled, jnp.clip(ratio, 1 - CLIP, 1 + CLIP) * scaled)
+    entropy = -(jnp.exp(log_probs[0]) * log_probs[0]).sum(axis=-1)
+    error = (value - rollout.value - advantage) ** 2
+    return (error / 2 - gain - ENTROPY * entropy).mean(), jnp.abs(ratio - 1).max()
+
+
+class Learned(NamedTuple):
+    """The mean return of an iteration, and how far from 1 a ratio was before its first update."""
+
+    mean_return: float
+    ratio_error: float
+
+
+def train(config: Config, name: str) -> Iterator[Learned]:
+    kept = config.keep_prob if "dropout" in name else 1.0
+    # Not on the input: a sign that is dropped is a sign that nobody has seen.
+    spec = fdc.recipes.gal2016(input_keep_prob=1.0, recurrent_keep_prob=kept, output_keep_prob=kept)
+    policy = Policy(config.units, spec, remembers=name != "no memory")
+    opt = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(config.learning_rate))
+    init_rng, maze_rng, act_rng, key = jax.random.split(jax.random.key(config.seed), 4)
+
+    def begin() -> Agent:
+        mazes = build_mazes(maze_rng, jnp.arange(config.mazes))
+        carry = (jnp.zeros((config.mazes, config.units)),) * 2
+        params = policy.init(init_rng, carry, window_of(mazes), None)
+        return Agent(params, opt.init(params), mazes, carry)
+
+    @jax.jit
+    def iterate(agent: Agent, rng: jax.Array) -> tuple[Agent, Learned]:
+        rollout_rng, *epoch_rngs = jax.random.split(rng, 1 + config.epochs)
+        agent, rollout, last_value = act(policy, agent, rollout_rng, config.steps, key)
+        batch = (rollout, advantages_of(rollout, last_value))
+
+        def update(agent: Agent, rows: jax.Array) -> tuple[Agent, jax.Array]:
+            some = jax.tree.map(lambda leaf: leaf[rows], batch)
+            grads, off = jax.grad(loss_of, has_aux=True)(agent.params, policy, some, key)
+            updates, opt_state = opt.update(grads, agent.opt_state)
+            params = optax.apply_updates(agent.params, updates)
+            return agent._replace(params=params, opt_state=opt_state), off
+
+        size = -(-config.mazes // MINIBATCHES)
+        orders = [jax.random.permutation(rng, config.mazes) for rng in epoch_rngs]
+        rows = jnp.stack(orders)[:, : config.mazes - config.mazes % size].reshape(-1, size)
+        agent, off = jax.lax.scan(update, agent, rows)
+        ended = jnp.maximum(rollout.done.sum(), 1)
+        return agent, Learned(rollout.reward.sum() / ended, off[0])  # type: ignore[arg-type]
+
+    agent = jax.jit(begin)()
+    for index in tqdm(range(config.iterations), desc=name, disable=None, leave=False):
+        agent, learned = iterate(agent, jax.random.fold_in(act_rng, index))
+        learned = Learned(*map(float, learned))
+        if not learned.ratio_error < 1e-3:
+            raise AssertionError(f"actor and learner differ: a ratio is off by {learned[1]}")
+        yield learned
+
+
+def report(config: Config, out: Path, curves: dict[str, list[Learned]]) -> None:
+    results = []
+    for name, curve in curves.items():
+        final = sum(learned.mean_return for learned in curve[-10:]) / len(curve[-10:])
+        error = max(learned.ratio_error for learned in curve)
+        print(f"{name:16} return {final:6.3f}   first ratios off from 1 by at most {error:.1e}")
+        returns = [learned.mean_return for learned in curve]
+        results.append({"model": name, "return": final, "ratio_error": error, "curve": returns})
+    content = {"config": dataclasses.asdict(config), "results": results}
+    (out / "recurrent_ppo.json").write_text(json.dumps(content, indent=2) + "\n")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for result in results:
+        axes.plot(result["curve"], label=result["model"])
+    axes.set(xlabel="iteration", ylabel="return of an episode", ylim=(-2.5, 1.1))
+    axes.legend()
+    figure.savefig(out / "recurrent_ppo.png", dpi=150)
+    print(f"written to {out / 'recurrent_ppo.json'} and {out / 'recurrent_ppo.png'}")
+
+
+def main() -> int:
+    config, out = read_config("Train policies on a T-maze by PPO, with and without memory.", Config)
+    curves: dict[str, list[Learned]] = {}
+    status = 0
+    try:
+        for name in MODELS:
+            for learned in train(config, name):
+                curves.setdefault(name, []).append(learned)
+    except KeyboardInterrupt:
+        print("interrupted; this is what was learned until then:", file=sys.stderr)
+        status = EXIT_INTERRUPTED
+    report(config, out, curves)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
