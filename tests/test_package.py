@@ -1,8 +1,10 @@
 """The package itself: what it imports, what it exports, what it documents."""
 
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,29 @@ PUBLIC = {
     "init_gru", "init_lstm", "lstm_cell", "mc_entropies", "mc_samples", "plot_masks",
     "recurrent_kernels", "register_noise", "temporal_activation_regularization", "undisturbed",
 }  # fmt: skip
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    page = (Path(__file__).parents[1] / "docs/api.md").read_text()
+    assert ".. automodule:: flax_dropout_cell.recipes\n   :members:" in page
+    found: dict[str, list[str]] = {}
+    module = ""
+    for kind, name in re.findall(r"^\.\. (currentmodule|auto\w+):: (\S+)", page, re.M):
+        if kind == "currentmodule":
+            module = name
+        elif kind != "automodule":
+            found.setdefault(module, []).append(name)
+    own = [
+        {
+            name
+            for name, value in vars(part).items()
+            if not name.startswith("_") and inspect.isroutine(value) | inspect.isclass(value)
+        }
+        for part in (flax_dropout_cell.linen, flax_dropout_cell.nnx)
+    ]
+    names = ("flax_dropout_cell", "flax_dropout_cell.linen", "flax_dropout_cell.nnx")
+    for name, wanted in zip(names, (PUBLIC, *own), strict=True):
+        assert sorted(found[name]) == sorted(wanted), name
 
 
 def test_the_core_does_not_import_flax() -> None:
