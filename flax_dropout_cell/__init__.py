@@ -1,4 +1,4 @@
-"""Recurrent dropout for JAX: any cell, any framework, masks that are drawn where they belong.
+"""Recurrent dropout for JAX: variational and per-step masks, for any cell of any framework.
 
 Read the files in this order: `noises` (what is drawn), `_sites.py` (where it sits),
 `_step.py` (one step), `_scan.py` (a sequence). `linen` and `nnx` put the same
@@ -58,4 +58,9 @@ RANDOM_STREAM = 1
 def __getattr__(name: str) -> object:
     if name in ("linen", "nnx"):
         return _importlib.import_module(f".{name}", __name__)
+    if name in ("RNN", "LSTMCell", "GRUCell", "Embed", "DropoutCell", "RNNCellDropoutWrapper"):
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}: it is for Flax, so write "
+            f"fdc.linen.{name} or fdc.nnx.{name}."
+        )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -76,8 +76,8 @@ def describe(
 ) -> Description:
     """Shows what a spec disturbs in a cell, as a table: where, by which noise, with which masks.
 
-    Nothing is run or drawn, only traced: `jax.ShapeDtypeStruct`s do as well as arrays. Layers
-    have it as `layer.describe(inputs)`.
+    Nothing is run or drawn, only traced, so a `jax.ShapeDtypeStruct` does as well as an array.
+    Layers have it as `layer.describe(inputs)`.
 
     Args:
       params: the cell's weights.

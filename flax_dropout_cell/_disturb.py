@@ -13,7 +13,6 @@ from ._random.keys import leaf_rng
 from ._rows import Rows, draw_rows, draws_by_row
 from ._sites import (
     PARAMS,
-    STATE,
     Leaf,
     Masks,
     PyTree,
@@ -185,10 +184,7 @@ def previous_leaves(site: Site, previous: PyTree, value: PyTree) -> list[Any]:
         return [None] * len(leaves)
     if jax.tree.structure(previous) != structure:
         raise ValueError(
-            f"the cell took a carry of structure {outline(previous)} and returned one of "
-            f"structure {outline(value)}; they must be the same."
-            if site == STATE
-            else f"disturb({site.name!r}, ..): previous has the structure {outline(previous)} and "
+            f"disturb({site.name!r}, ..): previous has the structure {outline(previous)} and "
             f"value {outline(value)}; they must be the same."
         )
     return jax.tree.leaves(previous)

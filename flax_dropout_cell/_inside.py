@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from ._random.keys import name_hash
-from ._sites import PyTree, shape_of
+from ._shown import shown
+from ._sites import PyTree, outline, shape_of
 
 try:
     from jax.extend.core import get_opaque_trace_state
@@ -20,20 +21,19 @@ Cell = Callable[..., tuple[Any, Any]]
 _NO_SITES = object()
 
 _OUR_CELLS = {
-    "recurrent": "lstm_cell and gru_cell",
-    "input_per_gate": "lstm_cell and gru_cell",
-    "recurrent_per_gate": "lstm_cell and gru_cell",
-    "candidate": "lstm_cell and gru_cell",
+    "recurrent": "lstm_cell or gru_cell",
+    "input_per_gate": "lstm_cell or gru_cell",
+    "recurrent_per_gate": "lstm_cell or gru_cell",
+    "candidate": "lstm_cell or gru_cell",
     "memory": "lstm_cell",
-    "hidden": "lstm_cell and gru_cell",
+    "hidden": "lstm_cell or gru_cell",
 }
 
 
 def undisturbed(site: str, value: PyTree, previous: PyTree = None) -> PyTree:
-    """What a cell calls at its own sites where there is no noise: it gives the value back.
+    """Gives the value back: the default of a cell's `disturb` argument, for no noise.
 
-    Make it the default of your cell's `disturb` argument, and call `disturb` wherever noise may
-    sit, in evaluation too.
+    A cell calls `disturb` wherever noise may sit, in evaluation too.
 
     Args:
       site: the site's name, once in a step.
@@ -124,7 +124,7 @@ class Sites:
         for site in sorted(self._names.difference(self._called)):
             known = sorted(self.known - {site})
             has = f"it has {', '.join(known)}" if known else "it has none"
-            where = f" {_OUR_CELLS[site]} of this library has it." if site in _OUR_CELLS else ""
+            where = f" Use {_OUR_CELLS[site]} of this library." if site in _OUR_CELLS else ""
             raise ValueError(
                 f"dropout.inside has noise at {site!r}, but the cell has no site of that name: "
                 f"{has}.{where}"
@@ -135,23 +135,60 @@ def call_cell(
     cell: Cell, params: PyTree, carry: PyTree, x: PyTree, sites: Sites | None = None
 ) -> tuple[PyTree, PyTree]:
     """Runs the cell, with `disturb=` where there are sites, and checks that it gives a pair."""
-    if sites is None:
-        result = cell(params, carry, x)
-    else:
-        result = _call_with_sites(cell, params, carry, x, sites)
+    _check_cell(cell)
+    try:
+        result = (
+            cell(params, carry, x) if sites is None else _offer_sites(cell, params, carry, x, sites)
+        )
+    except (TypeError, ValueError) as error:
+        _add_shapes(error, carry, x)
+        raise
+    if sites is not None:
+        if result is _NO_SITES:
+            raise _no_sites(sites)
+        sites.check_all_called()
     if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"cell must return (carry, y), got {type(result).__name__}.")
+        raise TypeError(f"cell must return (carry, y), got {_types(result)}.")
+    if jax.tree.structure(result[0]) != jax.tree.structure(carry):
+        raise ValueError(
+            f"the cell took a carry of structure {outline(carry)} and returned one of structure "
+            f"{outline(result[0])}; they must be the same. It returns (carry, y), in this order."
+        )
     return result
 
 
-def _call_with_sites(
-    cell: Cell, params: PyTree, carry: PyTree, x: PyTree, sites: Sites
-) -> tuple[PyTree, PyTree]:
-    result = _offer_sites(cell, params, carry, x, sites)
-    if result is _NO_SITES:
-        raise _no_sites(sites)
-    sites.check_all_called()
-    return result
+def _check_cell(cell: Any) -> None:
+    """Refuses what is no function of (params, carry, x), such as a module of Flax's."""
+    if isinstance(cell, type) or hasattr(cell, "initialize_carry"):
+        raise TypeError(
+            f"cell must be a function cell(params, carry, x) -> (carry, y), got {shown(cell)}. "
+            f"Of a linen module that is its apply, such as nn.LSTMCell(64).apply; or use "
+            f"fdc.linen.RNN or fdc.nnx.RNN around the module."
+        )
+
+
+def _add_shapes(error: Exception, carry: PyTree, x: PyTree) -> None:
+    """Says beneath an error of the cell's own what the cell was called with, once."""
+    note = "The cell was called with the carry "
+    if not any(line.startswith(note) for line in getattr(error, "__notes__", ())):
+        error.add_note(
+            f"{note}{_types(carry)} and the input {_types(x)}, those of one step; dropout_scan "
+            f"reads the first axis of xs as time."
+        )
+
+
+def _types(tree: PyTree) -> str:
+    """A tree with its leaves' dtypes and shapes in their places."""
+    text = repr(jax.tree.map(_Type, tree)) if jax.tree.leaves(tree) else shown(tree)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+class _Type:
+    def __init__(self, leaf: Any) -> None:
+        self._text = shown(leaf)
+
+    def __repr__(self) -> str:
+        return self._text
 
 
 def _offer_sites(cell: Cell, params: PyTree, carry: PyTree, x: PyTree, sites: Sites) -> Any:
@@ -180,7 +217,7 @@ def _takes_disturb(cell: Cell) -> bool:
 def _no_sites(sites: Sites) -> TypeError:
     names = sorted(sites._names)
     ours = {name: _OUR_CELLS[name] for name in names if name in _OUR_CELLS}
-    where = "".join(f" {cell} of this library has {name!r}." for name, cell in ours.items())
+    where = "".join(f" For {name!r} use {cell} of this library." for name, cell in ours.items())
     return TypeError(
         f"dropout.inside has noise at {', '.join(map(repr, names))}, but the cell has no sites: it "
         f"takes no argument `disturb`.{where} A cell of your own calls disturb(site, value) "

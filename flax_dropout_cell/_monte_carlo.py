@@ -81,7 +81,7 @@ def mc_samples(
 
 
 class Entropies(NamedTuple):
-    """What the uncertainty of a prediction is made of, in nats, `[...]` without the classes.
+    """The parts of a prediction's uncertainty, in nats, `[...]` without the classes.
 
     Attributes:
       predictive: the entropy of the mean prediction: all uncertainty.

@@ -69,7 +69,7 @@ def dropout_scan(
 
     Variational masks are drawn once, outside the scan; per-step masks inside it, from a key of
     each step's own, where steps count along `xs` from `start`. The same as a Python loop, bit for
-    bit:
+    bit::
 
         masks = draw_masks(params, carry, xs[0], rng, cell=cell, dropout=dropout)
         for t, x in enumerate(xs):
@@ -272,7 +272,8 @@ def count_steps(xs: PyTree) -> int:
 def _check_seq_lengths(seq_lengths: Any) -> jax.Array:
     seq_lengths = jnp.asarray(seq_lengths)
     if not jnp.issubdtype(seq_lengths.dtype, jnp.integer):
-        raise TypeError(f"seq_lengths must be ints, got {seq_lengths.dtype}.")
+        hint = " Of a mask, pass mask.sum over time." if seq_lengths.dtype == bool else ""
+        raise TypeError(f"seq_lengths must be ints, got {seq_lengths.dtype}.{hint}")
     return seq_lengths.astype(jnp.int32)
 
 

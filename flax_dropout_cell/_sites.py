@@ -1,6 +1,7 @@
 """Which noise sits where: the sites of a cell, and noises and masks lined up with values there."""
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
+from ._shown import shown
 from .noises.protocol import Noise, check_noise, is_array, is_identity, needs_previous
 
 PyTree = Any
@@ -16,7 +18,7 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RecurrentDropout:
-    """The noises of a recurrent cell: what to disturb, and how.
+    """Says which noise sits where in a recurrent cell.
 
     Each site takes a pytree prefix of noises, as `in_axes` is a prefix for `jax.vmap`: one noise
     for all leaves of the value there, `None` for none, or a structure of them. Each leaf has a
@@ -56,6 +58,17 @@ class RecurrentDropout:
     params: PyTree = None
     inside: dict[str, PyTree] = dataclasses.field(default_factory=dict)
 
+    def __new__(cls, *positional: Any, **sites: Any) -> "RecurrentDropout":
+        unknown = sorted(sites.keys() - _FIELDS)
+        if positional or unknown:
+            raise TypeError(
+                f"RecurrentDropout takes noises by the names of their sites, {', '.join(_FIELDS)}, "
+                f"such as RecurrentDropout(input=Dropout(keep_prob=0.8)); got "
+                f"{', '.join([*map(shown, positional), *map(repr, unknown)])}. A site that the "
+                f"cell has itself is written inside={{'name': noise}}."
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         names = self.inside if isinstance(self.inside, dict) else [None]
         if not all(isinstance(name, str) for name in names):
@@ -82,6 +95,12 @@ class RecurrentDropout:
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(RecurrentDropout))
+
+# `__new__` is there for its error alone.
+_named = inspect.signature(RecurrentDropout.__init__)
+RecurrentDropout.__signature__ = _named.replace(  # type: ignore[attr-defined]
+    parameters=[parameter for name, parameter in _named.parameters.items() if name != "self"]
+)
 
 
 def _flatten(spec: RecurrentDropout) -> tuple[list[Any], None]:
@@ -261,7 +280,7 @@ def pair_up(name: str, prefix: PyTree, value: PyTree) -> list[tuple[Any, PyTree]
     except (ValueError, TypeError):
         raise ValueError(
             f"{name} has the structure {outline(prefix)}, which is no prefix of the value's "
-            f"structure {outline(value)}."
+            f"structure {outline(value)}. One noise, or None, stands for all that lies under it."
         ) from None
     return list(zip(entries, subtrees, strict=True))
 

@@ -122,8 +122,8 @@ def draw_masks(
 
     Args:
       params: the cell's weights.
-      carry: a carry. Of this, `params` and `x` only shapes and dtypes are used, so
-        `jax.ShapeDtypeStruct`s do as well.
+      carry: a carry. Of this, `params` and `x` only shapes and dtypes are used, so a
+        `jax.ShapeDtypeStruct` of each does as well.
       x: the input at one step, without the time axis.
       rng: the sequence's key.
       cell: `cell(params, carry, x) -> (carry, y)`; never run, only traced for the shapes of its

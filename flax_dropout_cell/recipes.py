@@ -19,7 +19,7 @@ Probability = float | jax.Array
 def zaremba2014(
     *, input_keep_prob: Probability, output_keep_prob: Probability = 1.0
 ) -> RecurrentDropout:
-    """Dropout on what goes up, none on what goes on: Zaremba et al. 2014, arXiv:1409.2329.
+    """Dropout between layers, none between steps: Zaremba et al. 2014, arXiv:1409.2329.
 
     Their equation for the gates reads `D(h_t^{l-1})` and `h_{t-1}^l`, where D is drawn at each
     step. The paper has several configurations (keep probabilities of 0.5 and 0.35), so there is

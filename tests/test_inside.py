@@ -118,7 +118,7 @@ def test_disturb_is_passed_only_where_there_is_noise() -> None:
     scan(fdc.RecurrentDropout(input=FRESH), cell=bare)
     with pytest.raises(TypeError, match=r"noise at 'a', but the cell has no sites"):
         scan(spec_of(a=FRESH), cell=bare)
-    with pytest.raises(TypeError, match=r"takes no argument `disturb`. lstm_cell and gru_cell"):
+    with pytest.raises(TypeError, match=r"takes no argument `disturb`. For .candidate. use lstm_cell"):
         flax_cell = nn.SimpleCell(UNITS)
         variables = flax_cell.init(RNG, H, XS[0])
         spec = spec_of(candidate=FRESH)
@@ -128,7 +128,7 @@ def test_disturb_is_passed_only_where_there_is_noise() -> None:
 def test_a_site_that_the_cell_has_not() -> None:
     with pytest.raises(ValueError, match=r"noise at 'b', .* it has a, old, pair."):
         scan(spec_of(b=FRESH))
-    with pytest.raises(ValueError, match=r"it has a, old, pair. lstm_cell of this library has it"):
+    with pytest.raises(ValueError, match=r"it has a, old, pair. Use lstm_cell of this library"):
         scan(spec_of(memory=fdc.Dropout(keep_prob=0.5, scale=False)))
     with pytest.raises(ValueError, match=r"masks.inside\['b'\] has a mask where"):
         scan(spec_of(a=FROZEN), masks=fdc.Masks(inside={"b": H > 0}))

@@ -208,7 +208,8 @@ def _check_lengths(call: Call, layout: Layout) -> jax.Array | None:
         return None
     lengths = jnp.asarray(call.seq_lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise TypeError(f"seq_lengths must be ints, got {lengths.dtype}.")
+        hint = " Of a mask, pass mask.sum over time." if lengths.dtype == bool else ""
+        raise TypeError(f"seq_lengths must be ints, got {lengths.dtype}.{hint}")
     if lengths.shape != layout.batch:
         hint = _reading(layout, call) if lengths.shape == _swapped(layout, call) else ""
         raise ValueError(

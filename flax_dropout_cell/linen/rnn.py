@@ -137,6 +137,11 @@ class RNN(nn.Module):
           TypeError: `rng` is no key, a dtype does not fit, or the cell draws or writes at each
             step.
         """
+        if self.scope is None:
+            raise ValueError(
+                "RNN was called without its weights: write rnn.apply(variables, inputs, "
+                "rngs={'dropout': key}), or call it inside another module."
+            )
         call = Call(
             time_major=choose(time_major, self.time_major),
             return_carry=choose(return_carry, self.return_carry),

@@ -134,7 +134,7 @@ def cell_params(params: LSTMParams | GRUParams, cell: nnx.RNNCellBase) -> dict[s
       cell: an `LSTMCell` or `GRUCell` of this library or of Flax, or `nnx.OptimizedLSTMCell`.
 
     Returns:
-      A dict of arrays, named as the cell's `nnx.Param`s are.
+      A dict of arrays, named as each `nnx.Param` of the cell is.
 
     Raises:
       TypeError: the cell is of another kind than the weights.

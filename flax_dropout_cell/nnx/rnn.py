@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import errors, nnx
 
 from .._describe import Description
 from .._flax.layer import (
@@ -244,7 +244,7 @@ class RNN(DropoutAttribute, nnx.Module):
         if isinstance(source, nnx.Rngs) and has_dropout(source):
             source = source["dropout"]
         if isinstance(source, nnx.RngStream):
-            return source()
+            return _draw(source)
         if isinstance(source, jax.Array):
             return source
         raise ValueError(
@@ -269,6 +269,17 @@ def _pure(cell: nnx.RNNCellBase) -> tuple[PyTree, Any]:
         return result
 
     return nnx.to_pure_dict(own), run
+
+
+def _draw(stream: nnx.RngStream) -> jax.Array:
+    try:
+        return stream()
+    except errors.TraceContextError:
+        raise ValueError(
+            "RNN draws its key from a stream that it keeps, which counts its draws, and a "
+            "transformation that does not know NNX closes over the layer. Use nnx.jit, nnx.grad "
+            "and so on, with the layer as an argument, or pass rngs=key at the call."
+        ) from None
 
 
 def _family(cell: nnx.RNNCellBase) -> Family:

@@ -15,7 +15,7 @@ from .protocol import check_scalar, check_shared, register_noise, shared_shape
 @register_noise
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConcreteDropout:
-    """Dropout with a probability that gradients can learn, `p = sigmoid(logit)` of DROPPING a unit.
+    """Dropout whose probability of dropping a unit, `p = sigmoid(logit)`, gradients can learn.
 
     Gal, Hron and Kendall 2017, arXiv:1705.07832, equation 5: the mask is a uniform deviate u, and
     a unit is multiplied by `(1 - z) / (1 - p)`, where

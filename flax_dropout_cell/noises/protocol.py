@@ -16,7 +16,7 @@ from .._shown import shown
 
 @runtime_checkable
 class Noise(Protocol):
-    """What every noise can do. Write these four members and your noise works at every site.
+    """The protocol of a noise: an object with these four members works at every site.
 
     Make it a frozen dataclass with `register_noise` on top: then its numbers are static and its
     arrays can be traced, mapped and differentiated. Three more attributes are optional, each a
@@ -67,7 +67,7 @@ NoiseClass = TypeVar("NoiseClass", bound=type)
 
 
 def register_noise(cls: NoiseClass) -> NoiseClass:
-    """Makes a frozen dataclass a pytree whose arrays are its leaves and whose rest is static.
+    """Registers a frozen dataclass as a pytree: its arrays are leaves, the rest is static.
 
     A number that is given for a probability is part of the noise's structure: the noise is
     hashable, passes through `jax.jit` unchanged, and retraces when the number changes. An array is
