@@ -200,7 +200,10 @@ def address(text: str) -> str:
 
 
 def build_parser() -> Parser:
-    parser = Parser(description="Train a recurrent model with dropout on many devices.")
+    parser = Parser(
+        description="Train a recurrent model with dropout on many devices.",
+        epilog="Ctrl-C ends the training, and writes the losses until then to --out.",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the losses go, as JSON")
     parser.add_argument("--scheme", choices=SCHEMES, default=Config.scheme)
     for name, kind, text in (
@@ -278,9 +281,12 @@ def main() -> int:
     first, losses = jax.process_index() == 0, np.zeros(0)
     if first:
         print(f"{jax.device_count()} devices, {jax.process_count()} processes", flush=True)
-    for losses in train(config, checkpoints):
-        if first:
-            print(f"step {len(losses)}: loss {losses[-1]:.6f}", flush=True)
+    try:
+        for losses in train(config, checkpoints):
+            if first:
+                print(f"step {len(losses)}: loss {losses[-1]:.6f}", flush=True)
+    except KeyboardInterrupt:
+        print(f"stopped after {len(losses)} of {config.steps} steps", flush=True)
     if first and options.out is not None:
         report = {
             "config": dataclasses.asdict(config),
@@ -289,6 +295,7 @@ def main() -> int:
             "losses": losses.tolist(),
         }
         options.out.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"written to {options.out}", flush=True)
     return 0
 
 

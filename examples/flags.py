@@ -48,13 +48,23 @@ TYPES = {"keep_prob": keep_prob, "learning_rate": positive, "seed": seed}
 """What a flag may be, by its name; the others count something."""
 
 
-def read_config(description: str, config: type) -> tuple[Any, Path]:
-    """Reads a config, with a flag for each of its fields, and makes the folder `--out`."""
+def read_config(description: str, config: type, **texts: str) -> tuple[Any, Path]:
+    """Reads a config, with a flag for each of its fields, and makes the folder `--out`.
+
+    `texts` say in `--help` what fields are.
+    """
     parser = Parser(description=description)
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("results"))
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("results"),
+        help="folder for what it writes (results)",
+    )
     for field in dataclasses.fields(config):
         flag, kind = f"--{field.name.replace('_', '-')}", TYPES.get(field.name, count)
-        parser.add_argument(flag, type=kind, default=field.default, metavar="N")
+        text = f"{texts.get(field.name, '')} ({field.default})".strip()
+        parser.add_argument(flag, type=kind, default=field.default, metavar="N", help=text)
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")
     try:

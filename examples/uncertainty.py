@@ -133,9 +133,15 @@ def train(config: Config, windows: Windows, name: str) -> Forecaster:
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    loss = jnp.nan
-    for _ in tqdm(range(config.steps), desc=name, unit="step", leave=False):
-        loss = train_step(model, optimizer, windows.past, windows.future)
+    loss, trained = jnp.nan, 0
+    # In a log or in CI there is no terminal to draw a bar on.
+    quiet = not sys.stderr.isatty()
+    try:
+        for _ in tqdm(range(config.steps), desc=name, unit="step", leave=False, disable=quiet):
+            loss = train_step(model, optimizer, windows.past, windows.future)
+            trained += 1
+    except KeyboardInterrupt:
+        print(f"{name}: stopped after {trained} of {config.steps} steps", flush=True)
     print(f"{name}: trained to a loss of {loss:.3f} nats per year", flush=True)
     return model
 
@@ -239,7 +245,17 @@ def write_bands(path: Path, held_out: Windows, forecasts: dict[str, Forecast]) -
 
 
 def main() -> int:
-    config, out = read_config("Forecast sunspots with bands, without dropout and with it.", Config)
+    config, out = read_config(
+        "Forecast sunspots with bands, without dropout and with it. Ctrl-C ends a training, and "
+        "reports what was learned until then.",
+        Config,
+        keep_prob="share of units kept, of h and of the output",
+        units="size of the LSTM",
+        steps="steps to train each model for",
+        learning_rate="Adam's, before it decays",
+        samples="forecasts that a band is made of",
+        seed="of the weights and the masks",
+    )
     training, held_out = load_windows()
     print(
         f"{len(training.years)} windows to train on, {len(held_out.years)} held out, whose "

@@ -118,7 +118,9 @@ def test_disturb_is_passed_only_where_there_is_noise() -> None:
     scan(fdc.RecurrentDropout(input=FRESH), cell=bare)
     with pytest.raises(TypeError, match=r"noise at 'a', but the cell has no sites"):
         scan(spec_of(a=FRESH), cell=bare)
-    with pytest.raises(TypeError, match=r"takes no argument `disturb`. For .candidate. use lstm_cell"):
+    with pytest.raises(
+        TypeError, match=r"takes no argument `disturb`. For .candidate. use lstm_cell"
+    ):
         flax_cell = nn.SimpleCell(UNITS)
         variables = flax_cell.init(RNG, H, XS[0])
         spec = spec_of(candidate=FRESH)

@@ -104,3 +104,21 @@ def test_bad_flags_are_one_line(
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert message in error
+
+
+def test_ctrl_c_ends_a_training_and_logs_have_no_bar(monkeypatch: Any, capsys: Any) -> None:
+    losses = iter([0.5, 0.25])
+
+    def train_step(*_: Any) -> float:
+        for loss in losses:
+            return loss
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uncertainty, "train_step", train_step)
+    windows, _ = uncertainty.load_windows()
+    uncertainty.train(uncertainty.Config(units=2, steps=9), windows, "dropout")
+    printed = capsys.readouterr()
+    assert printed.out == (
+        "dropout: stopped after 2 of 9 steps\ndropout: trained to a loss of 0.250 nats per year\n"
+    )
+    assert printed.err == ""
