@@ -12,6 +12,7 @@ import flax_dropout_cell as fdc
 import flax_dropout_cell.linen
 import flax_dropout_cell.nnx
 
+ROOT = Path(__file__).parents[1]
 PUBLIC = {
     "Cell", "ConcreteDropout", "Description", "Dropout", "Entropies", "GRUParams", "GaussianNoise",
     "LSTMParams", "LSTMState", "Masks", "Noise", "RANDOM_STREAM", "RecurrentDropout", "Zoneout",
@@ -23,7 +24,7 @@ PUBLIC = {
 
 
 def test_the_api_page_has_every_public_name() -> None:
-    page = (Path(__file__).parents[1] / "docs/api.md").read_text()
+    page = (ROOT / "docs/api.md").read_text()
     assert ".. automodule:: flax_dropout_cell.recipes\n   :members:" in page
     found: dict[str, list[str]] = {}
     module = ""
@@ -43,6 +44,17 @@ def test_the_api_page_has_every_public_name() -> None:
     names = ("flax_dropout_cell", "flax_dropout_cell.linen", "flax_dropout_cell.nnx")
     for name, wanted in zip(names, (PUBLIC, *own), strict=True):
         assert sorted(found[name]) == sorted(wanted), name
+
+
+def test_what_a_release_is_made_of_agrees() -> None:
+    assert f"\nversion: {fdc.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {fdc.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    workflows = [path.read_text() for path in (ROOT / ".github/workflows").glob("*.yml")]
+    assert len(workflows) == 3
+    for workflow in workflows:
+        assert "\npermissions:\n  contents: read\n" in workflow
+        for action in re.findall(r"uses: (.*)", workflow):
+            assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", action), action
 
 
 def test_the_core_does_not_import_flax() -> None:
