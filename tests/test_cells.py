@@ -1,5 +1,6 @@
 """The pure cells against their equations in NumPy, their sites, and what a step compiles to."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -377,6 +378,24 @@ def test_products_of_a_step(name: str, sites: tuple[str, ...]) -> None:
     text = compiled_scan(step, name)
     inside = [line for line in products(text) if "while/body" in line]
     assert len(inside) == len(batch_dims)
+
+
+@cells
+def test_gradients_of_kernels_are_added_as_they_come(name: str) -> None:
+    """With masks for each gate the backward loop cuts up no gradient to put it together anew."""
+    stub = Stub(masks_of(name, ("input_per_gate", "recurrent_per_gate"), (4,)))
+    params, carry, x = example(name, (4,))
+
+    def loss(params: Any, xs: jax.Array) -> jax.Array:
+        step = functools.partial(CELLS[name].cell, params, disturb=stub)
+        return (jax.lax.scan(step, carry, xs)[1] ** 2).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(params, jnp.stack([x] * 5)).compile().as_text()
+    assert text is not None and "while/body" in text
+    rows, width = (FEATURES, UNITS, FEATURES + UNITS), CELLS[name].gates * UNITS
+    kernels = "|".join(rf"f32\[{row},{width}\]" for row in rows)
+    assert re.search(rf"= (?:{kernels})\S+ ", text)
+    assert not re.search(rf"= (?:{kernels})\S+ concatenate\(.*while/body", text)
 
 
 def test_undisturbed_gives_the_value_back() -> None:

@@ -1,6 +1,6 @@
 """What the LSTM and the GRU share: how gates read a value, first weights, and the checks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -37,13 +37,21 @@ def read_together(value: jax.Array, kernel: jax.Array, gates: int) -> list[jax.A
     return jnp.split(value @ kernel, gates, axis=-1)
 
 
-def read_apart(copies: jax.Array, kernel: jax.Array, gates: int) -> list[jax.Array]:
-    """One batched product: each gate reads its own copy."""
-    # Gates lead, where a batched product wants them and where they are cut without a copy. The
-    # kernel is stacked, not transposed: XLA takes a concatenation out of a loop, and leaves a
-    # transposition in it.
-    per_gate = jnp.stack(jnp.split(kernel, gates, axis=-1))
-    return list(jnp.unstack(jnp.einsum("...gd,gdh->g...h", copies, per_gate)))
+def read_apart(
+    copies: Sequence[jax.Array], kernels: Sequence[jax.Array], gates: int
+) -> list[jax.Array]:
+    """One batched product: each gate reads its own copy of each value, with that value's kernel."""
+    # Gates lead, where a batched product wants them and where they are cut without a copy. So they
+    # do in the kernels' gradient, which a loop adds up at each step: it is added as it comes. Of
+    # kernels that are split and stacked it would be cut up and put together first.
+    rows = jnp.concatenate([jnp.moveaxis(each, -2, 0) for each in copies], axis=-1)
+    per_gate = jnp.concatenate([_gates_first(kernel, gates) for kernel in kernels], axis=1)
+    return list(jnp.unstack(jnp.einsum("g...d,gdh->g...h", rows, per_gate)))
+
+
+def _gates_first(kernel: jax.Array, gates: int) -> jax.Array:
+    """A kernel `[inputs, gates * features]` as `[gates, inputs, features]`."""
+    return jnp.moveaxis(kernel.reshape(kernel.shape[0], gates, -1), 1, 0)
 
 
 def add_bias(gates: list[jax.Array], bias: jax.Array) -> list[jax.Array]:

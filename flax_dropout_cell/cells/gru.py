@@ -137,5 +137,5 @@ def gru_step(
 def _read(site: str, value: jax.Array, kernel: jax.Array, disturb: Disturb) -> list[jax.Array]:
     """What the three gates read of x, or of h."""
     if active(disturb, site):
-        return read_apart(copy_per_gate(disturb, site, value, 3), kernel, 3)
+        return read_apart([copy_per_gate(disturb, site, value, 3)], [kernel], 3)
     return read_together(value, kernel, 3)

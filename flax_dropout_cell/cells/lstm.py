@@ -143,14 +143,15 @@ def lstm_step(
 def _read(params: LSTMParams, x: jax.Array, h: jax.Array, disturb: Disturb) -> list[jax.Array]:
     """What the four gates read, before their activations."""
     h = disturb("recurrent", h)
-    kernel = jnp.concatenate([params.input_kernel, params.recurrent_kernel])
+    kernels = params.input_kernel, params.recurrent_kernel
     # Both are asked, so that whoever lists a cell's sites sees both.
     sites = [active(disturb, site) for site in ("input_per_gate", "recurrent_per_gate")]
     if any(sites):
         x = copy_per_gate(disturb, "input_per_gate", x, 4)
         h = copy_per_gate(disturb, "recurrent_per_gate", h, 4)
-    read = read_apart if any(sites) else read_together
-    return add_bias(read(jnp.concatenate([x, h], axis=-1), kernel, 4), params.bias)
+        return add_bias(read_apart([x, h], kernels, 4), params.bias)
+    read = read_together(jnp.concatenate([x, h], axis=-1), jnp.concatenate(kernels), 4)
+    return add_bias(read, params.bias)
 
 
 def _check_carry(carry: Any) -> tuple[jax.Array, jax.Array]:
