@@ -162,6 +162,15 @@ def zoned_gru_in_evaluation(p: Any, h: Any, x: Any, masks: Masks) -> Any:
     return h, h
 
 
+def wan(p: Any, carry: Any, x: Any, masks: Masks) -> Any:
+    """Wan et al. 2013: DropConnect, on both kernels."""
+    kernels = {
+        name: drop(getattr(masks["params"], name), getattr(p, name))
+        for name in ("input_kernel", "recurrent_kernel")
+    }
+    return bare_lstm(p._replace(**kernels), carry, x, {})
+
+
 def merity(p: Any, carry: Any, x: Any, masks: Masks) -> Any:
     """Merity et al. 2017: DropConnect on U, and locked dropout on what is read from below."""
     c, h = carry

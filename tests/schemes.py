@@ -77,6 +77,11 @@ SCHEMES = {
     "Krueger 2016, GRU": gru_scheme(
         GRU_ZONEOUT, equations.zoned_gru, equations.zoned_gru_in_evaluation
     ),
+    "Wan 2013": lstm_scheme(
+        fdc.RecurrentDropout(
+            params=fdc.at_paths(fdc.Dropout(keep_prob=KEEP, variational=True), "*kernel")
+        ), equations.wan,
+    ),
     "Merity 2017": lstm_scheme(
         recipes.merity2017(weight_keep_prob=KEEP, input_keep_prob=KEEP), equations.merity
     ),
