@@ -1,4 +1,7 @@
-"""The traps that implementations of recurrent dropout elsewhere fell into, each with a test."""
+"""The traps that implementations of recurrent dropout elsewhere fell into, each with a test.
+
+One more, a mask that reaches one direction alone (fastai), is in test_schemes_in_hosts.py.
+"""
 
 from typing import Any
 
@@ -81,6 +84,22 @@ def test_zoneout_emits_what_it_carries_on() -> None:
     frozen_h = recipes.krueger2016(cell_prob=0.0, hidden_prob=1.0)
     _, ys = fdc.dropout_scan(*args, jax.random.key(0), cell=fdc.lstm_cell, dropout=frozen_h)
     np.testing.assert_array_equal(ys, np.broadcast_to(args[1][1], ys.shape))
+
+
+def test_evaluation_of_zoneout_is_what_training_gives_on_average() -> None:
+    """MXNet's gives the new state, as if nothing had ever been zoned out."""
+    params, carry, xs = example("lstm")
+    spec = SCHEMES["Krueger 2016"].spec
+
+    def step(rng: Any) -> Any:
+        return fdc.dropout_cell(params, carry, xs[0], rng, cell=fdc.lstm_cell, dropout=spec)[0]
+
+    samples = jax.jit(jax.vmap(step))(jax.random.split(jax.random.key(0), 4000))
+    new, _ = fdc.lstm_cell(params, carry, xs[0])
+    for sampled, expected, bare in zip(samples, step(None), new, strict=True):
+        bound = 5 * sampled.std(axis=0) / 4000**0.5 + 1e-5
+        assert (jnp.abs(sampled.mean(axis=0) - expected) <= bound).all()
+        assert (jnp.abs(expected - bare) > bound).any()
 
 
 def test_padding_leaves_zoneout_alone() -> None:
