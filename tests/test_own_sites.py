@@ -127,7 +127,7 @@ class NNXCell(nnx.RNNCellBase):
     def __call__(self, carry: Any, inputs: Any, *, disturb: Any = fdc.undisturbed) -> Any:
         return carry, self.change(disturb, inputs)
 
-    def initialize_carry(self, input_shape: Any, rngs: Any = None) -> Any:
+    def initialize_carry(self, input_shape: Any, rngs: Any = None, carry_init: Any = None) -> Any:
         return jnp.zeros(input_shape)
 
     @property
