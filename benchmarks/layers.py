@@ -1,0 +1,173 @@
+"""What resets and the layers cost: ratios within one run, each to its own bare program.
+
+    python benchmarks/layers.py                 # a table, and docs/results/benchmark_layers.json
+    python benchmarks/layers.py --out results --rounds 10
+
+Forward pass and gradient of an LSTM, 128 steps, batch 64, 256 features, with dropout on the input,
+on h and on the output. A layer is held against Flax's own around the bare cell; a scan in which one
+step in a hundred is a reset against the same scan without. Within a round every program runs once,
+so that whatever else the machine does meets all of them; a ratio is the median over the rounds.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from program import Config
+from tqdm import tqdm
+
+import flax_dropout_cell as fdc
+
+RESETS = 0.01  # the part of all steps, over all rows, that begin a sequence
+CONFIG = Config()
+MODES = {
+    "variational": fdc.Dropout(keep_prob=0.7, variational=True),
+    "per step": fdc.Dropout(keep_prob=0.7),
+}
+PAIRS = {
+    "scan, variational, resets": "scan, variational",
+    "scan, per step, resets": "scan, per step",
+    **{f"{host}, {mode}": f"{host}, stock" for host in ("linen", "nnx") for mode in MODES},
+}
+"""Which program is held against which."""
+
+Program = Callable[[Any, jax.Array, jax.Array], jax.Array]
+"""`run(params, xs, rng)`, which gives the outputs."""
+
+
+def spec_of(noise: fdc.Dropout) -> fdc.RecurrentDropout:
+    return fdc.RecurrentDropout(input=noise, state=(None, noise), output=noise)
+
+
+def scan_programs() -> tuple[Any, dict[str, Program]]:
+    cell = nn.LSTMCell(CONFIG.features)
+    row = jnp.zeros((CONFIG.batch, CONFIG.features))
+    params = cell.init(jax.random.key(1), (row, row), row)
+    resets = jax.random.bernoulli(jax.random.key(2), RESETS, (CONFIG.time, CONFIG.batch))
+
+    def make(noise: fdc.Dropout, resets: Any) -> Program:
+        return lambda params, xs, rng: fdc.dropout_scan(
+            params, (row, row), xs, rng, cell=cell.apply, dropout=spec_of(noise), resets=resets
+        )[1]
+
+    programs = {f"scan, {mode}": make(noise, None) for mode, noise in MODES.items()}
+    resetting = {f"scan, {mode}, resets": make(noise, resets) for mode, noise in MODES.items()}
+    return params, programs | resetting
+
+
+def linen_programs() -> tuple[Any, dict[str, Program]]:
+    cell = nn.LSTMCell(CONFIG.features)
+    stock = nn.RNN(cell, time_major=True)
+    params = stock.init(jax.random.key(1), jnp.zeros((1, CONFIG.batch, CONFIG.features)))
+
+    def make(noise: fdc.Dropout) -> Program:
+        layer = fdc.linen.RNN(cell, spec_of(noise), time_major=True)
+        return lambda params, xs, rng: layer.apply(params, xs, rng=rng)  # type: ignore
+
+    programs: dict[str, Any] = {"linen, stock": lambda params, xs, _: stock.apply(params, xs)}
+    return params, programs | {f"linen, {mode}": make(noise) for mode, noise in MODES.items()}
+
+
+def nnx_programs() -> tuple[Any, dict[str, Program]]:
+    def make(noise: fdc.Dropout | None) -> tuple[Any, Program]:
+        cell = nnx.LSTMCell(CONFIG.features, CONFIG.features, rngs=nnx.Rngs(1))
+        if noise is None:
+            layer: Any = nnx.RNN(cell, time_major=True)
+        else:
+            layer = fdc.nnx.RNN(cell, spec_of(noise), time_major=True)
+        graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+
+        def run(params: Any, xs: jax.Array, rng: jax.Array) -> jax.Array:
+            rnn = nnx.merge(graphdef, params, jax.tree.map(jnp.asarray, rest))
+            return rnn(xs) if noise is None else rnn(xs, rngs=rng)
+
+        return params, run
+
+    made = {"nnx, stock": make(None), **{f"nnx, {mode}": make(MODES[mode]) for mode in MODES}}
+    return made["nnx, stock"][0], {name: run for name, (_, run) in made.items()}
+
+
+def compile_all() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Each program's forward pass and gradient, ready to be timed."""
+    xs = jax.random.normal(jax.random.key(3), (CONFIG.time, CONFIG.batch, CONFIG.features))
+    ready = {}
+    for params, programs in (scan_programs(), linen_programs(), nnx_programs()):
+        args = (params, xs, jax.random.key(4))
+        for name, run in tqdm(programs.items(), desc="compiling", disable=None, leave=False):
+            loss = jax.grad(lambda *args, run=run: jnp.mean(run(*args) ** 2))
+            parts = [jax.jit(part).lower(*args).compile() for part in (run, loss)]
+            ready[name] = tuple(
+                lambda part=part, args=args: jax.block_until_ready(part(*args)) for part in parts
+            )
+    return ready
+
+
+def measure(rounds: int) -> dict[str, list[list[float]]]:
+    """Seconds of each program's forward pass and gradient, `[rounds, 2]`."""
+    ready = compile_all()
+    seconds: dict[str, list[list[float]]] = {name: [] for name in ready}
+    for index in tqdm(range(rounds + 1), desc="measuring", disable=None, leave=False):
+        for name, parts in ready.items():
+            times = []
+            for part in parts:
+                start = time.perf_counter()
+                part()
+                times.append(time.perf_counter() - start)
+            if index:  # the first one warms up
+                seconds[name].append(times)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[list[float]]]) -> dict[str, list[float]]:
+    """Each program's forward pass and gradient, as multiples of those it is held against."""
+    return {
+        name: np.median(np.array(seconds[name]) / np.array(seconds[base]), axis=0).tolist()
+        for name, base in PAIRS.items()
+    }
+
+
+def format_table(seconds: dict[str, list[list[float]]]) -> str:
+    lines = ["| | against | forward | gradient |", "|---|---|---|---|"]
+    for name, (forward, gradient) in ratios(seconds).items():
+        lines.append(f"| {name} | {PAIRS[name]} | {forward:.2f} | {gradient:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    root = Path(__file__).parents[1]
+    parser.add_argument("--out", type=Path, metavar="DIR", default=root / "docs/results")
+    parser.add_argument("--rounds", type=int, metavar="N", default=20)
+    options = parser.parse_args()
+    seconds = measure(options.rounds)
+    names = ("jax", "jaxlib", "flax")
+    report = {
+        "config": CONFIG._asdict(),
+        "resets": RESETS,
+        "machine": {"cpus": os.cpu_count(), "python": platform.python_version()},
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "seconds": seconds,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "benchmark_layers.json"
+    path.write_text(json.dumps(report) + "\n")
+    print(f"{format_table(seconds)}\nwritten to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
