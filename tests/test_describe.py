@@ -1,7 +1,9 @@
 """The table and the picture of a spec show what the library does, value by value."""
 
 import builtins
+import importlib
 import sys
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -125,6 +127,12 @@ def test_the_figure() -> None:
     for axes, strip in zip(figure.axes, strips.values(), strict=True):
         np.testing.assert_array_equal(axes.images[0].get_array(), strip[:4])
         assert axes.images[0].get_extent() == [START - 0.5, START + STEPS - 0.5, 3.5, -0.5]
+
+
+def test_the_picture_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs"))
+    path = importlib.import_module("make_images").masks(tmp_path)
+    assert path.name == "masks.png" and path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def plot(spec, key: Any = KEY, **options):
