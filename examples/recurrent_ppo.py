@@ -10,7 +10,6 @@ episodes that were cut where a rollout ended. Here every episode has an id, and 
 a key and that id alone (`sequence_ids`). Before the first update of each iteration all ratios are
 then 1: on CPUs to the bit, elsewhere to rounding. The program stops where they are not.
 
-    python examples/recurrent_ppo.py
     python examples/recurrent_ppo.py --keep-prob 0.5 --iterations 100
 
 Three policies learn from as many steps: one that forgets everything at each step, one with memory,
@@ -56,7 +55,7 @@ class Config:
     seed: int = 0
 
 
-# The mazes ---------------------------------------------------------------------------------------
+# Mazes and policies ------------------------------------------------------------------------------
 
 
 class Mazes(NamedTuple):
@@ -79,23 +78,20 @@ def build_mazes(rng: jax.Array, episode: jax.Array) -> Mazes:
 def look(mazes: Mazes) -> jax.Array:
     """What an agent sees: the sign where it starts, and whether it is at the junction."""
     start, junction = mazes.place == 0, mazes.place == mazes.length
-    seen = (start & (mazes.sign == LEFT), start & (mazes.sign == RIGHT), junction)
-    return jnp.stack(seen, axis=-1).astype(jnp.float32)
+    signs = [start & (mazes.sign == side) for side in (LEFT, RIGHT)]
+    return jnp.stack([*signs, junction], axis=-1).astype(jnp.float32)
 
 
 def walk(mazes: Mazes, action: jax.Array, rng: jax.Array) -> tuple[Mazes, jax.Array, jax.Array]:
     """The mazes after a step, new ones where an episode is over; rewards; and where it is over."""
     junction = mazes.place == mazes.length
     turns, walks = junction & (action != ON), ~junction & (action == ON)
-    into_a_wall = jnp.where(turns | walks, 0.0, -0.1)
-    reward = jnp.where(turns, jnp.where(action == mazes.sign, 1.0, -1.0), into_a_wall)
+    turned = jnp.where(action == mazes.sign, 1.0, -1.0)
+    reward = jnp.where(turns, turned, jnp.where(walks, 0.0, -0.1))  # -0.1 for a walk into a wall
     done = turns | (mazes.clock + 1 == PATIENCE)
     same = mazes._replace(place=mazes.place + walks, clock=mazes.clock + 1)
     new = build_mazes(rng, mazes.episode + len(done))
     return jax.tree.map(lambda new, same: jnp.where(done, new, same), new, same), reward, done
-
-
-# The policy --------------------------------------------------------------------------------------
 
 
 class Window(NamedTuple):
@@ -189,15 +185,13 @@ def advantages_of(rollout: Rollout, last_value: jax.Array) -> jax.Array:
         advantage = at[0] + TRACE * at[1] * later
         return advantage, advantage
 
-    steps = (surprise.T, goes_on.T)
-    return jax.lax.scan(back, jnp.zeros_like(last_value), steps, reverse=True)[1].T
+    return jax.lax.scan(back, 0 * last_value, (surprise.T, goes_on.T), reverse=True)[1].T
 
 
 def loss_of(params: Any, policy: Policy, rows: Any, key: jax.Array) -> Any:
     """PPO's clipped loss (Schulman et al. 2017, arXiv:1707.06347), and how far off ratios are."""
     rollout, advantage = rows
-    out: Any = policy.apply(params, rollout.carry, rollout.window, key)
-    _, logits, value = out
+    _, logits, value = policy.apply(params, rollout.carry, rollout.window, key)  # type: ignore
     # Both in one array, so that they are rounded alike: from equal logits a ratio is exactly 1.
     log_probs = jax.nn.log_softmax(jnp.stack([logits, rollout.logits]))
     actions = jnp.stack([rollout.action, rollout.action])[..., None]
@@ -213,8 +207,8 @@ def loss_of(params: Any, policy: Policy, rows: Any, key: jax.Array) -> Any:
 class Learned(NamedTuple):
     """The mean return of an iteration, and how far from 1 a ratio was before its first update."""
 
-    mean_return: float
-    ratio_error: float
+    mean_return: Any
+    ratio_error: Any
 
 
 def train(config: Config, name: str) -> Iterator[Learned]:
@@ -224,12 +218,10 @@ def train(config: Config, name: str) -> Iterator[Learned]:
     policy = Policy(config.units, spec, remembers=name != "no memory")
     opt = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(config.learning_rate))
     init_rng, maze_rng, act_rng, key = jax.random.split(jax.random.key(config.seed), 4)
-
-    def begin() -> Agent:
-        mazes = build_mazes(maze_rng, jnp.arange(config.mazes))
-        carry = (jnp.zeros((config.mazes, config.units)),) * 2
-        params = policy.init(init_rng, carry, window_of(mazes), None)
-        return Agent(params, opt.init(params), mazes, carry)
+    mazes = build_mazes(maze_rng, jnp.arange(config.mazes))
+    carry = (jnp.zeros((config.mazes, config.units)),) * 2
+    params = jax.jit(policy.init)(init_rng, carry, window_of(mazes), None)
+    agent = Agent(params, opt.init(params), mazes, carry)
 
     @jax.jit
     def iterate(agent: Agent, rng: jax.Array) -> tuple[Agent, Learned]:
@@ -248,10 +240,8 @@ def train(config: Config, name: str) -> Iterator[Learned]:
         orders = [jax.random.permutation(rng, config.mazes) for rng in epoch_rngs]
         rows = jnp.stack(orders)[:, : config.mazes - config.mazes % size].reshape(-1, size)
         agent, off = jax.lax.scan(update, agent, rows)
-        ended = jnp.maximum(rollout.done.sum(), 1)
-        return agent, Learned(rollout.reward.sum() / ended, off[0])  # type: ignore[arg-type]
+        return agent, Learned(rollout.reward.sum() / jnp.maximum(rollout.done.sum(), 1), off[0])
 
-    agent = jax.jit(begin)()
     for index in tqdm(range(config.iterations), desc=name, disable=None, leave=False):
         agent, learned = iterate(agent, jax.random.fold_in(act_rng, index))
         learned = Learned(*map(float, learned))
@@ -270,8 +260,7 @@ def report(config: Config, out: Path, curves: dict[str, list[Learned]]) -> None:
         results.append({"model": name, "return": final, "ratio_error": error, "curve": returns})
     content = {"config": dataclasses.asdict(config), "results": results}
     (out / "recurrent_ppo.json").write_text(json.dumps(content, indent=2) + "\n")
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
     for result in results:
         axes.plot(result["curve"], label=result["model"])
     axes.set(xlabel="iteration", ylabel="return of an episode", ylim=(-2.5, 1.1))
@@ -281,9 +270,19 @@ def report(config: Config, out: Path, curves: dict[str, list[Learned]]) -> None:
 
 
 def main() -> int:
-    config, out = read_config("Train policies on a T-maze by PPO, with and without memory.", Config)
-    curves: dict[str, list[Learned]] = {}
-    status = 0
+    config, out = read_config(
+        "Train policies on a T-maze by PPO. Ctrl-C reports what was learned until then.",
+        Config,
+        keep_prob="share of units kept, of h and of the output",
+        units="size of the LSTM",
+        mazes="how many agents act side by side",
+        steps="steps of a rollout",
+        iterations="rollouts to act and learn from",
+        epochs="how often to learn from a rollout",
+        learning_rate="Adam's",
+        seed="of the weights, the mazes and the masks",
+    )
+    curves, status = dict[str, list[Learned]](), 0
     try:
         for name in MODELS:
             for learned in train(config, name):
@@ -291,7 +290,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; this is what was learned until then:", file=sys.stderr)
         status = EXIT_INTERRUPTED
-    report(config, out, curves)
+    if curves:
+        report(config, out, curves)
     return status
 
 
