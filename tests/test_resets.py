@@ -133,8 +133,8 @@ def test_an_actor_and_a_learner_see_the_same_masks(impl) -> None:
     """Two rollouts, step by step, with episodes that end inside them and run on between them.
 
     The learner sees them whole, rows permuted, and gets the same bits: probability ratios are
-    exactly 1. The weights are arguments of both programs, as in a training. As constants XLA may
-    lay them out in another order for one of the products, which then rounds otherwise.
+    exactly 1. The weights are arguments of both programs, as in a training. Of constants, XLA may
+    split an LSTM's product in two, in the one program alone, and sums then round otherwise.
     """
     rng, fresh = jax.random.key(21, impl=impl), NOISES["step"]
     output = {"h": None, "inside": None, "state": None, "out": fresh}
