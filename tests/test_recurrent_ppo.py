@@ -15,6 +15,7 @@ from test_examples import EXAMPLES, PNG_SIGNATURE, load_example
 
 PROGRAM = EXAMPLES / "recurrent_ppo.py"
 STORED = EXAMPLES.parent / "docs/results/recurrent_ppo.json"
+PAGE = EXAMPLES.parent / "docs/sequences.md"
 ppo = load_example(PROGRAM)
 # With 8 units JAX 0.7 rounds some logits otherwise in the gradient's program, by an ulp.
 SMALL = ppo.Config(units=32, mazes=10, steps=24, epochs=1, iterations=3)
@@ -144,3 +145,7 @@ def test_the_stored_run() -> None:
     assert abs(results["no memory"]["return"]) < 0.15
     assert results["memory"]["return"] > 0.98
     assert results["memory, dropout"]["return"] > 0.98
+    ends = [
+        f"{name.replace(', ', ' with ')} {each['return']:.2f}" for name, each in results.items()
+    ]
+    assert f"Mean return at the end: {', '.join(ends)}." in PAGE.read_text()

@@ -128,7 +128,7 @@ def test_three_bidirectional_layers_in_nnx(page: Any) -> None:
     """In training: `dropout_scan` for each direction, with the key that its stream gives next."""
     tagger = page.NNXTagger(nnx.Rngs(params=0, dropout=1))
     hand, keys = jnp.moveaxis(X, 1, 0), []
-    for layer in tagger.layers:
+    for layer in (tagger.first, tagger.second, tagger.third):
         ys = []
         for rnn, reverse in ((layer.forward_rnn, False), (layer.backward_rnn, True)):
             keys.append(nnx.clone(rnn.rngs)())
