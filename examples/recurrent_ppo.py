@@ -22,7 +22,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -158,7 +158,7 @@ def act(policy: Policy, agent: Agent, rng: jax.Array, steps: int, key: jax.Array
 
     def run(mazes: Mazes, carry: Any) -> Any:
         window = window_of(mazes)
-        carry, *heads = policy.apply(agent.params, carry, window, key)  # type: ignore[misc]
+        carry, *heads = cast(Any, policy.apply(agent.params, carry, window, key))
         return carry, *jax.tree.map(lambda leaf: leaf[:, 0], (window, *heads))
 
     def step(state: tuple[Mazes, Any], rng: jax.Array) -> Any:
@@ -191,7 +191,7 @@ def advantages_of(rollout: Rollout, last_value: jax.Array) -> jax.Array:
 def loss_of(params: Any, policy: Policy, rows: Any, key: jax.Array) -> Any:
     """PPO's clipped loss (Schulman et al. 2017, arXiv:1707.06347), and how far off ratios are."""
     rollout, advantage = rows
-    _, logits, value = policy.apply(params, rollout.carry, rollout.window, key)  # type: ignore
+    _, logits, value = cast(Any, policy.apply(params, rollout.carry, rollout.window, key))
     # Both in one array, so that they are rounded alike: from equal logits a ratio is exactly 1.
     log_probs = jax.nn.log_softmax(jnp.stack([logits, rollout.logits]))
     actions = jnp.stack([rollout.action, rollout.action])[..., None]
