@@ -45,13 +45,18 @@ def read_apart(
     # do in the kernels' gradient, which a loop adds up at each step: it is added as it comes. Of
     # kernels that are split and stacked it would be cut up and put together first.
     rows = jnp.concatenate([jnp.moveaxis(each, -2, 0) for each in copies], axis=-1)
+    if len(kernels) == 1:
+        # XLA takes a concatenation out of a loop, and leaves a transposition alone in it.
+        half = kernels[0].shape[0] // 2
+        kernels = kernels[0][:half], kernels[0][half:]
     per_gate = jnp.concatenate([_gates_first(kernel, gates) for kernel in kernels], axis=1)
     return list(jnp.unstack(jnp.einsum("g...d,gdh->g...h", rows, per_gate)))
 
 
 def _gates_first(kernel: jax.Array, gates: int) -> jax.Array:
     """A kernel `[inputs, gates * features]` as `[gates, inputs, features]`."""
-    return jnp.moveaxis(kernel.reshape(kernel.shape[0], gates, -1), 1, 0)
+    features = kernel.shape[1] // gates
+    return jnp.moveaxis(kernel.reshape(kernel.shape[0], gates, features), 1, 0)
 
 
 def add_bias(gates: list[jax.Array], bias: jax.Array) -> list[jax.Array]:
