@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from long_runs import watched
 
 import flax_dropout_cell as fdc
 
@@ -174,8 +175,10 @@ def test_the_page_runs(title: str, code: str) -> None:
     for module in re.findall(r"^import (haiku|equinox)", code, re.M):
         pytest.importorskip(module)
     names: dict[str, Any] = {}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    standard = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+    with standard[0], standard[1], watched() as largest:
         exec(compile(code, f"{PAGE.name}: {title}", "exec"), names)
+    assert largest
     last = code.strip().splitlines()[-1]
     expression, shape = last.split("  # ")
     assert str(eval(expression, names)) == shape

@@ -9,11 +9,7 @@ import sharding_program
 from programs import Results, shared_results
 
 PROGRAM = Path(sharding_program.__file__)
-ENVIRONMENT = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    # Halves the time to compile; how a program is sharded is settled before.
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-}
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture(scope="module")

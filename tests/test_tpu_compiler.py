@@ -26,7 +26,7 @@ PROGRAM = Path(tpu_program.__file__)
 PYTHON = os.environ.get("FDC_TPU_PYTHON")
 if PYTHON is None and importlib.util.find_spec("libtpu") is not None:
     PYTHON = sys.executable
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": ""}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,54 @@
+"""Every test and every snippet runs with JAX at its strictest, and compiles in a hurry."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import hypothesis
+import jax
+import pytest
+from long_runs import watched
+
+# Tests compile a great deal and compute very little. Level 0 halves the time to compile, and with a
+# cache the workers of one run, and the programs that tests start, compile the same program once.
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+MAKES_CACHE = CACHE not in os.environ
+if MAKES_CACHE:
+    os.environ[CACHE] = tempfile.mkdtemp(prefix="jax_cache_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    flags = ("--xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", ""))
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+
+jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_unconfigure() -> None:
+    if MAKES_CACHE:
+        shutil.rmtree(os.environ[CACHE], ignore_errors=True)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Lets a test compute in double precision."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(autouse=True)
+def _long_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a snippet scans is scanned for 1,000 steps too, and stays bounded."""
+    if isinstance(request.node, pytest.DoctestItem):
+        with watched():
+            yield
+    else:
+        yield

@@ -1,0 +1,123 @@
+"""What explodes in 1,000 steps is seen, whichever way a snippet runs it; programs stay bounded."""
+
+import sys
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from long_runs import BOUND, watched
+from test_examples import EXAMPLES, SMALL, load_example, write_corpus
+
+import flax_dropout_cell as fdc
+
+XS = jnp.ones((2, 3, 4))
+LOUD = fdc.RecurrentDropout(state=fdc.Dropout(keep_prob=0.5, variational=True))
+RNG = jax.random.key(0)
+
+
+def remember(params: Any, h: jax.Array, x: jax.Array) -> Any:
+    """A leaky sum that nothing tells apart from any other cell."""
+    h = 0.99 * h + 0.01 * x
+    return h, h
+
+
+class LinenCell(nn.RNNCellBase):
+    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
+        return remember(None, carry, inputs)
+
+    @nn.nowrap
+    def initialize_carry(self, rng: jax.Array, input_shape: Any) -> Any:
+        return jnp.ones(input_shape)
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
+class NnxCell(nnx.RNNCellBase):
+    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
+        return remember(None, carry, inputs)
+
+    def initialize_carry(self, input_shape: Any, rngs: Any = None, carry_init: Any = None) -> Any:
+        return jnp.ones(input_shape)
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
+def scan(dropout: fdc.RecurrentDropout) -> Any:
+    return fdc.dropout_scan(None, XS[0], XS, RNG, cell=remember, dropout=dropout)
+
+
+def step(dropout: fdc.RecurrentDropout) -> Any:
+    args: Any = (None, XS[0], XS[0], RNG)
+    masks = fdc.draw_masks(*args, cell=remember, dropout=dropout)
+    return fdc.dropout_cell(*args, step=0, cell=remember, dropout=dropout, masks=masks)
+
+
+def train(dropout: fdc.RecurrentDropout) -> Any:
+    return jax.jit(jax.grad(lambda h: fdc.dropout_scan(
+        None, h, XS, RNG, cell=remember, dropout=dropout)[1].sum()))(XS[0])  # fmt: skip
+
+
+def in_linen(dropout: fdc.RecurrentDropout) -> Any:
+    rnn = nn.RNN(fdc.linen.DropoutCell(LinenCell(), dropout))
+    return rnn.apply({}, XS, rngs={"dropout": RNG})
+
+
+def in_nnx(dropout: fdc.RecurrentDropout) -> Any:
+    rnn: Any = nnx.RNN(fdc.nnx.DropoutCell(NnxCell(), dropout, rngs=nnx.Rngs(0)))
+    return rnn(XS)
+
+
+def in_layers(dropout: fdc.RecurrentDropout) -> Any:
+    return fdc.linen.RNN(LinenCell(), dropout).apply({}, XS, rng=RNG)
+
+
+@pytest.mark.parametrize("snippet", [scan, step, train, in_linen, in_nnx, in_layers])
+def test_what_explodes_is_seen(snippet: Any) -> None:
+    with pytest.raises(AssertionError, match="1000 steps reach"), watched() as largest:
+        snippet(LOUD)
+    assert max(largest) > BOUND
+    with watched() as largest:
+        snippet(fdc.RecurrentDropout(state=fdc.Dropout(keep_prob=0.5, scale=False)))
+    assert largest
+    with watched() as largest:
+        jax.lax.scan(lambda h, x: (2 * h, x), 1.0, XS)
+    assert not largest  # no step of ours
+
+
+PROGRAMS = {
+    "functional_scan": "",
+    "data_parallel": "--steps 1 --batch-size 2 --hidden-size 4",
+    "language_model": " ".join(SMALL).replace("--epochs 2", "--epochs 1"),
+    "uncertainty": "--steps 1 --units 4 --samples 2",
+}
+
+
+def test_all_programs_are_here() -> None:
+    drop = {path.stem for path in EXAMPLES.glob("*.py") if "RecurrentDropout" in path.read_text()}
+    assert drop == PROGRAMS.keys()
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_stays_bounded(name: str, monkeypatch: Any, tmp_path: Any) -> None:
+    arguments = PROGRAMS[name].split()
+    if name in ("language_model", "uncertainty"):
+        arguments += ["--out", str(tmp_path / "out")]
+    if name == "language_model":
+        arguments += ["--data", str(write_corpus(tmp_path / "corpus"))]
+    program = load_example(EXAMPLES / f"{name}.py")
+    monkeypatch.setattr(program, "EPOCHS", 1, raising=False)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        watched() as largest,
+    ):
+        assert not program.main()
+    assert largest
