@@ -12,14 +12,14 @@ from long_runs import watched
 
 # Tests compile a great deal and compute very little. Level 0 halves the time to compile, and with a
 # cache the workers of one run, and the programs that tests start, compile the same program once.
-CACHE = "JAX_COMPILATION_CACHE_DIR"
+LEVEL, CACHE = "--xla_backend_optimization_level", "JAX_COMPILATION_CACHE_DIR"
+if LEVEL not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LEVEL}=0"
 MAKES_CACHE = CACHE not in os.environ
 if MAKES_CACHE:
     os.environ[CACHE] = tempfile.mkdtemp(prefix="jax_cache_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    flags = ("--xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", ""))
-    os.environ["XLA_FLAGS"] = " ".join(flags)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

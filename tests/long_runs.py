@@ -62,6 +62,7 @@ class _Watcher:
         result = self.run_scan(f, init, xs, length, **options)
         if self.disturbed > before and not self.own:
             self.run_on(f, init, xs, length)
+            self.disturbed = before  # for a scan around this one: it has no steps of its own
         return result
 
     def dropout_cell(self, params: Any, carry: Any, x: Any, rng: Any, **options: Any) -> Any:

@@ -1,5 +1,6 @@
 """What explodes in 1,000 steps is seen, whichever way a snippet runs it; programs stay bounded."""
 
+import re
 import sys
 from typing import Any
 
@@ -91,33 +92,37 @@ def test_what_explodes_is_seen(snippet: Any) -> None:
     assert not largest  # no step of ours
 
 
-PROGRAMS = {
-    "functional_scan": "",
-    "data_parallel": "--steps 1 --batch-size 2 --hidden-size 4",
-    "language_model": " ".join(SMALL).replace("--epochs 2", "--epochs 1"),
-    "uncertainty": "--steps 1 --units 4 --samples 2",
+PROGRAMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "data_parallel": ("--steps 1 --batch-size 2 --hidden-size 4", {}),
+    "functional_scan": ("", {"EPOCHS": 1}),
+    "language_model": (" ".join([*SMALL, "--epochs 1 --scheme variational"]), {}),
+    "recurrent_ppo": (
+        "--mazes 4 --units 4 --steps 2 --iterations 1 --epochs 1",
+        {"MODELS": ("memory, dropout",)},
+    ),
+    "uncertainty": ("--steps 1 --units 4 --samples 2", {}),
 }
+"""Programs with their shortest arguments, and with constants to shorten those that take none."""
 
 
 def test_all_programs_are_here() -> None:
-    drop = {path.stem for path in EXAMPLES.glob("*.py") if "RecurrentDropout" in path.read_text()}
+    texts = {path.stem: path.read_text() for path in EXAMPLES.glob("*.py")}
+    drop = {name for name, text in texts.items() if re.search("RecurrentDropout|recipes", text)}
     assert drop == PROGRAMS.keys()
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_stays_bounded(name: str, monkeypatch: Any, tmp_path: Any) -> None:
-    arguments = PROGRAMS[name].split()
-    if name in ("language_model", "uncertainty"):
-        arguments += ["--out", str(tmp_path / "out")]
-    if name == "language_model":
-        arguments += ["--data", str(write_corpus(tmp_path / "corpus"))]
+    arguments, constants = PROGRAMS[name]
     program = load_example(EXAMPLES / f"{name}.py")
-    monkeypatch.setattr(program, "EPOCHS", 1, raising=False)
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-        watched() as largest,
-    ):
+    for constant, value in constants.items():
+        monkeypatch.setattr(program, constant, value)
+    if "--out" in (EXAMPLES / f"{name}.py").read_text():
+        arguments += f" --out {tmp_path / 'out'}"
+    if name == "language_model":
+        arguments += f" --data {write_corpus(tmp_path / 'corpus')}"
+    monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
+    standard = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+    with standard[0], standard[1], watched() as largest:
         assert not program.main()
     assert largest
