@@ -9,19 +9,9 @@ import numpy as np
 from ._disturb import draw_site, inside_names
 from ._inside import Cell, sites_of_cell, trace_cell
 from ._leaky import family_of, place_state
-from ._sites import (
-    PARAMS,
-    Masks,
-    PyTree,
-    RecurrentDropout,
-    Site,
-    active_noises,
-    dtype_of,
-    line_up,
-    shape_of,
-    sites_of,
-)
+from ._sites import PARAMS, Masks, PyTree, RecurrentDropout, Site, active_noises, line_up, sites_of
 from ._step import check_dropout
+from ._trees import dtype_of, shape_of
 from .noises.protocol import Noise, is_array
 
 _HEAD = ("site", "value", "noise", "drawn", "mask", "shared over")

@@ -19,13 +19,11 @@ from ._sites import (
     RecurrentDropout,
     Site,
     active_noises,
-    broadcasts,
     draws_at_each_step,
     draws_once,
-    dtype_of,
     line_up,
-    outline,
 )
+from ._trees import broadcasts, dtype_of, outline
 from .noises.protocol import Noise, is_identity, needs_previous
 
 

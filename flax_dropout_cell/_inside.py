@@ -8,7 +8,7 @@ import jax
 
 from ._random.keys import name_hash
 from ._shown import shown
-from ._sites import PyTree, outline, shape_of
+from ._trees import PyTree, outline, shape_of
 
 try:
     from jax.extend.core import get_opaque_trace_state

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import jax
 
-from ._sites import PyTree, RecurrentDropout, Site, active_noises, outline
+from ._sites import PyTree, RecurrentDropout, Site, active_noises
+from ._trees import outline
 from .cells import LSTMState
 from .noises.protocol import Noise, is_identity, scales
 

@@ -12,8 +12,9 @@ from ._inside import Cell, trace_cell
 from ._leaky import family_of, place_state
 from ._random.keys import as_rng, step_rng
 from ._scan import count_steps
-from ._sites import PARAMS, Masks, PyTree, RecurrentDropout, Site, active_noises, dtype_of, sites_of
+from ._sites import PARAMS, Masks, PyTree, RecurrentDropout, Site, active_noises, sites_of
 from ._step import check_dropout
+from ._trees import dtype_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

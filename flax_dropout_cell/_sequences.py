@@ -9,8 +9,9 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from ._rows import Rows, rows_by_id, rows_by_start
-from ._sites import Masks, PyTree, broadcasts, outline
+from ._sites import Masks, PyTree
 from ._step import check_ids
+from ._trees import broadcasts, outline
 
 
 class Sequences(NamedTuple):

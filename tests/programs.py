@@ -101,7 +101,7 @@ def shared_results(
     command: list[str],
     env: dict[str, str],
     tmp_path_factory: "pytest.TempPathFactory",
-    timeout: float = 300,
+    timeout: float = 900,
 ) -> Results:
     """The results of a program that one worker runs for all of them."""
     folder = tmp_path_factory.getbasetemp()

@@ -8,7 +8,8 @@ import numpy as np
 from flax import serialization
 
 from .._random.keep_masks import Number
-from .._sites import PyTree, RecurrentDropout, is_entry, is_lazy
+from .._sites import PyTree, RecurrentDropout
+from .._trees import is_entry, is_lazy
 from ..noises.protocol import Noise, is_array
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from .._disturb import inside_names
 from .._leaky import Family, is_flax_gru, place_state
-from .._sites import Masks, PyTree, RecurrentDropout, draws_once, shape_of
+from .._sites import Masks, PyTree, RecurrentDropout, draws_once
+from .._trees import shape_of
 from .carry import DropoutCarry, start_sequence
 
 

@@ -10,7 +10,8 @@ from .._flax.carry import DropoutCarry, check_carry, inner_rng, run_step
 from .._flax.wrapper import CellWrapper
 from .._inside import trace_cell
 from .._shown import shown
-from .._sites import PyTree, RecurrentDropout, active_noises, shape_of
+from .._sites import PyTree, RecurrentDropout, active_noises
+from .._trees import shape_of
 from .cell_field import CellField, copy_with_cell, waits_for_a_host
 from .weights import restrict, run_on, weights_of
 

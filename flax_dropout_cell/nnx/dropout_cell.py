@@ -12,7 +12,8 @@ from .._flax.wrapper import CellWrapper
 from .._inside import trace_cell
 from .._random.keys import nested_rng
 from .._shown import shown
-from .._sites import PyTree, RecurrentDropout, shape_of
+from .._sites import PyTree, RecurrentDropout
+from .._trees import shape_of
 from .dropout_attribute import DropoutAttribute
 from .functional import call_with_params, functional_cell, params_of
 from .streams import RngSource, fork_stream, key_of
