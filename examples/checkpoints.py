@@ -13,6 +13,7 @@ several processes, the folder is one that all of them see, and all of them call 
 
 import hashlib
 import json
+import logging
 import shutil
 import sys
 import tempfile
@@ -59,9 +60,23 @@ class Checkpoints(NamedTuple):
         return self.manager.restore(self.newest, args=args)["state"]
 
     def save(self, step: int, state: Any, last: bool) -> None:
-        """Saves the state after `step` steps, if it is the turn of these or they were the last."""
+        """Saves the state after `step` steps, if it is the turn of these or they were the last.
+
+        Raises:
+          CheckpointError: it cannot be written. The older ones are as they were.
+        """
         if step % self.every and not last:
             return
+        try:
+            self._save(step, state)
+        except (OSError, ValueError) as error:  # Orbax gives a full disk as a ValueError.
+            full = "No space left on device" in str(error)
+            reason = "no space is left on the device" if full else str(error).splitlines()[0]
+            raise CheckpointError(
+                f"checkpoint {step} cannot be saved in {self.manager.directory}: {reason}"
+            ) from None
+
+    def _save(self, step: int, state: Any) -> None:
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), settings=ocp.args.JsonSave(dict(self.settings))
         )
@@ -100,6 +115,7 @@ def open_checkpoints(folder: Path, settings: Mapping[str, Any], every: int) -> C
 
 
 def build_manager(folder: Path) -> ocp.CheckpointManager:
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # What fails is raised, too: one line.
     # An array is written by one process, not in pieces by all: these need more than JAX 0.7.
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))

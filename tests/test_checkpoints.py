@@ -420,6 +420,22 @@ def test_a_program_with_other_settings_ends(
     assert f"error: {folder / series} has checkpoints of other settings: {change}" in stderr
 
 
+def test_a_checkpoint_of_another_config_ends_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["program.py", "--checkpoint", str(tmp_path / "saved"), *words_arguments(tmp_path)]
+    monkeypatch.setattr(language_model, "train", lambda *args: save(args[-1], 100) or iter(()))
+    monkeypatch.setattr(sys, "argv", [*command, "--config", "inan-small"])
+    language_model.main()
+    capfd.readouterr()
+    monkeypatch.setattr(sys, "argv", [*command, "--config", "zaremba-small"])
+    with pytest.raises(SystemExit) as end:
+        language_model.main()
+    stderr = capfd.readouterr().err
+    assert end.value.code == 2 and stderr.count("\n") == 1
+    assert "saved has checkpoints of other settings: scheme is none and was variational, " in stderr
+
+
 @pytest.mark.parametrize("module", [data_parallel, language_model])
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc", "/proc/nowhere"])
 def test_a_place_that_cannot_be_written_to_ends(
@@ -438,6 +454,35 @@ def test_a_place_that_cannot_be_written_to_ends(
     stderr = capfd.readouterr().err
     assert end.value.code == 2 and stderr.count("\n") == 1
     assert f"error: --checkpoint must be a folder to write to, got {place}" in stderr
+
+
+class FullDisk:
+    """A manager that fails as Orbax does where no space is left."""
+
+    def __init__(self, manager: Any) -> None:
+        self.directory = manager.directory
+
+    def save(self, *args: Any, **options: Any) -> None:
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']\nat ..")
+
+
+def test_a_full_disk_is_one_line_and_older_checkpoints_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "saved"
+
+    def train(config: Any, corpus: Any, opened: Any) -> Iterator[None]:
+        save(opened, 4)
+        save(opened._replace(manager=FullDisk(opened.manager)), 8)
+        yield
+
+    monkeypatch.setattr(language_model, "train", train)
+    command = [*words_arguments(tmp_path), "--checkpoint", str(folder), "--checkpoint-every", "4"]
+    monkeypatch.setattr(sys, "argv", ["program.py", *command, "--config", "zaremba-small"])
+    assert language_model.main() == 1
+    line, _ = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"checkpoint 8 cannot be saved in {folder}: no space is left on the")
+    assert saved(folder) == [4]
 
 
 def test_every_nth_step_is_saved_and_the_last(tmp_path: Path) -> None:

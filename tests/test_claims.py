@@ -29,6 +29,29 @@ def test_the_language_models_table() -> None:
     assert len(gains) == 3 and gain in (ROOT / "README.md").read_text(), gain
 
 
+def test_the_papers_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row per configuration, which says so where it was not trained."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    configs, report = (importlib.import_module(name) for name in ("configs", "report"))
+    page = (ROOT / "docs/which_scheme.md").read_text()
+    for name in configs.CONFIGS:
+        path = ROOT / f"docs/results/ptb_{name}.json"
+        (row,) = re.findall(rf"^\| `{name}` \| [^|]+ \| (.*) \|$", page, re.MULTILINE)
+        stored = json.loads(path.read_text()) if path.exists() else None
+        assert row == (
+            " | ".join(["not run", "", "", ""]) if stored is None else report.format_row(stored)
+        )
+
+
+def test_the_schemes_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables of all stored comparisons are on the page, as `scheme_tables.py` prints them."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables = importlib.import_module("scheme_tables")
+    page = (ROOT / "docs/which_scheme.md").read_text()
+    for path in (ROOT / "docs/results").glob("schemes_*.json"):
+        assert tables.format_table(json.loads(path.read_text())) in page, path.name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):

@@ -1,12 +1,9 @@
 """The examples run as a user would start them, and report what they have learned."""
 
-import dataclasses
 import gzip
 import importlib.util
-import itertools
 import json
 import os
-import pydoc_data.topics
 import random
 import re
 import signal
@@ -17,11 +14,9 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-
-import flax_dropout_cell as fdc
+from report import Result, format_table
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LANGUAGE_MODEL = EXAMPLES / "language_model.py"
@@ -213,8 +208,12 @@ def test_diverged_training_says_so(corpus_folder, tmp_path):
         (["--out", "file"], "file"),
         (["--epoch-count", "3"], "unrecognized arguments: --epoch-count 3"),
         (["--scheme", "zoneout"], "invalid choice: 'zoneout'"),
+        (["--config", "zaremba"], "invalid choice: 'zaremba'"),
         (["--epochs", "0"], "--epochs: must be a whole number of at least 1, got 0"),
-        (["--state-keep-prob", "1.5"], "--state-keep-prob: keep_prob must be between 0 and 1"),
+        (
+            ["--recurrent-keep-prob", "1.5"],
+            "--recurrent-keep-prob: keep_prob must be between 0 and 1",
+        ),
         (["--input-keep-prob", "nan"], "--input-keep-prob: keep_prob must be between 0 and 1"),
         (["--learning-rate", "-1"], "--learning-rate: must be above 0, got -1"),
     ],
@@ -242,184 +241,14 @@ def test_table_has_the_epoch_that_is_best_by_validation():
     bare = [[90, 50, 41], [80, 40, 42], [70, 60, 20]]
     dropped = [[90, 30, 42], [80, 36, 30]]
     results = [
-        language_model.Result("none", np.array(bare)),
-        language_model.Result("variational", np.array(dropped)),
+        Result("none", np.array(bare)),
+        Result("variational", np.array(dropped)),
     ]
-    assert read_table(language_model.format_table(results)) == {
+    assert read_table(format_table(results)) == {
         "no dropout": ("2", "40.00", "42.00"),
         "variational dropout": ("1", "30.00", "42.00"),
     }
-    assert language_model.format_table(results).splitlines()[-1].split() == ["-25.0%", "+0.0%"]
-
-
-# The text ----------------------------------------------------------------------------------------
-
-
-def test_default_documents_are_in_one_split_only():
-    documents = language_model.topic_documents()
-    splits = language_model.split_documents(documents)
-    assert sorted(itertools.chain(*splits.values())) == sorted(documents)
-    assert splits == language_model.split_documents(documents)
-    tenth = len(documents) // 10
-    assert [len(splits[split]) for split in SPLITS] == [len(documents) - 2 * tenth, tenth, tenth]
-    paragraphs = {split: {line for doc in splits[split] for line in doc} for split in SPLITS}
-    assert len(set().union(*paragraphs.values())) == sum(map(len, paragraphs.values()))
-    # The topics themselves are not disjoint: "while" is a part of "compound", for one.
-    topics = pydoc_data.topics.topics
-    repeated = language_model.tokenize(topics["while"].strip().split("\n\n")[-1])
-    assert repeated in language_model.tokenize(topics["compound"])
-    assert sum(line.count(repeated) for lines in paragraphs.values() for line in lines) == 1
-
-
-def test_default_corpus_is_numbered_by_its_training_split():
-    corpus = language_model.load_corpus(None, vocabulary_size=10_000)
-    assert len(corpus.train) > 40_000
-    assert len(corpus.train) / 12 < len(corpus.valid) < len(corpus.train) / 5
-    assert len(corpus.train) / 12 < len(corpus.test) < len(corpus.train) / 5
-    counts = np.bincount(corpus.train, minlength=len(corpus.vocabulary))
-    assert counts.min() >= 2
-    assert (np.diff(counts[2:]) <= 0).all()
-    for words in corpus[1:]:
-        assert 0 < np.mean(words == corpus.vocabulary.index("<unk>")) < 0.1
-        assert np.max(words) < len(corpus.vocabulary)
-    capped = language_model.load_corpus(None, vocabulary_size=100)
-    assert capped.vocabulary == corpus.vocabulary[:102]
-    np.testing.assert_array_equal(capped.valid, np.where(corpus.valid < 102, corpus.valid, 0))
-
-
-@pytest.mark.parametrize(
-    ("train", "vocabulary", "numbers"),
-    [
-        ("a b a\n\n b a c", ["<unk>", "<eos>", "a", "b"], ([2, 3, 2, 1, 3, 2, 0, 1], [0, 3, 0, 1])),
-        # A text that has <unk> keeps its rare words, or its perplexity would not compare.
-        ("b a b <unk> c", ["<unk>", "<eos>", "b", "a", "c"], ([2, 3, 2, 0, 4, 1], [4, 2, 0, 1])),
-    ],
-)
-def test_corpus_of_a_folder(train, vocabulary, numbers, tmp_path):
-    for split, text in (("train", train), ("valid", "c b d\n"), ("test", "<unk>")):
-        (tmp_path / f"{split}.txt").write_text(text)
-    corpus = language_model.load_corpus(tmp_path, vocabulary_size=10)
-    assert corpus.vocabulary == vocabulary
-    assert (corpus.train.tolist(), corpus.valid.tolist()) == numbers
-    assert corpus.test.tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 40])
-def test_windows_hold_each_word_once(batch_size):
-    words = np.arange(2, 33)
-    windows = language_model.cut_windows(words, batch_size, window=4)
-    assert windows.inputs.shape[1:] == (batch_size, 4)
-    rows = [part.swapaxes(0, 1).reshape(batch_size, -1) for part in windows]
-    inputs, targets, weights = rows
-    assert targets[weights == 1].tolist() == words.tolist()
-    assert inputs[weights == 1].tolist() == [1, *words[:-1].tolist()]
-    # A row is words first and padding then.
-    assert (np.diff(weights, axis=1) <= 0).all()
-
-
-# The training ------------------------------------------------------------------------------------
-
-
-TINY = language_model.Config(embedding_size=6, hidden_size=8, batch_size=2, window=7, epochs=2)
-
-
-@pytest.mark.parametrize("scheme", ["none", "per-step", "variational"])
-def test_dropout_sits_where_the_flags_say(scheme):
-    config = dataclasses.replace(
-        TINY,
-        scheme=scheme,
-        layers=3,
-        input_keep_prob=0.7,
-        state_keep_prob=0.8,
-        output_keep_prob=0.9,
-    )
-    before, state, after = (
-        fdc.Dropout(keep_prob=keep_prob, variational=scheme == "variational")
-        for keep_prob in (0.7, 0.8, 0.9)
-    )
-    inner = fdc.RecurrentDropout(input=before, state=state)
-    last = fdc.RecurrentDropout(input=before, state=state, output=after)
-    bare = fdc.RecurrentDropout()
-    expected = (bare, bare, bare) if scheme == "none" else (inner, inner, last)
-    assert language_model.build_dropouts(config) == expected
-
-
-def start(config):
-    model = language_model.build_model(config, vocabulary_size=12)
-    init_rng, rng = jax.random.split(jax.random.key(0))
-    return model, language_model.start_training(config, model, init_rng), rng
-
-
-def test_evaluation_hands_the_carry_on_over_the_whole_split():
-    model, state, _ = start(TINY)
-    words = np.random.default_rng(0).integers(0, 12, 45)
-    # By hand: the text in one piece, and no dropout stream.
-    inputs = np.concatenate([[1], words[:-1]])[None]
-    logits, _ = model.clone(deterministic=True).apply(
-        state.params, inputs, language_model.zero_carry(TINY, 1)
-    )
-    probs = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)))[0, range(45), words]
-    evaluate = language_model.build_evaluate(TINY, model)
-    nll = evaluate(state.params, language_model.cut_windows(words, 1, window=7))
-    np.testing.assert_allclose(nll, -np.log(probs).mean(), rtol=1e-5)
-
-
-def nll_after(step, state, window, train_step):
-    return float(train_step(state._replace(step=jnp.int32(step)), window).nll)
-
-
-@pytest.mark.parametrize("scheme", ["none", "per-step", "variational"])
-def test_masks_depend_on_the_window_and_on_nothing_else(scheme):
-    config = dataclasses.replace(TINY, scheme=scheme)
-    model, state, rng = start(config)
-    windows = language_model.cut_windows(np.arange(14) % 12, 2, 7)
-    window = language_model.Windows(*(part[0] for part in windows))
-    train_step = language_model.build_train_step(config, model, rng)
-    nlls = [nll_after(step, state, window, train_step) for step in (0, 1, 2, 1)]
-    assert nlls[1] == nlls[3]
-    assert len(set(nlls)) == (1 if scheme == "none" else 3)
-
-
-def test_carry_reaches_the_next_window_and_nothing_is_retraced(monkeypatch):
-    traces = []
-
-    def run_window(*args, original=language_model.run_window):
-        traces.append(None)
-        return original(*args)
-
-    monkeypatch.setattr(language_model, "run_window", run_window)
-    config = dataclasses.replace(TINY, scheme="none")
-    model, state, rng = start(config)
-    windows = language_model.cut_windows(np.arange(28) % 12, 2, 7)
-    train_step = language_model.build_train_step(config, model, rng)
-    zeros, second = state.carry, language_model.Windows(*(part[1] for part in windows))
-    state = train_step(state, language_model.Windows(*(part[0] for part in windows)))
-    assert len(traces) == 1
-    handed_on = float(train_step(state, second).nll - state.nll)
-    reset = float(train_step(state._replace(carry=zeros), second).nll - state.nll)
-    assert handed_on != reset
-    for _ in range(3):
-        state = train_step(state, second)
-    assert len(traces) == 1
-
-
-def test_trainings_differ_in_dropout_only(corpus_folder):
-    corpus = language_model.load_corpus(corpus_folder, vocabulary_size=10_000)
-
-    def last(scheme, keep_prob):
-        config = dataclasses.replace(
-            TINY,
-            scheme=scheme,
-            epochs=1,
-            input_keep_prob=keep_prob,
-            state_keep_prob=keep_prob,
-            output_keep_prob=keep_prob,
-        )
-        return [*language_model.train(config, corpus)][-1].tolist()
-
-    bare, kept = last("none", 0.5), last("variational", 1.0)
-    assert kept == bare
-    assert last("variational", 0.5) != last("per-step", 0.5) != bare
+    assert format_table(results).splitlines()[-1].split() == ["-25.0%", "+0.0%"]
 
 
 # The functional example --------------------------------------------------------------------------

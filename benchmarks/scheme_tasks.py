@@ -1,0 +1,130 @@
+"""The data that `schemes.py` compares recurrent-dropout schemes on, each read into one shape."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+PIECE = 64
+
+
+class Split(NamedTuple):
+    """Sequences side by side, padded: `[sequences, time, ...]`, and each one's length."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    lengths: np.ndarray
+
+
+class Task(NamedTuple):
+    """What is learned.
+
+    Attributes:
+      splits: to train on, to validate and to test.
+      outputs: how many numbers the model gives at a step.
+      nlls: of outputs and targets, the negative log-likelihood at each step, `[batch, time]`.
+      weights: of lengths and time, which steps count, and how much, `[batch, time]`.
+      unit: what a negative log-likelihood is per.
+      source: where the data is from.
+    """
+
+    splits: tuple[Split, Split, Split]
+    outputs: int
+    nlls: Callable[[jax.Array, jax.Array], jax.Array]
+    weights: Callable[[jax.Array, int], jax.Array]
+    unit: str
+    source: str
+
+
+def all_steps(lengths: jax.Array, time: int) -> jax.Array:
+    """Every step of a sequence counts."""
+    return (jnp.arange(time)[None] < lengths[:, None]).astype(jnp.float32)
+
+
+def last_step(lengths: jax.Array, time: int) -> jax.Array:
+    """Only what comes at a sequence's end counts."""
+    return (jnp.arange(time)[None] == lengths[:, None] - 1).astype(jnp.float32)
+
+
+def cut_long(songs: list[np.ndarray], steps: int) -> list[np.ndarray]:
+    """The songs in pieces of at most `steps` predictions each: less padding, shorter training."""
+    pieces = [song[at : at + steps + 1] for song in songs for at in range(0, len(song) - 1, steps)]
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+def load_chorales(data: Path | None) -> Task:
+    """The keys of the next step of a chorale from those before; `data` holds the `.mat` file."""
+    from scipy.io import loadmat
+
+    if data is None:
+        raise FileNotFoundError("--data FOLDER must hold jsb_chorales.mat")
+    arrays: Any = loadmat(str(data / "jsb_chorales.mat"))
+
+    def split(name: str) -> Split:
+        songs = [song.astype(np.float32) for song in arrays[name].ravel()]
+        if name == "traindata":
+            songs = cut_long(songs, PIECE)
+        lengths = np.array([len(song) - 1 for song in songs], np.int32)
+        rolls = np.zeros((len(songs), lengths.max() + 1, 88), np.float32)
+        for roll, song in zip(rolls, songs, strict=True):
+            roll[: len(song)] = song
+        return Split(rolls[:, :-1], rolls[:, 1:], lengths)
+
+    def nlls(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        return optax.sigmoid_binary_cross_entropy(outputs, targets).sum(-1)
+
+    names = ("traindata", "validdata", "testdata")
+    source = "JSB Chorales, Boulanger-Lewandowski's split"
+    return Task(tuple(map(split, names)), 88, nlls, all_steps, "step", source)  # type: ignore[arg-type]
+
+
+def load_digits(data: Path | None) -> Task:
+    """Which digit an image shows, read pixel by pixel; scikit-learn ships them."""
+    from sklearn import datasets
+
+    images, labels = datasets.load_digits(return_X_y=True)
+    inputs = (images[:, :, None] / 16).astype(np.float32)
+    order = np.random.default_rng(0).permutation(len(inputs))
+    lengths = np.full(len(inputs), 64, np.int32)
+    targets = np.broadcast_to(labels[:, None], (len(labels), 64)).astype(np.int32)
+    splits = [
+        Split(inputs[part], targets[part], lengths[part])
+        for part in np.split(order, [1097, 1447])  # 1097 to train on, 350 each to the others
+    ]
+    nlls = optax.softmax_cross_entropy_with_integer_labels
+    return Task(tuple(splits), 10, nlls, last_step, "image", "scikit-learn's digits")  # type: ignore[arg-type]
+
+
+def load_sunspots(data: Path | None) -> Task:
+    """The next 11 years of the yearly sunspot numbers from 44; statsmodels ships them."""
+    from statsmodels.datasets import sunspots
+
+    past, ahead = 44, 11
+    table: Any = sunspots.load_pandas().data
+    series = (np.sqrt(table["SUNACTIVITY"].to_numpy()) / 4 - 1.5).astype(np.float32)
+    years = table["YEAR"].to_numpy().astype(int)
+    starts = np.arange(past, len(series) - ahead + 1)
+    first, last = years[starts], years[starts + ahead - 1]
+
+    def split(starts: np.ndarray) -> Split:
+        inputs = np.stack([series[start - past : start, None] for start in starts])
+        futures = np.stack([series[start : start + ahead] for start in starts])
+        targets = np.repeat(futures[:, None], past, axis=1)
+        return Split(inputs, targets, np.full(len(starts), past, np.int32))
+
+    def nlls(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        mean, log_scale = jnp.split(outputs, 2, axis=-1)
+        log_scale = jnp.maximum(log_scale, -5)
+        deviations = (targets - mean) * jnp.exp(-log_scale)
+        return (deviations**2 / 2 + log_scale + jnp.log(2 * jnp.pi) / 2).mean(-1)
+
+    cuts = (last < 1890, (first >= 1890) & (last < 1929), first >= 1929)
+    splits = tuple(split(starts[cut]) for cut in cuts)
+    return Task(splits, 2 * ahead, nlls, last_step, "year", "yearly sunspots, 1700 to 2008")  # type: ignore[arg-type]
+
+
+TASKS = {"chorales": load_chorales, "digits": load_digits, "sunspots": load_sunspots}
