@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from typing import Any
 
 import configs
 import corpus as texts
@@ -247,8 +248,9 @@ class InMemory:
 
     every = 4
 
-    def __init__(self, state=None, until=None):
-        self.state, self.until = state, until
+    def __init__(self, state: Any = None, until: int | None = None):
+        self.state: Any = state
+        self.until = until
 
     def restore(self, state):
         return state if self.state is None else self.state
@@ -268,7 +270,7 @@ def test_a_killed_training_of_a_config_goes_on_to_the_same_weights(corpus_folder
     assert whole.opt_state[-1].begun  # so that the average is among what must survive
     checkpoints = InMemory(until=int(whole.step) - 6)
     with pytest.raises(Killed):
-        [*language_model.train(config, corpus, checkpoints)]
+        list(language_model.train(config, corpus, checkpoints))
     assert 0 < checkpoints.state.step < whole.step
     *_, resumed = language_model.train(config, corpus, InMemory(checkpoints.state))
     for ended in (whole, resumed):
