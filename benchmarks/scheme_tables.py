@@ -1,7 +1,4 @@
-"""The table of `schemes.py`, from its JSON.
-
-python benchmarks/scheme_tables.py results/schemes_chorales.json
-"""
+"""The table of `schemes.py`, from its JSON; run with the JSON's path, it prints it."""
 
 import json
 import sys
@@ -14,23 +11,19 @@ import numpy as np
 def format_table(report: dict[str, Any]) -> str:
     """A row per scheme and cell: what was picked, and the test over the seeds."""
     lines = [
-        f"| scheme | cell | picked | test, nats per {report['unit']} | against none | time |",
-        "|---|---|---|---|---|---|",
+        f"| scheme | cell | picked | test, nats per {report['unit']} | against none |",
+        "|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         test = np.array(row["test_nll"])
         bare = find(report, row["cell"], "none")
-        change, cost = "", ""
+        change = ""
         if bare is not None and bare is not row:
             gain, error = gain_of(row, bare)
             change = f"{-gain:+.2f} ({abs(gain) / error:.1f} standard errors)"
-        if bare is not None:
-            cost = f"{seconds_per_run(row) / seconds_per_run(bare):.1f}"
         picked = "" if row["scheme"] == "none" else f"{row['strength']:g}"
         score = f"{test.mean():.2f} ± {test.std(ddof=1):.2f}"
-        lines.append(
-            f"| {row['scheme']} | {row['cell']} | {picked} | {score} | {change} | {cost} |"
-        )
+        lines.append(f"| {row['scheme']} | {row['cell']} | {picked} | {score} | {change} |")
     return "\n".join(lines)
 
 
@@ -44,11 +37,6 @@ def gain_of(row: dict[str, Any], bare: dict[str, Any]) -> tuple[float, float]:
     ours, theirs = np.array(row["test_nll"]), np.array(bare["test_nll"])
     error = np.sqrt(ours.var(ddof=1) / len(ours) + theirs.var(ddof=1) / len(theirs))
     return float(theirs.mean() - ours.mean()), float(error)
-
-
-def seconds_per_run(row: dict[str, Any]) -> float:
-    """CPU time by the number of trainings, compilation included."""
-    return row["cpu_seconds"] / (len(row["strengths"]) + len(row["seed"]) - 1)
 
 
 if __name__ == "__main__":
