@@ -28,6 +28,7 @@ class Task(NamedTuple):
       outputs: how many numbers the model gives at a step.
       nlls: of outputs and targets, the negative log-likelihood at each step, `[batch, time]`.
       weights: of lengths and time, which steps count, and how much, `[batch, time]`.
+      drops_inputs: whether a scheme that drops what a layer reads does so here.
       unit: what a negative log-likelihood is per.
       source: where the data is from.
     """
@@ -36,6 +37,7 @@ class Task(NamedTuple):
     outputs: int
     nlls: Callable[[jax.Array, jax.Array], jax.Array]
     weights: Callable[[jax.Array, int], jax.Array]
+    drops_inputs: bool
     unit: str
     source: str
 
@@ -79,7 +81,7 @@ def load_chorales(data: Path | None) -> Task:
 
     names = ("traindata", "validdata", "testdata")
     source = "JSB Chorales, Boulanger-Lewandowski's split"
-    return Task(tuple(map(split, names)), 88, nlls, all_steps, "step", source)  # type: ignore[arg-type]
+    return Task(tuple(map(split, names)), 88, nlls, all_steps, True, "step", source)  # type: ignore[arg-type]
 
 
 def load_digits(data: Path | None) -> Task:
@@ -96,7 +98,7 @@ def load_digits(data: Path | None) -> Task:
         for part in np.split(order, [1097, 1447])  # 1097 to train on, 350 each to the others
     ]
     nlls = optax.softmax_cross_entropy_with_integer_labels
-    return Task(tuple(splits), 10, nlls, last_step, "image", "scikit-learn's digits")  # type: ignore[arg-type]
+    return Task(tuple(splits), 10, nlls, last_step, False, "image", "scikit-learn's digits")  # type: ignore[arg-type]
 
 
 def load_sunspots(data: Path | None) -> Task:
@@ -120,11 +122,12 @@ def load_sunspots(data: Path | None) -> Task:
         mean, log_scale = jnp.split(outputs, 2, axis=-1)
         log_scale = jnp.maximum(log_scale, -5)
         deviations = (targets - mean) * jnp.exp(-log_scale)
-        return (deviations**2 / 2 + log_scale + jnp.log(2 * jnp.pi) / 2).mean(-1)
+        return (deviations**2 / 2 + log_scale + jnp.log(2 * jnp.pi) / 2).sum(-1)
 
     cuts = (last < 1890, (first >= 1890) & (last < 1929), first >= 1929)
     splits = tuple(split(starts[cut]) for cut in cuts)
-    return Task(splits, 2 * ahead, nlls, last_step, "year", "yearly sunspots, 1700 to 2008")  # type: ignore[arg-type]
+    source = "yearly sunspots, 1700 to 2008"
+    return Task(splits, 2 * ahead, nlls, last_step, False, "11 years", source)  # type: ignore[arg-type]
 
 
 TASKS = {"chorales": load_chorales, "digits": load_digits, "sunspots": load_sunspots}

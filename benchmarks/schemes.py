@@ -51,48 +51,55 @@ class Config:
 
 
 class Scheme(NamedTuple):
-    """A scheme: its noise of a strength, the strengths to pick from, and how it is tested."""
+    """A scheme: its noise of a strength, the strengths to pick from, and how it is tested.
+
+    `noise(strength, before)` takes what to keep of the inputs apart: some tasks drop none of them.
+    """
 
     name: str
-    noise: Callable[[Any], fdc.RecurrentDropout]
+    noise: Callable[[Any, Any], fdc.RecurrentDropout]
     strengths: tuple[float, ...]
     monte_carlo: bool = False
 
 
-def zaremba(keep: Any) -> fdc.RecurrentDropout:
-    return fdc.recipes.zaremba2014(input_keep_prob=keep, output_keep_prob=keep)
+def no_dropout(_: Any, __: Any) -> fdc.RecurrentDropout:
+    return fdc.RecurrentDropout()
 
 
-def gal(keep: Any, tied: bool = True) -> fdc.RecurrentDropout:
+def zaremba(keep: Any, before: Any) -> fdc.RecurrentDropout:
+    return fdc.recipes.zaremba2014(input_keep_prob=before, output_keep_prob=keep)
+
+
+def gal(keep: Any, before: Any, tied: bool = True) -> fdc.RecurrentDropout:
     return fdc.recipes.gal2016(
-        input_keep_prob=keep, recurrent_keep_prob=keep, output_keep_prob=keep, tied=tied
+        input_keep_prob=before, recurrent_keep_prob=keep, output_keep_prob=keep, tied=tied
     )
 
 
-def semeniuta(keep: Any) -> fdc.RecurrentDropout:
+def semeniuta(keep: Any, before: Any) -> fdc.RecurrentDropout:
     return fdc.recipes.semeniuta2016(
-        candidate_keep_prob=keep, input_keep_prob=keep, output_keep_prob=keep
+        candidate_keep_prob=keep, input_keep_prob=before, output_keep_prob=keep
     )
 
 
-def zoneout(prob: Any) -> fdc.RecurrentDropout:
+def zoneout(prob: Any, _: Any) -> fdc.RecurrentDropout:
     return fdc.recipes.krueger2016(cell_prob=prob, hidden_prob=prob / 3)
 
 
-def weight_drop(keep: Any) -> fdc.RecurrentDropout:
-    spec = fdc.recipes.merity2017(weight_keep_prob=keep, input_keep_prob=keep)
+def weight_drop(keep: Any, before: Any) -> fdc.RecurrentDropout:
+    spec = fdc.recipes.merity2017(weight_keep_prob=keep, input_keep_prob=before)
     output = fdc.Dropout(keep_prob=keep, variational=True)
     return dataclasses.replace(spec, output=output)
 
 
-def weight_noise(stddev: Any) -> fdc.RecurrentDropout:
+def weight_noise(stddev: Any, _: Any) -> fdc.RecurrentDropout:
     return fdc.RecurrentDropout(params=fdc.GaussianNoise(stddev=stddev, variational=True))
 
 
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme("none", lambda _: fdc.RecurrentDropout(), (0.0,)),
+        Scheme("none", no_dropout, (0.0,)),
         Scheme("Zaremba", zaremba, KEPT),
         Scheme("Gal, tied", gal, KEPT),
         Scheme("Gal, tied, Monte Carlo", gal, KEPT, monte_carlo=True),
@@ -153,7 +160,7 @@ def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Cal
         return (weights * nlls).sum() / weights.sum()
 
     def run(rng: jax.Array, strength: jax.Array) -> Any:
-        spec = scheme.noise(strength)
+        spec = scheme.noise(strength, strength if task.drops_inputs else 1.0)
         cell_rng, kernel_rng, rng = jax.random.split(rng, 3)
         shape = (config.units, task.outputs)
         params = {

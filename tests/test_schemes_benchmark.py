@@ -32,7 +32,7 @@ def make_task(tasks):
     def nlls(outputs, targets):
         return optax.sigmoid_binary_cross_entropy(outputs, targets).sum(-1)
 
-    return tasks.Task((split,) * 3, 2, nlls, tasks.all_steps, "step", "made up")
+    return tasks.Task((split,) * 3, 2, nlls, tasks.all_steps, True, "step", "made up")
 
 
 def test_a_comparison_picks_by_validation_and_runs_all_seeds(modules):
@@ -61,7 +61,7 @@ def test_padding_does_not_count(modules):
         "bias": jnp.zeros(2),
     }
     split = tasks.Split(*map(jnp.asarray, task.splits[0]))
-    spec = schemes.SCHEMES["none"].noise(None)
+    spec = schemes.SCHEMES["none"].noise(None, None)
     weights = task.weights(split.lengths, 6)
     assert weights.sum(1).tolist() == split.lengths.tolist()
     assert tasks.last_step(split.lengths, 6)[5].tolist() == [0, 0, 1, 0, 0, 0]
@@ -74,7 +74,7 @@ def test_every_scheme_has_four_strengths_and_a_noise_of_each(modules):
     schemes, _, _ = modules
     for name, scheme in schemes.SCHEMES.items():
         assert len(set(scheme.strengths)) == (1 if name == "none" else 4)
-        specs = [scheme.noise(strength) for strength in scheme.strengths]
+        specs = [scheme.noise(strength, strength) for strength in scheme.strengths]
         assert len(set(specs)) == len(specs)
 
 
