@@ -43,6 +43,21 @@ def test_the_papers_table(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+def test_what_the_page_says_of_the_chorales() -> None:
+    """Without dropout most seeds are best in the last epoch, and the weakest dropout was picked."""
+    report = json.loads((ROOT / "docs/results/schemes_chorales.json").read_text())
+    page = (ROOT / "docs/which_scheme.md").read_text()
+    config = report["config"]
+    assert f"{config['units']} units, {config['epochs']} epochs" in page
+    rows = {row["scheme"]: row for row in report["rows"]}
+    assert sum(epoch == config["epochs"] for epoch in rows["none"]["best_epoch"]) >= 3
+    gal = rows["Gal, tied"]
+    assert gal["strength"] == max(gal["strengths"])
+    by_strength = zip(gal["strengths"], gal["valid_nll_by_strength"], strict=True)
+    nlls = [nll for _, nll in sorted(by_strength, reverse=True)]
+    assert nlls == sorted(nlls)
+
+
 def test_the_schemes_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tables of all stored comparisons are on the page, as `scheme_tables.py` prints them."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -1,5 +1,7 @@
 """The language model's optimizer: what its pieces do, and when weights are averaged."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import optimizers
@@ -10,7 +12,8 @@ def test_updates_by_hand():
     config = Config(
         adam=False, max_grad_norm=5.0, l2=0.01, weight_decay=0.001, averaging_patience=1
     )
-    optimizer, params, grads = optimizers.build_optimizer(config), jnp.array([3.0, 4.0]), 30.0
+    optimizer: Any = optimizers.build_optimizer(config)
+    params, grads = jnp.array([3.0, 4.0]), 30.0
     state, seen = optimizer.init(params), []
     for step in range(4):
         if step == 2:
