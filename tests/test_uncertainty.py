@@ -11,8 +11,9 @@ import pytest
 from test_examples import EXAMPLES, PNG_SIGNATURE, load_example, run_example
 
 PROGRAM = EXAMPLES / "uncertainty.py"
+sunspots = load_example(EXAMPLES / "sunspots.py")
 uncertainty = load_example(PROGRAM)
-SMALL = "--steps 400 --units 32 --samples 60 --learning-rate 0.01".split()
+SMALL = "--steps 400 --units 32 --samples 60 --members 2 --learning-rate 0.01".split()
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_table_and_json_agree_and_the_plot_is_a_png(trained: tuple[Any, Path]) -
         "175 windows to train on, 70 held out, whose forecasts are of 1929 to 2008"
     )
     results = read_results(out)
-    assert [*results] == ["no dropout", "dropout"]
+    assert [*results] == ["no dropout", "dropout", "ensemble"]
     for name, result in results.items():
         numbers = [f"{share:.1%}" for share in result["coverage"].values()]
         numbers += [f"{result['log_likelihood']:.3f}", f"{result['error']:.3f}"]
@@ -46,7 +47,7 @@ def test_with_dropout_the_bands_hold_more_of_what_they_say(trained: tuple[Any, P
     results = read_results(trained[1])
     bare, dropped = results["no dropout"], results["dropout"]
     for level in ("0.5", "0.8", "0.95"):
-        assert bare["coverage"][level] + 0.1 < dropped["coverage"][level]
+        assert bare["coverage"][level] + 0.05 < dropped["coverage"][level]
     assert dropped["coverage"]["0.95"] > 0.8
     assert dropped["log_likelihood"] > bare["log_likelihood"] + 1
     assert dropped["error"] < bare["error"]
@@ -59,7 +60,7 @@ def test_no_window_to_train_on_reaches_the_years_held_out() -> None:
     # A window's past ends where its future begins: shifted by a year, they overlap.
     np.testing.assert_array_equal(training.past[1:, -1, 0], training.future[:-1, 0])
     spots = np.array([0.0, 4.0, 100.0, 190.2])
-    np.testing.assert_allclose(uncertainty.to_spots(uncertainty.to_scale(spots)), spots, atol=1e-4)
+    np.testing.assert_allclose(sunspots.to_spots(sunspots.to_scale(spots)), spots, atol=1e-4)
 
 
 def test_coverage_and_likelihood_of_forecasts_that_are_known() -> None:
@@ -77,14 +78,29 @@ def test_coverage_and_likelihood_of_forecasts_that_are_known() -> None:
 
 
 def test_each_sample_has_masks_of_its_own_and_without_dropout_there_are_none() -> None:
-    config = uncertainty.Config(units=4, samples=5)
+    config = uncertainty.Config(units=4, samples=10, members=5)
     past = uncertainty.load_windows()[1].past[:2]
     with jax.numpy_dtype_promotion("standard"):
-        for dropout in (False, True):
-            model = uncertainty.build_model(config, dropout)
-            found = uncertainty.forecast(config, model, past)
-            assert len({mean.tobytes() for mean in found.mean}) == (5 if dropout else 1)
-            assert len({value.tobytes() for value in found.values}) == 5
+        for name, predictions in (("dropout", 10), ("ensemble", 5)):
+            models = uncertainty.build_models(config, name)
+            found = uncertainty.forecast(config, models, past)
+            assert found.mean.shape == (10, 2, uncertainty.AHEAD)
+            assert len({mean.tobytes() for mean in found.mean}) == predictions
+            assert len({value.tobytes() for value in found.values}) == 10
+
+
+def test_members_are_models_of_their_own_and_train_apart() -> None:
+    """In one program: its member is what it is alone."""
+    config = uncertainty.Config(units=4, steps=3, members=5)
+    training = uncertainty.load_windows()[0]
+    windows = training._replace(past=training.past[:8], future=training.future[:8])
+    with jax.numpy_dtype_promotion("standard"):
+        one = uncertainty.train(config, windows, "no dropout")
+        five = uncertainty.train(config, windows, "ensemble")
+    alone, together = (one.readout.kernel[...], five.readout.kernel[...])
+    assert together.shape == (5, *alone.shape[1:])
+    np.testing.assert_allclose(together[0], alone[0], rtol=1e-4, atol=1e-6)
+    assert len({kernel.tobytes() for kernel in np.asarray(together)}) == 5
 
 
 @pytest.mark.parametrize(
@@ -122,3 +138,22 @@ def test_ctrl_c_ends_a_training_and_logs_have_no_bar(monkeypatch: Any, capsys: A
         "dropout: stopped after 2 of 9 steps\ndropout: trained to a loss of 0.250 nats per year\n"
     )
     assert printed.err == ""
+
+
+# What docs/coverage.md says ----------------------------------------------------------------------
+
+DOCS = EXAMPLES.parent / "docs"
+STORED = [json.loads(path.read_text()) for path in sorted(DOCS.glob("results/uncertainty_seed*"))]
+
+
+def test_the_page_shows_the_stored_results() -> None:
+    page = (DOCS / "coverage.md").read_text()
+    assert [report["seed"] for report in STORED] == [0]
+    assert "python examples/uncertainty.py --members 5" in page
+    for report in STORED:
+        assert report["config"] == vars(uncertainty.Config(members=5))
+        for result in report["results"]:
+            cells = [str(report["seed"]), result["model"]]
+            cells += [f"{share:.0%}" for share in result["coverage"].values()]
+            cells += [f"{result['log_likelihood']:.2f}", f"{result['error']:.2f}"]
+            assert f"| {' | '.join(cells)} |" in page, cells
