@@ -163,3 +163,30 @@ def test_gradients_in_every_host(host) -> None:
     np.testing.assert_array_equal(of_xs, seen["input"])
     np.testing.assert_array_equal(of_weights, seen["params"].sum((0, 1)))
     assert set(np.unique(of_xs)) == {0.0, 2.0}
+
+
+def test_a_packed_rows_gradient_is_that_of_its_sequences_alone() -> None:
+    noise = fdc.Dropout(keep_prob=0.6, variational=True)
+    spec = fdc.RecurrentDropout(input=noise, inside={"recurrent": noise})
+    params, zeros = fdc.init_lstm(jax.random.key(0), 3, 8), jnp.zeros((1, 8))
+    xs = jax.random.normal(jax.random.key(1), (7, 1, 3))
+    resets = jnp.zeros((7, 1), bool).at[4].set(True)
+    ids = jnp.array([30] * 4 + [11] * 3)[:, None]
+
+    def loss(params: Any, xs: jax.Array, **options: Any) -> jax.Array:
+        given: Any = {"cell": fdc.lstm_cell, "dropout": spec, **options}
+        carry = fdc.LSTMState(zeros, zeros)
+        return (fdc.dropout_scan(params, carry, xs, jax.random.key(2), **given)[1] ** 2).sum()
+
+    def alone(params: Any, xs: jax.Array) -> jax.Array:
+        first = loss(params, xs[:4], sequence_ids=jnp.array([30]))
+        return first + loss(params, xs[4:], sequence_ids=jnp.array([11]))
+
+    def packed(params: Any, xs: jax.Array) -> jax.Array:
+        return loss(params, xs, resets=resets, sequence_ids=ids)
+
+    ours, theirs = jax.jit(
+        lambda *args: [jax.grad(which, (0, 1))(*args) for which in (packed, alone)]
+    )(params, xs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, theirs)
+    assert all(jnp.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(theirs))
