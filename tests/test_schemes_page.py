@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from schemes import SCHEMES, example
-from test_scheme_traps import variational_sites
 
 import flax_dropout_cell as fdc
 
@@ -49,20 +48,23 @@ def spec_of(name: str) -> fdc.RecurrentDropout:
 @rows
 def test_a_row_says_when_it_draws(name: str) -> None:
     spec = spec_of(name)
-    assert bool(variational_sites(spec)) == (ROWS[name][0] == "once per sequence")
+    drawn = {variational for noises in kinds(spec, "input").values() for _, variational in noises}
+    assert drawn == {ROWS[name][0] == "once per sequence"}
     for scheme in (SCHEMES[other] for other in TESTED[name]):
         if scheme.cell == "lstm":
             assert kinds(spec) == kinds(scheme.spec)
 
 
-def kinds(spec: fdc.RecurrentDropout) -> dict[str, set[tuple[type, bool]]]:
-    """What draws where: recipes have more inputs and outputs to choose from than a row uses."""
+def kinds(spec: fdc.RecurrentDropout, *more: str) -> dict[str, set[tuple[type, bool]]]:
+    """What draws where; recipes have more inputs and outputs to choose from than a row uses."""
+    sites = {"params": spec.params, "state": spec.state, **spec.inside}
     found = {}
-    for site, prefix in {"params": spec.params, "state": spec.state, **spec.inside}.items():
+    for site, prefix in (sites | {site: getattr(spec, site) for site in more}).items():
         # A lazy prefix has its noise in a field.
         prefix = getattr(prefix, "noise", prefix)
         noises = jax.tree.leaves(prefix, is_leaf=lambda node: hasattr(node, "draw_mask"))
-        found[site] = {(type(noise), noise.variational) for noise in noises}
+        drawing = [noise for noise in noises if not getattr(noise, "is_identity", False)]
+        found[site] = {(type(noise), noise.variational) for noise in drawing}
     return {site: noises for site, noises in found.items() if noises}
 
 

@@ -1,0 +1,104 @@
+"""What masks for each gate cost beside masks for all gates: Gal's two variants, in one process.
+
+    python benchmarks/untied.py                     # T=128, B=64, H=256
+    python benchmarks/untied.py --rounds 5 --out results
+
+Within a round each program runs once, so that whatever else the machine does meets all of them; a
+ratio is the median over the rounds of a program's time divided by the tied one's in the same round.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from compare import cpu_name, positive_int
+
+import flax_dropout_cell as fdc
+
+STEPS, BATCH, FEATURES = 128, 64, 256
+CELLS = {"LSTM": (fdc.lstm_cell, fdc.init_lstm), "GRU": (fdc.gru_cell, fdc.init_gru)}
+PARTS = ("forward", "gradient")
+
+
+def compile_program(cell: str, tied: bool, part: str) -> Any:
+    """A compiled program with its arguments: `run(*args)`."""
+    step, init = CELLS[cell]
+    rng = jax.random.key(0)
+    spec = fdc.recipes.gal2016(input_keep_prob=0.7, recurrent_keep_prob=0.7, tied=tied)
+    h = jnp.zeros((BATCH, FEATURES))
+    carry: Any = (h, h) if cell == "LSTM" else h
+
+    def forward(params: Any, xs: jax.Array, rng: jax.Array) -> jax.Array:
+        return fdc.dropout_scan(params, carry, xs, rng, cell=step, dropout=spec)[1]
+
+    def loss(*args: Any) -> jax.Array:
+        return (forward(*args) ** 2).mean()
+
+    xs = jax.random.normal(rng, (STEPS, BATCH, FEATURES))
+    args = init(rng, FEATURES, FEATURES), xs, rng
+    run = forward if part == "forward" else jax.grad(loss)
+    return jax.jit(run).lower(*args).compile(), args
+
+
+def measure(rounds: int) -> dict[str, dict[str, list[float]]]:
+    """The seconds of each program in each round, by cell and part, first tied, then untied."""
+    programs = {
+        (f"{cell}, {part}", "tied" if tied else "untied"): compile_program(cell, tied, part)
+        for cell in CELLS
+        for part in PARTS
+        for tied in (True, False)
+    }
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for number in range(rounds + 1):  # the first is to warm up
+        for (name, masks), (run, args) in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(*args))
+            if number:
+                took = time.perf_counter() - start
+                seconds.setdefault(name, {}).setdefault(masks, []).append(took)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]]) -> float:
+    return float(np.median(np.divide(seconds["untied"], seconds["tied"])))
+
+
+def format_table(seconds: dict[str, dict[str, list[float]]]) -> str:
+    lines = ["| | forward | gradient |", "|---|---|---|"]
+    for cell in CELLS:
+        cells = [f"{ratio(seconds[f'{cell}, {part}']):.2f}" for part in PARTS]
+        lines.append(f"| {cell} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What masks for each gate cost.")
+    parser.add_argument("--rounds", type=positive_int, default=31)
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    options = parser.parse_args()
+    seconds = measure(options.rounds)
+    print(format_table(seconds))
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "command": f"python benchmarks/untied.py --rounds {options.rounds}",
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("jax", "jaxlib")},
+        "config": {"time": STEPS, "batch": BATCH, "features": FEATURES},
+        "seconds": seconds,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "untied.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
