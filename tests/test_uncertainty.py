@@ -20,7 +20,7 @@ SMALL = "--steps 400 --units 32 --samples 60 --members 2 --learning-rate 0.01".s
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A finished run: what it printed, and where it wrote."""
     out = tmp_path_factory.mktemp("uncertainty") / "results"
-    return run_example(PROGRAM, *SMALL, "--out", out), out
+    return run_example(PROGRAM, *SMALL, "--out", out, trains_long=True), out
 
 
 def read_results(out: Path) -> dict[str, dict[str, Any]]:
