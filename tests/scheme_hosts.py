@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from paper_schemes import FEATURES, UNITS, as_dict, example
 from quick_prng import QUICK
-from schemes import FEATURES, UNITS, as_dict, example
 
 import flax_dropout_cell as fdc
 

@@ -9,8 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from paper_schemes import (
+    BATCH,
+    FEATURES,
+    LENGTHS,
+    SCHEMES,
+    draw,
+    example,
+    loss,
+    masks_of,
+    run,
+    schemes,
+)
 from scheme_equations import KEEP
-from schemes import BATCH, FEATURES, LENGTHS, SCHEMES, draw, example, loss, masks_of, run, schemes
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell import recipes

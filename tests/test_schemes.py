@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scheme_equations as equations
-from schemes import FULL, LENGTHS, SCHEMES, STEPS, draw, example, loss, masks_of, run, schemes
+from paper_schemes import FULL, LENGTHS, SCHEMES, STEPS, draw, example, loss, masks_of, run, schemes
 
 
 @schemes

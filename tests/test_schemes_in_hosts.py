@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scheme_equations as equations
 from flax import nnx
+from paper_schemes import BATCH, FEATURES, FULL, SCHEMES, STEPS, UNITS, example, frozen, schemes
 from quick_prng import QUICK
 from scheme_hosts import (
     EVALUATION,
@@ -21,7 +22,6 @@ from scheme_hosts import (
     linen_module,
     nnx_cell,
 )
-from schemes import BATCH, FEATURES, FULL, SCHEMES, STEPS, UNITS, example, frozen, schemes
 
 import flax_dropout_cell as fdc
 

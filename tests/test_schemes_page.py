@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from schemes import SCHEMES, example
+from paper_schemes import SCHEMES, example
 
 import flax_dropout_cell as fdc
 
