@@ -1,10 +1,12 @@
-"""`jax.lax.scan` that keeps little for the gradient: it knows nothing of dropout."""
+"""A scan that keeps little for the gradient: it knows nothing of dropout."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from . import _hoisted_scan
 
 PyTree = Any
 
@@ -22,16 +24,16 @@ def scan(
     """Scans in chunks whose inside is computed a second time for the gradient.
 
     Kept are the carries between the chunks, and one chunk's inside at a time, so memory grows with
-    `steps / checkpoint_every + checkpoint_every`. None, or a chunk as long as the sequence, is
-    `jax.lax.scan`.
+    `steps / checkpoint_every + checkpoint_every`. None is one chunk.
     """
     every = steps if checkpoint_every is None else checkpoint_every
-    if every >= steps:
-        return jax.lax.scan(step, carry, xs, length=steps, reverse=reverse, unroll=unroll)
 
     def run(carry: PyTree, xs: PyTree, length: int) -> tuple[PyTree, PyTree]:
-        return jax.lax.scan(step, carry, xs, length=length, reverse=reverse, unroll=unroll)
+        options: dict[str, Any] = {"length": length, "reverse": reverse, "unroll": unroll}
+        return _hoisted_scan.scan(step, carry, xs, **options)
 
+    if every >= steps:
+        return run(carry, xs, steps)
     chunks, left = divmod(steps, every)
     # What does not fill a chunk runs last, so the backward pass is done with it first.
     at = left if reverse else steps - left

@@ -12,39 +12,22 @@ from . import _checkpointed_scan
 from ._disturb import Disturbance
 from ._inside import Cell
 from ._leaky import family_of, place_state
-from ._random.keys import as_rng, step_rng
-from ._rows import rows_by_id
-from ._sequences import (
-    RowMasks,
-    check_reset_carry,
-    plan_sequences,
-    select_rows,
-    start_anew,
-)
+from ._random.keys import as_rng
+from ._sequence_step import At, Running, SequenceStep, check_batch_dims, disturb_once
+from ._sequences import RowMasks, check_reset_carry, plan_sequences
 from ._shown import shown
 from ._sites import (
-    PARAMS,
-    Leaf,
     Masks,
     PyTree,
     RecurrentDropout,
     Site,
-    draws_at_each_step,
     draws_once,
     dtype_of,
     make_masks,
     pair_up,
     sites_of,
 )
-from ._step import (
-    as_rows,
-    check_dropout,
-    check_masks,
-    check_step,
-    draw_sites,
-    run_step,
-    site_values,
-)
+from ._step import as_rows, check_dropout, check_masks, check_step, draw_sites, site_values
 
 
 def dropout_scan(
@@ -135,11 +118,11 @@ def dropout_scan(
     _check_start(start, steps)
     if seq_lengths is not None:
         seq_lengths = _check_seq_lengths(seq_lengths)
-        _check_batch_dims("carry", carry, seq_lengths.shape, "seq_lengths")
+        check_batch_dims("carry", carry, seq_lengths.shape, "seq_lengths")
     sequences, ids = None, sequence_ids
     if resets is not None:
         sequences = plan_sequences(resets, sequence_ids, steps, reverse=reverse)
-        _check_batch_dims("carry", carry, sequences.begins.shape[1:], "resets")
+        check_batch_dims("carry", carry, sequences.begins.shape[1:], "resets")
         reset_carry = check_reset_carry(reset_carry, carry)
         ids = None if ids is None else sequences.names[-1 if reverse else 0]
     elif reset_carry is not None:
@@ -147,8 +130,7 @@ def dropout_scan(
     dropout = place_state(dropout, carry, family_of(cell))
     rows, row_masks = as_rows(ids), None
     if rng is not None:
-        first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], dtype_of(leaf)), xs)
-        values = site_values(params, carry, first, cell, dropout)
+        values = _values_at_a_step(params, carry, xs, cell, dropout)
         drawn = draw_sites(dropout, values, rng, rows)
         masks = drawn if masks is None else _fill_in(masks, drawn)
         if sequences is not None:
@@ -159,74 +141,46 @@ def dropout_scan(
                 by_id=sequence_ids is not None,
                 start=start,
             )
-    elif (
-        sequences is not None
-        and masks is not None
-        and draws_once(dataclasses.replace(dropout, params=None))
-    ):
+    elif sequences is not None and masks is not None and _draws_for_rows(dropout):
         raise ValueError("a reset draws new variational masks, so it needs rng; got rng=None.")
-    whole = Disturbance(dropout, masks, rng, rows)
-    weights = whole(PARAMS, params, where=lambda leaf: not _is_fresh(whole, leaf))
-
-    def run_cell(
-        carry: PyTree, index: jax.Array, x: PyTree, at_step: Disturbance
-    ) -> tuple[PyTree, PyTree]:
-        if rng is not None and draws_at_each_step(dropout):
-            step = jnp.asarray(start).astype(jnp.uint32) + index
-            at_step = dataclasses.replace(at_step, rng=step_rng(rng, step))
-        fresh = weights
-        if draws_at_each_step(dropout.params) and not whole.evaluates:
-            fresh = at_step(PARAMS, weights, where=lambda leaf: _is_fresh(whole, leaf))
-        return run_step(fresh, carry, x, cell, at_step)
-
-    def run_valid(
-        carry: PyTree, index: jax.Array, x: PyTree, at_step: Disturbance
-    ) -> tuple[PyTree, PyTree]:
-        if seq_lengths is None:
-            return run_cell(carry, index, x, at_step)
-        valid = index.astype(jnp.int32) < seq_lengths
-        # Padding is blanked before the cell sees it: a NaN there would come back through the
-        # gradient of the very result that is thrown away.
-        new_carry, y = run_cell(carry, index, _blank(x, valid), at_step)
-        _check_batch_dims("ys", y, seq_lengths.shape, "seq_lengths")
-        stay = jax.tree.map(lambda new, old: select_rows(valid, new, old), new_carry, carry)
-        return stay, _blank(y, valid)
-
-    def step(running: Any, at: Any) -> tuple[Any, PyTree]:
-        index, x, now = at
-        if now is None:
-            carry, y = run_valid(running, index, x, whole)
-            return carry, y
-        carry, own, names = running
-        carry, at_step = start_anew(now.begins, carry, reset_carry), whole
-        if row_masks is not None:
-            own = row_masks.change(own, names, now.names)
-            at_step = dataclasses.replace(whole, masks=row_masks.fill(own))
-        if sequence_ids is not None:
-            at_step = dataclasses.replace(at_step, rows=rows_by_id(now.names))
-        carry, y = run_valid(carry, index, x, at_step)
-        return (carry, own, now.names), y
-
-    running = carry
+    disturbance = Disturbance(dropout, masks, rng, rows)
+    step = SequenceStep(
+        cell,
+        disturb_once(disturbance, params),
+        disturbance,
+        start,
+        seq_lengths,
+        reset_carry,
+        row_masks,
+        by_id=sequence_ids is not None,
+    )
+    running = Running(carry)
     if sequences is not None:
         names = jnp.full_like(sequences.names[0], -1) if ids is None else jnp.asarray(ids)
-        running = (carry, None if row_masks is None else row_masks.first, names)
-    indices = jnp.arange(steps, dtype=jnp.uint32)
+        running = Running(carry, None if row_masks is None else row_masks.first, names)
     running, ys = _checkpointed_scan.scan(
         step,
         running,
-        (indices, xs, sequences),
+        At(jnp.arange(steps, dtype=jnp.uint32), xs, sequences),
         steps=steps,
         reverse=reverse,
         unroll=unroll,
         checkpoint_every=_check_every(checkpoint_every),
     )
-    return (running if sequences is None else running[0]), ys
+    return running.carry, ys
 
 
-def _is_fresh(disturbance: Disturbance, leaf: Leaf) -> bool:
-    """Whether a weight's mask is drawn at each step: the others are disturbed once."""
-    return leaf.noise is not None and leaf.mask is None and not disturbance.evaluates
+def _values_at_a_step(
+    params: PyTree, carry: PyTree, xs: PyTree, cell: Cell, dropout: RecurrentDropout
+) -> Masks:
+    """The value at each site, or its shapes and dtypes."""
+    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], dtype_of(leaf)), xs)
+    return site_values(params, carry, first, cell, dropout)
+
+
+def _draws_for_rows(dropout: RecurrentDropout) -> bool:
+    """Whether rows have variational masks; those of weights are not theirs."""
+    return draws_once(dataclasses.replace(dropout, params=None))
 
 
 def _fill_in(masks: Masks, drawn: Masks) -> Masks:
@@ -244,17 +198,6 @@ def _fill_in(masks: Masks, drawn: Masks) -> Masks:
 
     sites = dict.fromkeys([*sites_of(masks), *sites_of(drawn)])
     return make_masks({site: fill_in(site) for site in sites})
-
-
-def _blank(tree: PyTree, valid: jax.Array) -> PyTree:
-    """Zeroes the rows that are not valid, in every leaf that has rows."""
-
-    def blank(leaf: jax.Array) -> jax.Array:
-        if leaf.shape[: valid.ndim] != valid.shape:
-            return leaf
-        return select_rows(valid, leaf, jnp.zeros_like(leaf))
-
-    return jax.tree.map(blank, tree)
 
 
 def count_steps(xs: PyTree) -> int:
@@ -275,15 +218,6 @@ def _check_seq_lengths(seq_lengths: Any) -> jax.Array:
         hint = " Of a mask, pass mask.sum over time." if seq_lengths.dtype == bool else ""
         raise TypeError(f"seq_lengths must be ints, got {seq_lengths.dtype}.{hint}")
     return seq_lengths.astype(jnp.int32)
-
-
-def _check_batch_dims(name: str, tree: PyTree, batch: tuple[int, ...], of: str) -> None:
-    for path, leaf in tree_leaves_with_path(tree):
-        if np.shape(leaf)[: len(batch)] != batch:
-            raise ValueError(
-                f"{name}{keystr(path)} has shape {np.shape(leaf)} at a step, which does not start "
-                f"with the batch dims of {of}, {batch}."
-            )
 
 
 def _check_every(every: Any) -> int | None:

@@ -20,15 +20,20 @@ def scans(text: str, steps: int) -> list[str]:
 
 
 def random_work(text: str, steps: int) -> dict[str, int]:
-    """How many operations of a PRNG stand inside the scans, and how many anywhere.
+    """How many operations of a PRNG stand inside the scans, and how many anywhere."""
+    loops = scans(text, steps)
+    assert loops
+    return {
+        "inside": random_operations(text, called_by(text, loops)),
+        "anywhere": random_operations(text, set(computations(text))),
+    }
 
-    Threefry is made of exclusive ors of words, and nothing else in these programs is; rbg is an
-    operation of its own.
-    """
+
+def called_by(text: str, loops: list[str]) -> set[str]:
+    """The computations that these loops run at each step."""
     found = computations(text)
     inside: set[str] = set()
-    waiting = [re.findall(r"body=%([\w.-]+)", line)[0] for line in scans(text, steps)]
-    assert waiting
+    waiting = [re.findall(r"body=%([\w.-]+)", line)[0] for line in loops]
     while waiting:
         name = waiting.pop()
         if name in inside:
@@ -38,11 +43,14 @@ def random_work(text: str, steps: int) -> dict[str, int]:
             called = re.findall(r"=\{?((?:%[\w.-]+(?:, )?)+)\}?", line)
             names = [name for names in called for name in re.findall(r"%([\w.-]+)", names)]
             waiting += [name for name in names if name in found]
+    return inside
 
-    def count(lines: list[str]) -> int:
-        return sum(bool(re.search(r"u32\[.* xor\(| rng-bit-generator\(", line)) for line in lines)
 
-    return {
-        "inside": sum(count(found[name]) for name in inside),
-        "anywhere": sum(count(lines) for lines in found.values()),
-    }
+def random_operations(text: str, names: set[str]) -> int:
+    """How many operations of a PRNG stand in these computations.
+
+    Threefry is made of exclusive ors of words, and nothing else in these programs is; rbg is an
+    operation of its own.
+    """
+    lines = [line for name, lines in computations(text).items() if name in names for line in lines]
+    return sum(bool(re.search(r"u32\[.* xor\(| rng-bit-generator\(", line)) for line in lines)
