@@ -16,7 +16,7 @@ import flax_dropout_cell as fdc
 
 MODES: dict[str, fdc.Dropout | None] = {
     "bare": None,
-    "variational": fdc.Dropout(KEEP_PROBS[0], variational=True),
+    "variational": fdc.Dropout(keep_prob=KEEP_PROBS[0], variational=True),
     **{f"per step, {keep_prob}": fdc.Dropout(keep_prob=keep_prob) for keep_prob in KEEP_PROBS},
 }
 

@@ -96,6 +96,8 @@ class _Scan(NamedTuple):
 
 def _trace(step: Step, carry: PyTree, xs: PyTree) -> tuple[Any, Any] | None:
     """The step as a jaxpr, and the structure of what it returns; None where it is left alone."""
+    if any(map(_varies, jax.tree.leaves((carry, xs)))):
+        return None
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), xs)
     closed, results = jax.make_jaxpr(step, return_shape=True)(carry, first)
     if jax.tree.structure(results[0]) != jax.tree.structure(carry) or not _is_understood(closed):
@@ -105,6 +107,13 @@ def _trace(step: Step, carry: PyTree, xs: PyTree) -> tuple[Any, Any] | None:
         if (got.shape, got.dtype) != (wanted.shape, wanted.dtype) or wanted.weak_type:
             return None
     return closed, jax.tree.structure(results)
+
+
+def _varies(leaf: Any) -> bool:
+    """Whether an array's type says over which axes of `jax.shard_map` it varies."""
+    aval = jax.typeof(leaf)
+    newer = getattr(aval, "manual_axis_type", None)
+    return bool(getattr(aval, "vma", ()) or getattr(newer, "varying", ()))
 
 
 def _is_understood(closed: Any) -> bool:
@@ -121,7 +130,9 @@ def _is_understood(closed: Any) -> bool:
             return True
         return name.startswith("custom_vjp")
 
-    return not closed.effects and not any(map(is_obscure, all_equations(closed.jaxpr)))
+    if closed.effects or any(map(_varies, closed.consts)):
+        return False
+    return not any(map(is_obscure, all_equations(closed.jaxpr)))
 
 
 def _run_unhoisted(this: _Scan, leaves: list[Any]) -> list[Any]:

@@ -127,7 +127,7 @@ class _Paths:
             for place, piece in enumerate(cut.outputs):
                 twins.add(self._counterpart(cut, place, piece))
         twin = twins.pop() if len(twins) == 1 else None
-        if twin is None or twin in self._outputs:
+        if twin not in self._makers or twin in self._outputs:
             return None
         return twin if len(self._readers[twin]) == len(self._readers[value]) else None
 

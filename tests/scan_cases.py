@@ -163,7 +163,8 @@ def weight_norm_and_weight_drop(scan, g, unused, wx, wh, b, h, xs):
 
     def step(h, x):
         normed = g * wx / jnp.sqrt(jnp.sum(wx**2, axis=0, keepdims=True))
-        h = jnp.tanh(x @ normed + h @ jnp.where(keep, wh, 0) + b)
+        z = x @ normed + h @ jnp.where(keep, wh, 0)
+        h = jnp.tanh(z + b) * jax.nn.sigmoid(z)
         return h, h
 
     return scan(step, h, xs)
@@ -203,6 +204,16 @@ def products_that_are_cut_and_then_added(scan, wx, wh, b, h, xs):
     def step(h, x):
         (zx, gx), (zh, gh) = jnp.split(x @ wx, 2, -1), jnp.split(h @ wh, 2, -1)
         h = jnp.tanh(zx + zh + b) * jax.nn.sigmoid(gh + gx)
+        return h, h
+
+    return scan(step, h, xs)
+
+
+@case(wh=(H, 2 * H), h=(B, H), xs=(T, B, 2 * H))
+def a_product_that_is_cut_and_added_to_the_input(scan, wh, h, xs):
+    def step(h, x):
+        (zx, gx), (zh, gh) = jnp.split(x, 2, -1), jnp.split(h @ wh, 2, -1)
+        h = jnp.tanh(zx + zh) * jax.nn.sigmoid(gh + gx)
         return h, h
 
     return scan(step, h, xs)

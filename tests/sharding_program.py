@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import probes
+from compiled import called_by, computations, scans
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import Cases
@@ -358,6 +359,38 @@ def nn_rnn_in_shard_map(scheme: str) -> None:
         assert_same({site: masks[:, rows] for site, masks in got.items()}, want)
 
 
+@CASES.over(check_vma=(True, False))
+def weights_gradients_in_shard_map(check_vma: bool) -> None:
+    """Summed up over the shards, they are those of the whole batch."""
+    draw = np.random.default_rng(0)
+    kernel, h, xs = (
+        draw.integers(-1, 2, shape).astype(np.float32)
+        for shape in ((8, 8), (BATCH, 8), (STEPS, BATCH, 8))
+    )
+
+    def cell(kernel: Any, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        h = jax.lax.rem(x @ kernel + h @ kernel.T, jnp.float32(2))
+        return h, h
+
+    def gradient(kernel: Any, h: Any, xs: Any, total: Callable[..., Any] = jnp.asarray) -> Any:
+        def loss(kernel: Any) -> jax.Array:
+            spec = fdc.RecurrentDropout()
+            _, ys = fdc.dropout_scan(kernel, h, xs, None, cell=cell, dropout=spec)
+            return (total if check_vma else jnp.asarray)(jnp.sum(ys))
+
+        result = jax.grad(loss)(kernel)
+        return result if check_vma else total(result)
+
+    mapped = jax.shard_map(
+        functools.partial(gradient, total=lambda value: jax.lax.psum(value, "batch")),
+        mesh=mesh_of("batch"),
+        in_specs=(P(), P("batch"), P(None, "batch")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    assert_same(jax.jit(mapped)(kernel, h, xs), jax.jit(gradient)(kernel, h, xs))
+
+
 # The compiled program ----------------------------------------------------------------------------
 
 COLLECTIVE = re.compile(
@@ -424,6 +457,19 @@ def no_collective_more_in_the_gradient(host: str, scheme: str) -> None:
     bare = collectives(compiled(host, "none", True))
     assert bare, "the weights' gradients are summed over the batch"
     assert collectives(compiled(host, scheme, True)) == bare
+
+
+@CASES.over(scheme=SCHEMES)
+def weights_gradients_are_summed_up_once(scheme: str) -> None:
+    """Over the devices: after the backward loop. A plain scan sums them at each of its steps."""
+
+    def in_loops(text: str) -> list[str]:
+        names = called_by(text, scans(text, STEPS))
+        lines = [line for name in names for line in computations(text)[name]]
+        return [line for line in lines if COLLECTIVE.search(line)]
+
+    assert in_loops(compiled("dropout_scan", scheme, True)) == []
+    assert in_loops(compiled("nn.RNN", scheme, True))
 
 
 @CASES.over(host=HOSTS, scheme=SCHEMES)

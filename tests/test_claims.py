@@ -112,3 +112,13 @@ def test_the_benchmarks_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compare.format_table(ours) in page
     for version in runs[1]["versions"].values():
         assert version in page
+
+
+def test_the_tables_of_cells_and_of_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    cells = importlib.import_module("cells")
+    for path in sorted((ROOT / "docs/results").glob("benchmark_cells_*.json")):
+        assert cells.format_cells(json.loads(path.read_text())["points"]) in page, path.name
+    lengths = importlib.import_module("long_sequences")
+    assert lengths.format_lengths(benchmark("long_sequences")["rows"]) in page

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scan_cases import CASES, Case
 
 from flax_dropout_cell._hoisted_scan import scan
@@ -87,3 +89,136 @@ def test_every_number_is_that_of_jax_lax_scan(case) -> None:
             got,
             wanted,
         )
+
+
+# What is left to jax.lax.scan --------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def with_a_backward_pass_alone(h: jax.Array) -> jax.Array:
+    return jnp.tanh(h)
+
+
+with_a_backward_pass_alone.defvjp(
+    lambda h: (jnp.tanh(h), h), lambda h, cotangent: (cotangent * jnp.cos(h),)
+)
+
+
+@jax.custom_jvp
+def spike(h: jax.Array) -> jax.Array:
+    return (h > 0).astype(h.dtype)
+
+
+@spike.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return spike(*primals), tangents[0] / (1 + jnp.abs(primals[0])) ** 2
+
+
+def printing(h: jax.Array) -> jax.Array:
+    jax.debug.callback(lambda h: None, h)
+    return jnp.tanh(h)
+
+
+ROW = jnp.ones((2, 4))
+REASONS: dict[str, tuple[Any, Any, bool]] = {  # the function, the first h, and why it is plain
+    "nothing": (jnp.tanh, ROW, False),
+    "a rule for one way only": (with_a_backward_pass_alone, ROW, True),
+    "an effect": (printing, ROW, True),
+    "a branch": (lambda h: jax.lax.cond(h[0, 0] > 0, jnp.tanh, jnp.sin, h), ROW, True),
+    "many rows for a small weight": (jnp.tanh, jnp.ones((9, 4)), True),
+    "a rule that is not the derivative": (spike, ROW, jax.__version_info__ < (0, 12)),
+}
+
+
+@pytest.mark.parametrize(("function", "h", "plain"), REASONS.values(), ids=REASONS)
+def test_what_is_not_hoisted(function, h, plain) -> None:
+    def run(scan: Any, w: jax.Array) -> Any:
+        def step(h: Any, x: Any) -> Any:
+            h = function(h @ w + x)
+            return h, h
+
+        return scan(step, h, jnp.ones((3, *h.shape)))
+
+    case = Case(run, {"w": (4, 4)}, hoists=not plain)
+    arrays = case.arrays(0, "float32")
+    assert is_hoisted(case, arrays) == case.hoists
+    got, wanted = jax.jit(
+        lambda arrays: [
+            jax.grad(lambda arrays, scan=way: case.loss(scan, arrays))(arrays)["w"]
+            for way in (scan, jax.lax.scan)
+        ],
+        compiler_options=QUICKLY,
+    )(arrays)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_that_does_not_fit_gets_the_error_of_jax_lax_scan() -> None:
+    with pytest.raises(TypeError, match="carry"):
+        scan(lambda h, _: (h[:1], h), ROW, None, length=2)
+
+
+# Steps drawn at random ---------------------------------------------------------------------------
+
+PARTS = ("product", "left product", "bias", "sum", "times", "tanh", "join", "cut", "tied")
+SIDE = 2
+
+
+def random_step(parts: list[tuple[str, int, int]], weights: Any, h: Any, x: Any) -> Any:
+    """A step that makes values `[2, 2 n]` of others, each part of those that its numbers pick."""
+    values = [h, x]
+    for part, first, second in parts:
+        one, other = values[first % len(values)], values[second % len(values)]
+        width, kernel = one.shape[1], weights["kernel"]
+        if part in ("product", "tied"):
+            side = kernel if part == "product" else kernel.T
+            values.append(one @ side[:width, : SIDE * (1 + second % 2)])
+        elif part == "left product":
+            values.append(weights["left"] @ one)
+        elif part == "bias":
+            values.append(one + weights["bias"][:, :width])
+        elif part in ("sum", "times") and one.shape == other.shape:
+            values.append(one + other if part == "sum" else one * other)
+        elif part == "tanh":
+            values.append(jnp.tanh(one))
+        elif part == "join" and width == SIDE == other.shape[1]:
+            values.append(jnp.concatenate([one, other], -1))
+        elif part == "cut" and width > SIDE:
+            values.extend(jnp.split(one, 2, -1))
+    return jnp.tanh(sum(value[:, :SIDE] for value in values)), values[-1]
+
+
+@pytest.mark.usefixtures("float64")
+@settings(max_examples=8)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(PARTS), st.integers(0, 9), st.integers(0, 9)),
+        min_size=6,
+        max_size=14,
+    )
+)
+def test_steps_drawn_at_random(parts) -> None:
+    shapes: Any = {"kernel": (4, 4), "left": (SIDE, SIDE), "bias": (1, 4)}
+    shapes |= {"h": (2, SIDE), "xs": (3, 2, SIDE)}
+
+    def run(scan: Any, h: Any, xs: Any, **weights: Any) -> Any:
+        return scan(lambda h, x: random_step(parts, weights, h, x), h, xs)
+
+    case = Case(run, shapes, hoists=True)
+
+    def derivatives(scan: Any, arrays: Any, along: Any) -> Any:
+        def push(arrays: Any) -> Any:
+            return jax.jvp(lambda arrays: case.loss(scan, arrays), (arrays,), (along,))
+
+        value, vjp = jax.vjp(push, arrays)
+        return value, vjp((1.0, 0.0)), vjp((0.0, 1.0))
+
+    both = jax.jit(
+        lambda *args: (derivatives(scan, *args), derivatives(jax.lax.scan, *args)),
+        compiler_options=QUICKLY,
+    )
+    got, wanted = both(case.arrays(0), case.arrays(1))
+    jax.tree.map(
+        lambda got, wanted: np.testing.assert_allclose(got, wanted, rtol=1e-8, atol=1e-8),
+        got,
+        wanted,
+    )

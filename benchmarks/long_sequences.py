@@ -1,0 +1,95 @@
+"""Memory and time of a gradient against the length of the sequence, with `checkpoint_every`.
+
+    python benchmarks/long_sequences.py            # 256 to 16,384 steps
+    python benchmarks/long_sequences.py --quick    # up to 1,024
+
+An LSTM, batch 8, 128 features, per-step dropout at the inputs, h and the outputs.
+`checkpoint_every` is the square root of the length.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from compare import describe
+from jax_programs import spec_of, versions
+from program import Config
+from tqdm import tqdm
+
+import flax_dropout_cell as fdc
+
+LENGTHS = (256, 1024, 4096, 16384)
+BATCH, FEATURES = 8, 128
+
+
+class Here:
+    """Stands for a process, where `describe` asks for versions."""
+
+    versions = versions()
+
+
+def compile_gradient(length: int, every: int | None) -> tuple[Any, tuple[Any, ...]]:
+    params = fdc.init_lstm(jax.random.key(0), FEATURES, FEATURES)
+    row = jnp.zeros((BATCH, FEATURES))
+    xs = jax.random.normal(jax.random.key(1), (length, BATCH, FEATURES))
+    spec = spec_of(fdc.Dropout(keep_prob=0.7))
+
+    def loss(params: Any, xs: jax.Array, rng: jax.Array) -> jax.Array:
+        options: Any = {"cell": fdc.lstm_cell, "dropout": spec, "checkpoint_every": every}
+        ys = fdc.dropout_scan(params, fdc.LSTMState(row, row), xs, rng, **options)[1]
+        return jnp.mean(ys**2)
+
+    args = (params, xs, jax.random.key(2))
+    return jax.jit(jax.grad(loss)).lower(*args).compile(), args
+
+
+def measure_length(length: int, rounds: int) -> dict[str, Any]:
+    """Both programs in turn: each one's memory, and its times."""
+    programs = [compile_gradient(length, every) for every in (None, round(length**0.5))]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for (program, args), times in zip(programs, seconds, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(program(*args))
+            times.append(time.perf_counter() - start)
+    memory = [program.memory_analysis().temp_size_in_bytes for program, _ in programs]
+    return {"length": length, "every": round(length**0.5), "bytes": memory, "seconds": seconds}
+
+
+def format_lengths(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table: memory without and with chunks, and the ratio of the least times."""
+    lines = [
+        "| steps | checkpoint_every | memory without | memory with | time with / without |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        whole, chunked = (f"{size / 2**20:.1f} MiB" for size in row["bytes"])
+        ratio = min(row["seconds"][1]) / min(row["seconds"][0])
+        lines.append(f"| {row['length']} | {row['every']} | {whole} | {chunked} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="short sequences, two rounds")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="default: results")
+    options = parser.parse_args()
+    lengths = LENGTHS[:2] if options.quick else LENGTHS
+    bar = tqdm(lengths, desc="lengths", leave=False, file=sys.stderr)
+    rows = [measure_length(length, 2 if options.quick else 5) for length in bar]
+    result = describe([Here()], Config(batch=BATCH, features=FEATURES)) | {"rows": rows}  # type: ignore
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "long_sequences.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(format_lengths(rows))
+    print(f"wrote {options.out / 'long_sequences.json'}")
+
+
+if __name__ == "__main__":
+    main()
