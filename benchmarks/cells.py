@@ -1,7 +1,8 @@
 """Training with variational dropout against the bare stock layer of the same cell.
 
-    python benchmarks/cells.py            # three sizes; twenty minutes on two cores
-    python benchmarks/cells.py --quick    # a small size, three rounds
+    python benchmarks/cells.py                # three sizes; twenty minutes on two cores
+    python benchmarks/cells.py --scan-only    # without the layers of linen and NNX
+    python benchmarks/cells.py --quick        # a small size, three rounds
 
 Variational dropout on the inputs, h and the outputs. A ratio is the median over the rounds of a
 program's time divided by its cell's bare time in the same round.
@@ -24,11 +25,15 @@ SIZES = (
 QUICK = (Config(time=20, batch=20, features=128),)
 
 
-def run(sizes: tuple[Config, ...], rounds: int) -> dict[str, Any]:
+LAYERS = ("fdc.linen.RNN", " nnx.RNN", "fdc.nnx.RNN")
+
+
+def run(sizes: tuple[Config, ...], rounds: int, scan_only: bool) -> dict[str, Any]:
     worker, points, left_out = Worker("cells", sys.executable), [], []
     try:
+        names = [name for name in worker.names if not (scan_only and name.endswith(LAYERS))]
         for config in sizes:
-            programs = [(worker, name) for name in worker.names]
+            programs = [(worker, name) for name in names]
             rows, failed = measure(programs, config, rounds, title_of(config))
             points.append({"config": config._asdict(), "rows": rows})
             left_out += failed
@@ -43,8 +48,9 @@ def title_of(config: Config) -> str:
     return f"T={config.time} B={config.batch} H={config.features}"
 
 
-def format_cells(points: list[dict[str, Any]]) -> str:
+def format_table(result: dict[str, Any]) -> str:
     """A Markdown table of the gradient's time and memory, as multiples of the bare layer's."""
+    points = result["points"]
     titles = [title_of(Config(**point["config"])) for point in points]
     lines = [f"| cell | program | {' | '.join(titles)} |", f"|---|---|{'---|' * len(titles)}"]
     for name in [row["name"] for row in points[0]["rows"]]:
@@ -65,13 +71,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one small size, three rounds")
+    parser.add_argument("--scan-only", action="store_true", help="without the layers")
     parser.add_argument("--rounds", type=positive_int, help="default: 15")
     parser.add_argument("--out", type=Path, default=Path("results"), help="default: results")
     options = parser.parse_args()
-    result = run(QUICK if options.quick else SIZES, options.rounds or (3 if options.quick else 15))
+    rounds = options.rounds or (3 if options.quick else 15)
+    result = run(QUICK if options.quick else SIZES, rounds, options.scan_only)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "cells.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(format_cells(result["points"]))
+    print(format_table(result))
     for reason in result["left_out"]:
         print(f"left out: {reason}")
     print(f"wrote {options.out / 'cells.json'}")

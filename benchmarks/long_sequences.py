@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from compare import describe
+from compare import describe, positive_int
 from jax_programs import spec_of, versions
 from program import Config
 from tqdm import tqdm
@@ -61,13 +61,13 @@ def measure_length(length: int, rounds: int) -> dict[str, Any]:
     return {"length": length, "every": round(length**0.5), "bytes": memory, "seconds": seconds}
 
 
-def format_lengths(rows: list[dict[str, Any]]) -> str:
+def format_table(result: dict[str, Any]) -> str:
     """A Markdown table: memory without and with chunks, and the ratio of the least times."""
     lines = [
         "| steps | checkpoint_every | memory without | memory with | time with / without |",
         "|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in result["rows"]:
         whole, chunked = (f"{size / 2**20:.1f} MiB" for size in row["bytes"])
         ratio = min(row["seconds"][1]) / min(row["seconds"][0])
         lines.append(f"| {row['length']} | {row['every']} | {whole} | {chunked} | {ratio:.2f} |")
@@ -78,16 +78,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="short sequences, two rounds")
+    parser.add_argument("--quick", action="store_true", help="short sequences")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="default: 5")
     parser.add_argument("--out", type=Path, default=Path("results"), help="default: results")
     options = parser.parse_args()
     lengths = LENGTHS[:2] if options.quick else LENGTHS
     bar = tqdm(lengths, desc="lengths", leave=False, file=sys.stderr)
-    rows = [measure_length(length, 2 if options.quick else 5) for length in bar]
+    rows = [measure_length(length, options.rounds) for length in bar]
     result = describe([Here()], Config(batch=BATCH, features=FEATURES)) | {"rows": rows}  # type: ignore
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "long_sequences.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(format_lengths(rows))
+    print(format_table(result))
     print(f"wrote {options.out / 'long_sequences.json'}")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from flax_dropout_cell._hoisted_scan import scan as hoisted_scan
 
 T, B, D, H = 3, 2, 3, 4
+TAKES_RULES = jax.__version_info__ >= (0, 12)  # functions with a `custom_jvp` in the step
 Scan = Callable[..., Any]
 
 
@@ -255,7 +256,7 @@ def a_branch_inside_between_masks(scan, wx, wh, b, h, xs):
     return scan(step, h, xs)
 
 
-@case(**CELL)
+@case(hoists=TAKES_RULES, **CELL)
 def calls_inside(scan, wx, wh, b, h, xs):
     @jax.jit
     def affine(x, h, b):
@@ -268,7 +269,7 @@ def calls_inside(scan, wx, wh, b, h, xs):
     return scan(step, h, xs)
 
 
-@case(**CELL)
+@case(hoists=TAKES_RULES, **CELL)
 def a_hoisted_scan_inside(scan, wx, wh, b, h, xs):
     def inner(h, w):
         h = jnp.tanh(h @ wh + w)

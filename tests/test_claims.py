@@ -114,11 +114,11 @@ def test_the_benchmarks_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         assert version in page
 
 
-def test_the_tables_of_cells_and_of_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("program", ["cells", "long_sequences"])
+def test_the_tables_of_cells_and_of_long_sequences(program, monkeypatch) -> None:
+    """As far as results are stored."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module(program)
     page = (ROOT / "docs/benchmarks.md").read_text()
-    cells = importlib.import_module("cells")
-    for path in sorted((ROOT / "docs/results").glob("benchmark_cells_*.json")):
-        assert cells.format_cells(json.loads(path.read_text())["points"]) in page, path.name
-    lengths = importlib.import_module("long_sequences")
-    assert lengths.format_lengths(benchmark("long_sequences")["rows"]) in page
+    for path in sorted((ROOT / "docs/results").glob(f"benchmark_{program}*.json")):
+        assert module.format_table(json.loads(path.read_text())) in page, path.name

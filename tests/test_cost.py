@@ -133,7 +133,11 @@ def histories(compiled: Any) -> dict[str, int]:
     These are the inputs and outputs, and all that it keeps for the gradient.
     """
     types = scans(compiled.as_text(), STEPS)[0].split(" while(")[0]
-    found = re.findall(rf"(\w+)\[{STEPS},{BATCH},{UNITS}\]", types)
+    found = [
+        dtype
+        for dtype, dims in re.findall(rf"(\w+)\[{STEPS},{BATCH},([\d,]+)\]", types)
+        if math.prod(map(int, dims.split(","))) == UNITS  # masks come in words' bytes
+    ]
     return {dtype: found.count(dtype) for dtype in sorted(set(found))}
 
 
