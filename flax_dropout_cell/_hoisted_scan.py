@@ -96,7 +96,7 @@ class _Scan(NamedTuple):
 
 def _trace(step: Step, carry: PyTree, xs: PyTree) -> tuple[Any, Any] | None:
     """The step as a jaxpr, and the structure of what it returns; None where it is left alone."""
-    if any(map(_varies, jax.tree.leaves((carry, xs)))):
+    if any(map(_is_unusual, jax.tree.leaves((carry, xs)))):
         return None
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), xs)
     closed, results = jax.make_jaxpr(step, return_shape=True)(carry, first)
@@ -109,9 +109,11 @@ def _trace(step: Step, carry: PyTree, xs: PyTree) -> tuple[Any, Any] | None:
     return closed, jax.tree.structure(results)
 
 
-def _varies(leaf: Any) -> bool:
-    """Whether an array's type says over which axes of `jax.shard_map` it varies."""
+def _is_unusual(leaf: Any) -> bool:
+    """Whether an array has a symbolic shape, or a type with axes of `jax.shard_map`."""
     aval = jax.typeof(leaf)
+    if not all(isinstance(dim, int) for dim in aval.shape):
+        return True
     newer = getattr(aval, "manual_axis_type", None)
     return bool(getattr(aval, "vma", ()) or getattr(newer, "varying", ()))
 
@@ -130,7 +132,7 @@ def _is_understood(closed: Any) -> bool:
             return True
         return name.startswith("custom_vjp")
 
-    if closed.effects or any(map(_varies, closed.consts)):
+    if closed.effects or any(map(_is_unusual, closed.consts)):
         return False
     return not any(map(is_obscure, all_equations(closed.jaxpr)))
 
