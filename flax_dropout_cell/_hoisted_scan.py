@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
@@ -83,7 +84,7 @@ class _Scan(NamedTuple):
     loop: Callable[..., Any]
 
     @classmethod
-    def of(cls, closed: Any, carry: PyTree, xs: PyTree, loop: Callable[..., Any]) -> "_Scan":
+    def of(cls, closed: Any, carry: PyTree, xs: PyTree, loop: functools.partial[Any]) -> "_Scan":
         carry, xs = jax.tree.leaves(carry), jax.tree.leaves(xs)
         ends = (len(closed.consts), len(closed.consts) + len(carry))
         steps = xs[0].shape[0] if xs else loop.keywords["length"]

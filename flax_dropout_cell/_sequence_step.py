@@ -13,7 +13,7 @@ from ._inside import Cell
 from ._random.keys import step_rng
 from ._rows import rows_by_id
 from ._sequences import RowMasks, Sequences, select_rows, start_anew
-from ._sites import PARAMS, Leaf, Masks, PyTree, draws_at_each_step
+from ._sites import PARAMS, Leaf, PyTree, draws_at_each_step
 from ._step import run_step
 
 
@@ -21,12 +21,12 @@ class At(NamedTuple):
     """What comes in at a step.
 
     Attributes:
-      index: the step, counted from the scan's first.
+      place: the step, counted from the scan's first.
       x: the cell's input.
       now: what happens to each row; None where no row starts anew.
     """
 
-    index: jax.Array
+    place: jax.Array
     x: PyTree
     now: Sequences | None
 
@@ -41,8 +41,8 @@ class Running(NamedTuple):
     """
 
     carry: PyTree
-    masks: Masks | None = None
-    names: jax.Array | None = None
+    masks: Any = None
+    names: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,12 +87,12 @@ class SequenceStep:
     def _run_valid(self, carry: PyTree, at: At, disturbance: Disturbance) -> tuple[PyTree, PyTree]:
         """The cell's step; past a row's end its carry stands still and its y is zero."""
         if self.seq_lengths is None:
-            return self._run_cell(carry, at.index, at.x, disturbance)
-        valid = at.index.astype(jnp.int32) < self.seq_lengths
+            return self._run_cell(carry, at.place, at.x, disturbance)
+        valid = at.place.astype(jnp.int32) < self.seq_lengths
         # Padding is blanked before the cell sees it: a NaN there would come back through the
         # gradient of the very result that is thrown away.
         x = _blank(at.x, valid)
-        new_carry, y = self._run_cell(carry, at.index, x, disturbance)
+        new_carry, y = self._run_cell(carry, at.place, x, disturbance)
         check_batch_dims("ys", y, self.seq_lengths.shape, "seq_lengths")
         stay = jax.tree.map(lambda new, old: select_rows(valid, new, old), new_carry, carry)
         return stay, _blank(y, valid)

@@ -65,7 +65,9 @@ def test_the_backward_loop_accumulates_no_weights() -> None:
 @pytest.mark.parametrize("noise", SPECS.values(), ids=SPECS)
 def test_the_backward_loop_draws_nothing(noise, resets) -> None:
     """Not for per-step masks, nor for those of new sequences."""
-    text = gradient_text(lambda *args: dropped_lstm(*args, noise, resets=resets), LSTM, XS)
+    text = gradient_text(
+        lambda params, xs: dropped_lstm(params, xs, noise, resets=resets), LSTM, XS
+    )
     in_loops = random_operations(text, called_by(text, scans(text, T)))
     assert (in_loops > 0) == (not noise.variational or resets is not None)
     assert random_operations(text, called_by(text, [backward_loop(text)])) == 0
