@@ -18,6 +18,7 @@ from ._equations import Equation, Program, all_equations, flatten, is_inexact, r
 from ._linear_sites import SUMMANDS, Plan, Site, plan_sites
 
 PyTree = Any
+_OLD_JAX = jax.__version_info__ < (0, 12)
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 # Computed a second time in the backward loop rather than kept for it: these cost less than to
@@ -125,9 +126,10 @@ def _is_understood(closed: Any) -> bool:
     def is_obscure(eqn: Any) -> bool:
         name = eqn.primitive.name
         if name == "cond":
-            # Linearized first and mapped then, a branch cannot be transposed any more.
-            return any(is_inexact(variable.aval) for variable in eqn.outvars)
-        if name == "custom_jvp_call" and jax.__version_info__ < (0, 12):
+            # Linearized first and mapped then, a branch cannot be transposed any more. Before JAX
+            # 0.12 it cannot be linearized inside of jax.checkpoint either.
+            return _OLD_JAX or any(is_inexact(variable.aval) for variable in eqn.outvars)
+        if name == "custom_jvp_call" and _OLD_JAX:
             # jax.linearize and jax.jvp disagree in second order about a rule that is not the
             # derivative, as spiking networks have it.
             return True

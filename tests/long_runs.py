@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 import flax_dropout_cell as fdc
+from flax_dropout_cell import _hoisted_scan
 from flax_dropout_cell._disturb import Disturbance
 
 STEPS = 1000
@@ -27,6 +28,7 @@ def watched() -> Iterator[list[float]]:
     watcher = _Watcher(largest)
     patches = [
         (jax.lax, "scan", watcher.scan),
+        (_hoisted_scan, "scan", watcher.hoisted_scan),
         (fdc, "dropout_cell", watcher.dropout_cell),
         (Disturbance, "__call__", watcher.disturb),
     ]
@@ -49,7 +51,8 @@ class _Watcher:
         self.largest = largest
         self.disturbed = 0  # how often a step was traced
         self.own = False  # whether this is a long run
-        self.call, self.run_scan, self.step = Disturbance.__call__, jax.lax.scan, fdc.dropout_cell
+        self.call, self.step = Disturbance.__call__, fdc.dropout_cell
+        self.run_scan, self.run_hoisted_scan = jax.lax.scan, _hoisted_scan.scan
 
         def disturb(disturbance: Disturbance, *args: Any, **kwargs: Any) -> Any:
             self.disturbed += 1
@@ -63,6 +66,14 @@ class _Watcher:
         if self.disturbed > before and not self.own:
             self.run_on(f, init, xs, length)
             self.disturbed = before  # for a scan around this one: it has no steps of its own
+        return result
+
+    def hoisted_scan(self, f: Any, init: Any, xs: Any, **options: Any) -> Any:
+        before = self.disturbed
+        result = self.run_hoisted_scan(f, init, xs, **options)
+        if self.disturbed > before and not self.own:  # it traces a step before it scans
+            self.run_on(f, init, xs, options.get("length"))
+            self.disturbed = before
         return result
 
     def dropout_cell(self, params: Any, carry: Any, x: Any, rng: Any, **options: Any) -> Any:

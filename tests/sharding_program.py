@@ -452,24 +452,32 @@ def no_collective_with_a_keep_prob_of_a_half(scheme: str) -> None:
     assert collectives(compiled("dropout_scan", scheme, False, 0.5)) == []
 
 
-@CASES.over(host=HOSTS, scheme=SCHEMES)
-def no_collective_more_in_the_gradient(host: str, scheme: str) -> None:
-    bare = collectives(compiled(host, "none", True))
-    assert bare, "the weights' gradients are summed over the batch"
-    assert collectives(compiled(host, scheme, True)) == bare
-
-
 @CASES.over(scheme=SCHEMES)
-def weights_gradients_are_summed_up_once(scheme: str) -> None:
+def no_collective_more_in_the_gradient(scheme: str) -> None:
+    bare = collectives(compiled("nn.RNN", "none", True))
+    assert bare, "the weights' gradients are summed over the batch"
+    assert collectives(compiled("nn.RNN", scheme, True)) == bare
+
+
+@CASES.over()
+def weights_gradients_are_summed_up_once() -> None:
     """Over the devices: after the backward loop. A plain scan sums them at each of its steps."""
+    ours = compiled("dropout_scan", "variational", True)
+    assert in_loops(ours) == []
+    assert collectives(ours) == collectives(compiled("dropout_scan", "none", True))
+    assert in_loops(compiled("nn.RNN", "variational", True))
 
-    def in_loops(text: str) -> list[str]:
-        names = called_by(text, scans(text, STEPS))
-        lines = [line for name in names for line in computations(text)[name]]
-        return [line for line in lines if COLLECTIVE.search(line)]
 
-    assert in_loops(compiled("dropout_scan", scheme, True)) == []
-    assert in_loops(compiled("nn.RNN", scheme, True))
+@CASES.over()
+def gradients_of_weights_under_new_masks_are_summed_at_each_step() -> None:
+    """Each step has weights of its own there."""
+    assert len(in_loops(compiled("dropout_scan", "per-step", True))) == 1
+
+
+def in_loops(text: str) -> list[str]:
+    names = called_by(text, scans(text, STEPS))
+    lines = [line for name in names for line in computations(text)[name]]
+    return [line for line in lines if COLLECTIVE.search(line)]
 
 
 @CASES.over(host=HOSTS, scheme=SCHEMES)

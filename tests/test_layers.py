@@ -27,6 +27,7 @@ from layers import (
 )
 
 import flax_dropout_cell as fdc
+from flax_dropout_cell._equations import all_equations
 
 VARIATIONAL = fdc.Dropout(keep_prob=0.6, variational=True)
 PER_STEP = fdc.Dropout(keep_prob=0.6)
@@ -299,7 +300,7 @@ def test_without_weights_in_the_scans_carry(framework: Framework) -> None:
     layer = framework.layer(framework.lstm(), EVERYWHERE, XS)
     jaxpr = jax.make_jaxpr(lambda xs: layer.run(xs, KEY))(XS)
 
-    scans = [eqn for eqn in jaxpr.jaxpr.eqns if eqn.primitive.name == "scan"]
+    scans = [eqn for eqn in all_equations(jaxpr.jaxpr) if eqn.primitive.name == "scan"]
     # What comes out of a scan without a time axis is its carry: here the LSTM's c and h.
     carried = [
         [var for var in eqn.outvars if var.aval.shape[:1] != (STEPS,)]  # type: ignore

