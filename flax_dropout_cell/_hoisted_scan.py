@@ -14,7 +14,7 @@ import jax.core
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from ._equations import Equation, Program, all_equations, flatten, is_inexact, run_all
+from ._equations import Equation, Program, all_equations, flatten, run_all
 from ._linear_sites import SUMMANDS, Plan, Site, plan_sites
 
 PyTree = Any
@@ -127,8 +127,10 @@ def _is_understood(closed: Any) -> bool:
         name = eqn.primitive.name
         if name == "cond":
             # Linearized first and mapped then, a branch cannot be transposed any more. Before JAX
-            # 0.12 it cannot be linearized inside of jax.checkpoint either.
-            return _OLD_JAX or any(is_inexact(variable.aval) for variable in eqn.outvars)
+            # 0.12 one that picks masks cannot be linearized inside of jax.checkpoint either.
+            dtypes = [variable.aval.dtype for variable in eqn.outvars]
+            masks = _OLD_JAX and any(jnp.issubdtype(dtype, jnp.bool_) for dtype in dtypes)
+            return masks or any(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
         if name == "custom_jvp_call" and _OLD_JAX:
             # jax.linearize and jax.jvp disagree in second order about a rule that is not the
             # derivative, as spiking networks have it.
