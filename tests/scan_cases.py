@@ -12,7 +12,8 @@ import numpy as np
 from flax_dropout_cell._hoisted_scan import scan as hoisted_scan
 
 T, B, D, H = 3, 2, 3, 4
-TAKES_RULES = jax.__version_info__ >= (0, 12)  # functions with a `custom_jvp` in the step
+# Functions with a `custom_jvp` in the step, and branches that pick masks.
+TAKES_RULES = jax.__version_info__ >= (0, 12)
 Scan = Callable[..., Any]
 
 
@@ -244,7 +245,7 @@ def a_branch_inside(scan, wx, wh, b, h, xs):
     return scan(step, h, xs)
 
 
-@case(**CELL)
+@case(hoists=TAKES_RULES, **CELL)
 def a_branch_inside_between_masks(scan, wx, wh, b, h, xs):
     mask = jnp.arange(B * H).reshape(B, H) % 3 > 0
 
