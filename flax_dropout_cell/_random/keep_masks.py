@@ -81,6 +81,7 @@ def _bytes(words: jax.Array) -> jax.Array:
 
 
 def drop_prob_in_24_bits(keep_prob: Number | jax.Array) -> jax.Array:
+    """`1 - keep_prob` in units of `2**-24`, from 0 to `2**24`."""
     # Through float32 for numbers too, so that a number and its traced value give one mask.
     if isinstance(keep_prob, Number):
         keep = np.round(np.float32(keep_prob) * np.float32(2**24))

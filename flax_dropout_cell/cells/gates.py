@@ -60,6 +60,7 @@ def _gates_first(kernel: jax.Array, gates: int) -> jax.Array:
 
 
 def add_bias(gates: list[jax.Array], bias: jax.Array) -> list[jax.Array]:
+    """Adds each gate's part of a bias `[gates * features]`."""
     rows = jnp.split(bias, len(gates))
     return [gate + row(part, gate) for gate, part in zip(gates, rows, strict=True)]
 

@@ -233,6 +233,7 @@ class DropoutCell(Wrapper):
 
 
 def check_cell(cell: Any) -> None:
+    """Refuses what is no cell of the framework."""
     if not (isinstance(cell, nn.Module) and callable(cell) and hasattr(cell, "initialize_carry")):
         raise TypeError(
             f"{shown(cell)} is not an RNNCell of flax.linen: give a cell such as nn.LSTMCell(64), "

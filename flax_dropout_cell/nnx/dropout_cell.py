@@ -253,6 +253,7 @@ def _cell_has(wrapper: Wrapper, name: str) -> bool:
 
 
 def check_cell(cell: Any) -> None:
+    """Refuses what is no cell of the framework."""
     if not (isinstance(cell, nnx.Module) and callable(cell) and hasattr(cell, "initialize_carry")):
         raise TypeError(
             f"{shown(cell)} is not an RNNCell of flax.nnx: give a cell such as "
