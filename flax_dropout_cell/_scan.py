@@ -117,7 +117,7 @@ def dropout_scan(
     steps = count_steps(xs)
     _check_start(start, steps)
     if seq_lengths is not None:
-        seq_lengths = _check_seq_lengths(seq_lengths)
+        seq_lengths = check_seq_lengths(seq_lengths)
         check_batch_dims("carry", carry, seq_lengths.shape, "seq_lengths")
     sequences, ids = None, sequence_ids
     if resets is not None:
@@ -212,10 +212,11 @@ def count_steps(xs: PyTree) -> int:
     return lengths.pop()[0]
 
 
-def _check_seq_lengths(seq_lengths: Any) -> jax.Array:
+def check_seq_lengths(seq_lengths: Any) -> jax.Array:
+    """The lengths as int32; refuses what is not ints."""
     seq_lengths = jnp.asarray(seq_lengths)
     if not jnp.issubdtype(seq_lengths.dtype, jnp.integer):
-        hint = " Of a mask, pass mask.sum over time." if seq_lengths.dtype == bool else ""
+        hint = " For a mask, pass its sum over time." if seq_lengths.dtype == bool else ""
         raise TypeError(f"seq_lengths must be ints, got {seq_lengths.dtype}.{hint}")
     return seq_lengths.astype(jnp.int32)
 

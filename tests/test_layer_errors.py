@@ -123,7 +123,7 @@ BUILDS: dict[str, tuple[Callable[[Framework], Any], str]] = {
     "a layer in the stock layer": (run_in_stock, "a layer that runs over whole sequences, and no"),
     "a layer in a layer": (
         lambda made: made.rnn(made.rnn(made.lstm(), SPEC), SPEC),
-        "RNN needs a cell of flax",
+        "is not an RNNCell of flax",
     ),
 }
 

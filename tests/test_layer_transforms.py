@@ -123,7 +123,7 @@ def test_nnx_copies_with_masks_of_their_own(transform: str) -> None:
 
 def test_jax_over_keys() -> None:
     """`jax.vmap` and `jax.lax.map` close over an NNX layer, and a key each is masks of its own."""
-    layer, keys = layer_of(None), jax.random.split(jax.random.key(0), COPIES)
+    layer, keys = layer_of(nnx.Rngs(0)), jax.random.split(jax.random.key(0), COPIES)
     mapped = jax.jit(jax.vmap(lambda key: layer(XS, rngs=key)))(keys)
     one_by_one = jax.jit(lambda keys: jax.lax.map(lambda key: layer(XS, rngs=key), keys))(keys)
     assert_same(mapped, one_by_one)

@@ -11,7 +11,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from .._describe import Description, describe
 from .._leaky import Family, place_state
-from .._scan import dropout_scan
+from .._scan import check_seq_lengths, dropout_scan
 from .._shown import shown
 from .._sites import PyTree, RecurrentDropout
 from .carry import DropoutCarry
@@ -206,17 +206,14 @@ def _check_carry(carry: PyTree, layout: Layout, call: Call) -> PyTree:
 def _check_lengths(call: Call, layout: Layout) -> jax.Array | None:
     if call.seq_lengths is None:
         return None
-    lengths = jnp.asarray(call.seq_lengths)
-    if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        hint = " Of a mask, pass mask.sum over time." if lengths.dtype == bool else ""
-        raise TypeError(f"seq_lengths must be ints, got {lengths.dtype}.{hint}")
+    lengths = check_seq_lengths(call.seq_lengths)
     if lengths.shape != layout.batch:
         hint = _reading(layout, call) if lengths.shape == _swapped(layout, call) else ""
         raise ValueError(
             f"seq_lengths must have the batch dims of the inputs, {layout.batch}, got shape "
             f"{lengths.shape}.{hint}"
         )
-    return lengths.astype(jnp.int32)
+    return lengths
 
 
 def _time_first(

@@ -19,8 +19,8 @@ from .._flax.layer import (
 from .._flax.wrapper import CellWrapper
 from .._leaky import Family
 from .._random.keys import as_rng
-from .._shown import shown
 from .._sites import PyTree, RecurrentDropout
+from .dropout_cell import check_cell
 from .functional import parts_of, pure_cell
 
 
@@ -241,11 +241,7 @@ def _family(cell: nn.RNNCellBase) -> Family:
 
 
 def _check_cell(cell: Any) -> None:
-    if not (isinstance(cell, nn.Module) and callable(cell) and hasattr(cell, "initialize_carry")):
-        raise TypeError(
-            f"RNN needs a cell of flax.linen, such as nn.LSTMCell(64): a module with "
-            f"initialize_carry and __call__(carry, inputs); got {shown(cell)}."
-        )
+    check_cell(cell)
     for part in parts_of(cell):
         if isinstance(part, CellWrapper):
             refuse_wrapper(cell, part)

@@ -20,9 +20,9 @@ from .._flax.layer import (
 from .._flax.wrapper import CellWrapper
 from .._leaky import Family
 from .._random.keys import as_rng
-from .._shown import shown
 from .._sites import PyTree, RecurrentDropout
 from .dropout_attribute import DropoutAttribute
+from .dropout_cell import check_cell
 from .streams import RngSource, carry_stream, fork_stream, has_dropout, is_for_carries
 
 
@@ -289,11 +289,7 @@ def _family(cell: nnx.RNNCellBase) -> Family:
 
 
 def _check_cell(cell: Any) -> None:
-    if not (isinstance(cell, nnx.Module) and callable(cell) and hasattr(cell, "initialize_carry")):
-        raise TypeError(
-            f"RNN needs a cell of flax.nnx, such as nnx.LSTMCell(32, 64, rngs=rngs): a module "
-            f"with initialize_carry and __call__(carry, inputs); got {shown(cell)}."
-        )
+    check_cell(cell)
     for _, part in nnx.iter_graph(cell):
         if isinstance(part, CellWrapper):
             refuse_wrapper(cell, part)
