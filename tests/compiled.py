@@ -1,6 +1,9 @@
 """What stands where in the text of a compiled program."""
 
+import math
 import re
+
+BYTES = {"pred": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
 def computations(text: str) -> dict[str, list[str]]:
@@ -17,6 +20,15 @@ def computations(text: str) -> dict[str, list[str]]:
 def scans(text: str, steps: int) -> list[str]:
     """The lines of the loops over arrays `[steps, ...]`; a PRNG may have loops of its own."""
     return [line for line in re.findall(r".* while\(.*", text) if f"[{steps}," in line]
+
+
+def bytes_held(loop: str) -> int:
+    """The size of all arrays that a loop passes from step to step."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", loop.split(" while(")[0])
+    return sum(
+        BYTES[dtype] * math.prod(int(dim) for dim in shape.split(",") if dim)
+        for dtype, shape in arrays
+    )
 
 
 def random_work(text: str, steps: int) -> dict[str, int]:

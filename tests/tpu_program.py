@@ -14,7 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from compiled import random_work
+from compiled import bytes_held, called_by, computations, random_work, scans
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -101,15 +101,31 @@ def drawing_sends_nothing(scheme: str, prng: str, direction: str) -> Any:
 
 
 @CASES.over(prng=PRNGS)
-def gradient_of_variational_dropout_keeps_its_masks_and_no_more(prng: str) -> Any:
-    """Temporary memory over the bare cell's, in bytes of one chip."""
-    memory = {
-        scheme: compiled(scheme, prng, "gradient").memory_analysis().temp_size_in_bytes
-        for scheme in ("none", *SCHEMES)
-    }
-    units = DISTURBED * BATCH * UNITS // mesh().size
-    assert memory["variational"] - memory["none"] <= units, memory  # a byte for each
-    return memory | {"units of all masks": units}
+def variational_gradient_keeps_masks_and_the_disturbed_input(prng: str) -> Any:
+    """What its two loops hold over those of the bare cell, in bytes of one chip."""
+    bare, variational = (
+        [bytes_held(line) for line in scans(compiled(*program, "gradient").as_text(), STEPS)]
+        for program in (("none", "threefry2x32"), ("variational", prng))
+    )
+    forward, backward = (more - less for more, less in zip(variational, bare, strict=True))
+    masks = DISTURBED * BATCH * UNITS // mesh().size  # a byte for each unit
+    index = UNITS * 4  # the compiler's, to unpack them
+    disturbed_input = STEPS * BATCH * UNITS * 4 // mesh().size
+    assert 0 < backward <= masks + index
+    assert 0 < forward <= masks + index + disturbed_input
+    return {"forward": forward, "backward": backward, "masks": masks}
+
+
+@CASES.over(scheme=("none", *SCHEMES))
+def weights_gradients_wait_for_the_loops_end(scheme: str) -> Any:
+    """No loop adds to an array of the weights' size, or sends one."""
+    text = compiled(scheme, "threefry2x32", "gradient").as_text()
+    loops = scans(text, STEPS)
+    assert not [loop for loop in loops if f"f32[{UNITS},{4 * UNITS}]" in loop]
+    found, inside = computations(text), called_by(text, loops)
+    assert "all-reduce" in text
+    assert not [name for name in inside if "all-reduce" in "".join(found[name])]
+    return len(loops)
 
 
 if __name__ == "__main__":
