@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from compare import describe, positive_int
-from jax_programs import spec_of, versions
+from jax_programs import Here, spec_of
 from program import Config
 from tqdm import tqdm
 
@@ -25,12 +25,6 @@ import flax_dropout_cell as fdc
 
 LENGTHS = (256, 1024, 4096, 16384)
 BATCH, FEATURES = 8, 128
-
-
-class Here:
-    """Stands for a process, where `describe` asks for versions."""
-
-    versions = versions()
 
 
 def compile_gradient(length: int, every: int | None) -> tuple[Any, tuple[Any, ...]]:

@@ -13,8 +13,10 @@ _CUTS = ("slice", "split")
 
 # A gradient that is accumulated in the loop is read and written at each step; one that waits for
 # the end needs its equation's operands and cotangents to be kept instead. From this share of the
-# latter on the former costs more: measured, see docs/benchmarks.md.
+# latter on the former costs more: measured, see docs/benchmarks.md. A batched product over all
+# steps wants its batch to lead, before time, so both are transposed first.
 WORTHWHILE = 0.8
+WORTHWHILE_BATCHED = 5.0
 
 
 class Site(NamedTuple):
@@ -35,8 +37,16 @@ class Site(NamedTuple):
         """Whether what it makes has the rows of its one operand, so that steps are more rows."""
         if self.equation.name != "dot_general" or self.equation.inputs[0] == self.weight:
             return False
-        (contracted, _), batch = self.equation.eqn.params["dimension_numbers"]
-        return not batch[0] and 0 not in contracted
+        (contracted, _), _ = self.equation.eqn.params["dimension_numbers"]
+        return not self.is_batched and 0 not in contracted
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether it is many products of matrices."""
+        if self.equation.name != "dot_general":
+            return False
+        _, (batch, _) = self.equation.eqn.params["dimension_numbers"]
+        return bool(batch)
 
 
 class Plan(NamedTuple):
@@ -174,4 +184,5 @@ def _is_worth(program: Program, total: int, sites: list[Site]) -> bool:
     products = [site for site in sites if site.equation.name in _PRODUCTS and site.operands]
     operands = {value for site in products for value in site.operands}
     accumulated = program.size(site.weight for site in products)
-    return bool(products) and accumulated >= WORTHWHILE * program.size([*operands, total])
+    share = WORTHWHILE_BATCHED if any(site.is_batched for site in products) else WORTHWHILE
+    return bool(products) and accumulated >= share * program.size([*operands, total])

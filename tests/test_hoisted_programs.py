@@ -61,6 +61,26 @@ def test_the_backward_loop_accumulates_no_weights() -> None:
     assert sums(dropped_lstm) == [0, 0]
 
 
+@pytest.mark.parametrize(("units", "sums"), [(20, 1), (40, 0)])
+def test_a_batched_product_waits_for_the_end_of_the_loop_where_that_is_cheaper(
+    units: int, sums: int
+) -> None:
+    """Kernels that are read by each gate apart: `units / 6` times what their products read."""
+    params, row = fdc.init_lstm(jax.random.key(0), units, units), jnp.zeros((B, units))
+    spec = fdc.recipes.gal2016(input_keep_prob=0.7, recurrent_keep_prob=0.7, tied=False)
+
+    def run(params: Any, xs: jax.Array) -> jax.Array:
+        options: Any = {"cell": fdc.lstm_cell, "dropout": spec}
+        carry = fdc.LSTMState(row, row)
+        return fdc.dropout_scan(params, carry, xs, jax.random.key(1), **options)[1]
+
+    text = gradient_text(run, params, jnp.ones((T, B, units)))
+    carried = backward_loop(text).split(" while(")[0]
+    # In the loop the kernels stand as they are read, too, once for each gate.
+    kernels = re.findall(rf"f32\[4,{2 * units},{units}\]", carried)
+    assert len(kernels) == 1 + sums
+
+
 @pytest.mark.parametrize("resets", [None, jnp.ones((T, B), bool)], ids=["whole", "resets"])
 @pytest.mark.parametrize("noise", SPECS.values(), ids=SPECS)
 def test_the_backward_loop_draws_nothing(noise, resets) -> None:
