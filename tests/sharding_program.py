@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 from compiled import called_by, computations, scans
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import Cases
@@ -197,11 +198,39 @@ def gradient_under_checkpoint(what: str, scheme: str) -> None:
 # Ids, by which a learner on many devices sees the masks of an actor on one ------------------------
 
 
-@CASES.over(impl=("threefry2x32", "rbg"), scheme=SCHEMES)
-def an_actor_on_one_device_and_a_learner_on_eight(impl: str, scheme: str) -> None:
-    """Step by step and whole, with episodes that end in between: the same bits."""
+def scan_of(spec: fdc.RecurrentDropout) -> Callable[..., Any]:
+    return functools.partial(fdc.dropout_scan, cell=fdc.lstm_cell, dropout=spec)
+
+
+def linen_layer_of(spec: fdc.RecurrentDropout) -> Callable[..., Any]:
+    cell = fdc.linen.LSTMCell(UNITS)
+    layer = fdc.linen.RNN(cell, spec, time_major=True, return_carry=True)
+
+    def run(params: Any, carry: Any, xs: Any, rng: Any, **given: Any) -> Any:
+        weights = {"params": {"cell": fdc.linen.cell_params(params, cell)["params"]}}
+        return layer.apply(weights, xs, rng=rng, initial_carry=carry, **given)
+
+    return run
+
+
+def nnx_layer_of(spec: fdc.RecurrentDropout) -> Callable[..., Any]:
+    def run(params: Any, carry: Any, xs: Any, rng: Any, **given: Any) -> Any:
+        cell = fdc.nnx.LSTMCell(UNITS, UNITS, rngs=nnx.Rngs(0))
+        nnx.update(cell, fdc.nnx.cell_params(params, cell))
+        layer: Any = fdc.nnx.RNN(cell, spec, time_major=True, return_carry=True)
+        return layer(xs, rngs=rng, initial_carry=carry, **given)
+
+    return run
+
+
+WITH_IDS = {"dropout_scan": scan_of, "fdc.linen.RNN": linen_layer_of, "fdc.nnx.RNN": nnx_layer_of}
+
+
+@CASES.over(host=WITH_IDS, impl=("threefry2x32", "rbg"), scheme=SCHEMES)
+def an_actor_on_one_device_and_a_learner_on_eight(host: str, impl: str, scheme: str) -> None:
+    """Step by step and whole in other rows, with episodes that end in between: the same bits."""
     noise = noise_of(scheme, 0.5)
-    spec = fdc.RecurrentDropout(input=noise, inside={"recurrent": noise})
+    layer = WITH_IDS[host](fdc.RecurrentDropout(input=noise, inside={"recurrent": noise}))
     params, rng = fdc.init_lstm(jax.random.key(1), UNITS, UNITS), jax.random.key(2, impl=impl)
     xs = jax.random.normal(jax.random.key(3), (STEPS, BATCH, UNITS))
     resets = jax.random.bernoulli(jax.random.key(4), 0.3, (STEPS, BATCH))
@@ -210,24 +239,24 @@ def an_actor_on_one_device_and_a_learner_on_eight(impl: str, scheme: str) -> Non
 
     @jax.jit
     def run(params: Any, rng: Any, carry: Any, xs: Any, resets: Any, ids: Any, start: Any) -> Any:
-        given = {"resets": resets, "sequence_ids": ids, "start": start, "dropout": spec}
-        return fdc.dropout_scan(params, carry, xs, rng, cell=fdc.lstm_cell, **given)
+        return layer(params, carry, xs, rng, resets=resets, sequence_ids=ids, start=start)
 
-    carry, acted = fdc.LSTMState(zeros, zeros), []
+    carry, acted = (zeros, zeros), []
     for t in range(STEPS):
         now = slice(t, t + 1)
         carry, y = run(params, rng, carry, xs[now], resets[now], ids[now], t)
         acted.append(y)
     mesh = jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
+    order = jax.random.permutation(jax.random.key(5), BATCH)
 
     def put(tree: Any, *spec: Any) -> Any:
         return jax.device_put(tree, NamedSharding(mesh, P(*spec)))
 
-    first = put(fdc.LSTMState(zeros, zeros), "batch")
-    by_step = (put(leaf, None, "batch") for leaf in (xs, resets, ids))
-    learned = run(put(params), put(rng), first, *by_step, 0)
+    by_step = (put(leaf[:, order], None, "batch") for leaf in (xs, resets, ids))
+    learned = run(put(params), put(rng), put((zeros, zeros), "batch"), *by_step, 0)
     assert_spread(learned[0])
-    assert_same(learned, (carry, jnp.concatenate(acted)))
+    assert_same(learned[0], tuple(leaf[order] for leaf in carry))
+    assert_same(learned[1], jnp.concatenate(acted)[:, order])
 
 
 # Maps, where each shard has a key of its own -----------------------------------------------------

@@ -1,4 +1,7 @@
-"""Several processes train as one: examples/data_parallel.py over the loopback address."""
+"""Several processes work as one, over the loopback address.
+
+They train examples/data_parallel.py, and draw the masks of the core and of the layers.
+"""
 
 import contextlib
 import functools
@@ -15,10 +18,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import probes
+import process_program
 import pytest
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "data_parallel.py"
+MASKS = Path(process_program.__file__)
 TASK = "--steps 5 --batch-size 12 --hidden-size 8 --seed 3".split()
 LIMIT = 120  # seconds, for all that should take a few
 
@@ -35,12 +42,14 @@ def run_alone(*arguments: object, devices: int = 4) -> subprocess.CompletedProce
 
 
 @contextlib.contextmanager
-def two_processes(folder: Path, *arguments: object) -> Iterator[list[subprocess.Popen]]:
+def two_processes(
+    folder: Path, *arguments: object, program: Path = PROGRAM
+) -> Iterator[list[subprocess.Popen]]:
     """Starts both with two devices each. They end with the test, whatever becomes of it."""
     with socket.socket() as picked:
         picked.bind(("127.0.0.1", 0))
         port = picked.getsockname()[1]
-    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    command = [sys.executable, str(program), *map(str, arguments)]
     command += ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id"]
     processes = []
     try:
@@ -131,6 +140,25 @@ def test_one_device_trains_as_four_do(alone: Callable[[str], dict], tmp_path: Pa
     done = run_alone(*TASK, "--scheme", "per-step", "--out", path, devices=1)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(read_report(path)["losses"], alone("per-step")["losses"], rtol=1e-5)
+
+
+def test_masks_in_two_processes_are_those_of_one_device(tmp_path: Path) -> None:
+    """In the core and both layers: each process has its rows, bit for bit, and equal gradients."""
+    with two_processes(tmp_path, "--out", tmp_path, program=MASKS) as processes:
+        for index, process in enumerate(processes):
+            assert process.wait(LIMIT) == 0, output(tmp_path, index).read_text()
+    steps, batch = process_program.STEPS, process_program.BATCH
+    seen, grads = jax.jit(process_program.every_mask)(
+        jnp.ones(probes.UNITS), process_program.key(), probes.ones(steps, batch)
+    )
+    for index in range(2):
+        got = dict(np.load(process_program.file_of(tmp_path, index)))
+        assert got.pop("devices").tolist() == [2, 4]
+        rows = np.split(np.arange(batch), 2)[index]
+        want = {name: mask[:, rows] for name, mask in seen.items()}
+        want |= {f"{case}, gradient": grad for case, grad in grads.items()}
+        probes.assert_same(got, want)
+    assert all(set(np.unique(mask)) == {0, 2} for mask in seen.values())
 
 
 @pytest.mark.parametrize("lost", [0, 1])
