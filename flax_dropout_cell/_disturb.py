@@ -13,6 +13,7 @@ from ._random.keys import leaf_rng
 from ._rows import Rows, draw_rows, draws_by_row
 from ._sites import (
     PARAMS,
+    STATE,
     Leaf,
     Masks,
     PyTree,
@@ -90,6 +91,8 @@ class Disturbance:
             if is_identity(noise):
                 return value
             mask = self._draw(site, index, noise, value)
+        elif site == STATE:
+            _check_rows(noise, mask, value, old)
         return _check_kind(site, noise, "apply", value, noise.apply(mask, value, old))
 
     def _draw(self, site: Site, index: int, noise: Noise, value: jax.Array) -> jax.Array:
@@ -186,6 +189,19 @@ def previous_leaves(site: Site, previous: PyTree, value: PyTree) -> list[Any]:
             f"value {outline(value)}; they must be the same."
         )
     return jax.tree.leaves(previous)
+
+
+def _check_rows(noise: Noise, mask: Any, value: jax.Array, old: Any) -> None:
+    """Refuses a state's mask that all rows would share, for it was drawn for one row's carry."""
+    if np.shape(mask) != np.shape(old) or np.shape(old) == value.shape:
+        return
+    if getattr(noise, "broadcast_dims", ()):
+        return
+    raise ValueError(
+        f"the carry came in with shape {np.shape(old)} and leaves the cell with {value.shape}, so "
+        f"all rows would share the mask that was drawn for it. Start with "
+        f"jnp.broadcast_to(carry, {value.shape}), and draw the masks from that."
+    )
 
 
 def _check_kind(site: Site, noise: Noise, method: str, leaf: jax.Array, result: Any) -> Any:

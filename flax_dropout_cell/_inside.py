@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from ._random.keys import name_hash
-from ._shown import shown
+from ._shown import shown, shown_tree
 from ._trees import PyTree, outline, shape_of
 
 try:
@@ -132,15 +133,24 @@ class Sites:
 
 
 def call_cell(
-    cell: Cell, params: PyTree, carry: PyTree, x: PyTree, sites: Sites | None = None
+    cell: Cell,
+    params: PyTree,
+    carry: PyTree,
+    x: PyTree,
+    sites: Sites | None = None,
+    *,
+    scanned: bool = False,
 ) -> tuple[PyTree, PyTree]:
-    """Runs the cell, with `disturb=` where there are sites, and checks that it gives a pair."""
+    """Runs the cell, with `disturb=` where there are sites, and checks that it gives a pair.
+
+    Where it is `scanned`, its carry must come out as it came in.
+    """
     _check_cell(cell)
     try:
         result = (
             cell(params, carry, x) if sites is None else _offer_sites(cell, params, carry, x, sites)
         )
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         _add_shapes(error, carry, x)
         raise
     if sites is not None:
@@ -148,13 +158,31 @@ def call_cell(
             raise _no_sites(sites)
         sites.check_all_called()
     if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"cell must return (carry, y), got {_types(result)}.")
+        raise TypeError(f"cell must return (carry, y), got {shown_tree(result)}.")
     if jax.tree.structure(result[0]) != jax.tree.structure(carry):
         raise ValueError(
             f"the cell took a carry of structure {outline(carry)} and returned one of structure "
             f"{outline(result[0])}; they must be the same. It returns (carry, y), in this order."
         )
+    if scanned:
+        _check_kept(carry, result[0])
     return result
+
+
+def _check_kept(carry: PyTree, new_carry: PyTree) -> None:
+    """Refuses what `jax.lax.scan` would, in words that tell what to start from."""
+    new_leaves = jax.tree.leaves(new_carry)
+    for (path, old), new in zip(tree_leaves_with_path(carry), new_leaves, strict=True):
+        came, left = jax.typeof(old), jax.typeof(new)
+        same_shape = came.shape == left.shape
+        if same_shape and (came.dtype == left.dtype or came.weak_type):
+            continue
+        what = "shape" if not same_shape else "dtype, or cast it in the cell"
+        raise TypeError(
+            f"carry{keystr(path)} goes into the cell as {shown(old)} and comes out as "
+            f"{shown(new)}; from step to step it must be the same. Start from a carry of that "
+            f"{what}."
+        )
 
 
 def _check_cell(cell: Any) -> None:
@@ -172,23 +200,9 @@ def _add_shapes(error: Exception, carry: PyTree, x: PyTree) -> None:
     note = "The cell was called with the carry "
     if not any(line.startswith(note) for line in getattr(error, "__notes__", ())):
         error.add_note(
-            f"{note}{_types(carry)} and the input {_types(x)}, those of one step; dropout_scan "
-            f"reads the first axis of xs as time."
+            f"{note}{shown_tree(carry)} and the input {shown_tree(x)}, those of one step; "
+            f"dropout_scan reads the first axis of xs as time."
         )
-
-
-def _types(tree: PyTree) -> str:
-    """A tree with its leaves' dtypes and shapes in their places."""
-    text = repr(jax.tree.map(_Type, tree)) if jax.tree.leaves(tree) else shown(tree)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-class _Type:
-    def __init__(self, leaf: Any) -> None:
-        self._text = shown(leaf)
-
-    def __repr__(self) -> str:
-        return self._text
 
 
 def _offer_sites(cell: Cell, params: PyTree, carry: PyTree, x: PyTree, sites: Sites) -> Any:

@@ -107,7 +107,7 @@ class SequenceStep:
             disturbance = dataclasses.replace(disturbance, rng=step_rng(rng, step))
         if draws_at_each_step(dropout.params) and not disturbance.evaluates:
             weights = disturbance(PARAMS, weights, where=lambda leaf: not is_once(leaf))
-        return run_step(weights, carry, x, self.cell, disturbance)
+        return run_step(weights, carry, x, self.cell, disturbance, scanned=True)
 
 
 def disturb_once(disturbance: Disturbance, params: PyTree) -> PyTree:

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 _LONGEST = 80
+_LONGEST_TREE = 200
 
 
 def shown(value: Any) -> str:
@@ -28,6 +30,22 @@ def shown(value: Any) -> str:
     if callable(value) and hasattr(value, "__qualname__"):
         return f"the function {name_as_written(value)}"
     return f"a {type(value).__name__}"
+
+
+def shown_tree(tree: Any) -> str:
+    """A tree with its leaves' dtypes and shapes in their places."""
+    if not jax.tree.leaves(tree):
+        return shown(tree)
+    text = repr(jax.tree.map(_Leaf, tree))
+    return text if len(text) <= _LONGEST_TREE else f"{text[:_LONGEST_TREE]}..."
+
+
+class _Leaf:
+    def __init__(self, leaf: Any) -> None:
+        self._text = shown(leaf)
+
+    def __repr__(self) -> str:
+        return self._text
 
 
 def name_as_written(value: Any) -> str:

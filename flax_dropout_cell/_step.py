@@ -96,11 +96,17 @@ def dropout_cell(
 
 
 def run_step(
-    params: PyTree, carry: PyTree, x: PyTree, cell: Cell, disturbance: Disturbance
+    params: PyTree,
+    carry: PyTree,
+    x: PyTree,
+    cell: Cell,
+    disturbance: Disturbance,
+    *,
+    scanned: bool = False,
 ) -> tuple[PyTree, PyTree]:
-    """One step on weights that are disturbed already."""
+    """One step on weights that are disturbed already; `scanned`, its carry stays as it was."""
     x = disturbance(INPUT, x)
-    new_carry, y = call_cell(cell, params, carry, x, disturbance.sites())
+    new_carry, y = call_cell(cell, params, carry, x, disturbance.sites(), scanned=scanned)
     return disturbance(STATE, new_carry, carry), disturbance(OUTPUT, y)
 
 

@@ -51,6 +51,7 @@ MISTAKES = {
     "Arrays and their axes": [
         "scan(xs=inputs)  # [batch, time, features], but time leads here",
         "fdc.dropout_scan(params, xs, h, key, cell=cell, dropout=spec)  # carry, then xs",
+        "scan(carry=h[:1])  # one row, to be broadcast",
         "scan(xs=xs.astype(int))",
         "scan(seq_lengths=jnp.ones((4, 5), bool))  # a mask, as Keras has it",
         "scan(resets=jnp.zeros((4, 5), bool))",

@@ -28,7 +28,7 @@ def step(spec, rng=RNG, masks=None, carry=CARRY, x=X, cell=cell):
     return fdc.dropout_cell(None, carry, x, rng, cell=cell, dropout=spec, masks=masks)
 
 
-def scan(spec=None, rng=RNG, carry=CARRY, xs=X, **options):
+def scan(spec=None, rng=RNG, carry=CARRY, xs=X, cell=cell, **options):
     spec = fdc.RecurrentDropout(input=NOISE) if spec is None else spec
     return fdc.dropout_scan(None, carry, xs, rng, cell=cell, dropout=spec, **options)
 
@@ -281,6 +281,64 @@ def test_one_noise_over_a_cell_that_holds_lstms() -> None:
     wrapper = fdc.linen.RNNCellDropoutWrapper(stack, state_keep_prob=0.5)
     with pytest.raises(ValueError, match="of Stack would reach the memory c of the LSTMCell"):
         wrapper.initialize_carry(RNG, (B, F))
+
+
+def add(params, carry, x):
+    carry = carry + x
+    return carry, carry
+
+
+def widen(params, carry, x):
+    return carry.astype(jnp.float32), x
+
+
+XS = jnp.ones((4, B, F))
+
+
+@pytest.mark.parametrize(
+    ("carry", "cell", "text"),
+    [
+        (
+            jnp.zeros((1, F)),
+            add,
+            r"carry goes into the cell as float32\[1, 3\] and comes out as float32\[2, 3\]; .* "
+            r"Start from a carry of that shape",
+        ),
+        (
+            jnp.zeros((B, F), jnp.float16),
+            widen,
+            r"goes into the cell as float16\[2, 3\] .* a carry of that dtype, or cast",
+        ),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_a_scans_carry_that_changes(carry, cell, text) -> None:
+    with pytest.raises(TypeError, match=text):
+        scan(spec_of(state=FROZEN), carry=carry, xs=XS, cell=cell)
+
+
+def test_a_number_starts_a_scan_as_in_jax() -> None:
+    """It has no dtype of its own."""
+    for start in (0.0, 0):
+        total, _ = scan(spec_of(), carry=start, xs=jnp.ones(4), cell=add)
+        assert (total, total.dtype) == (4, jnp.float32)
+
+
+def test_a_mask_that_was_drawn_for_one_row() -> None:
+    """A loop by hand takes a carry that broadcasts; a state's mask would go to every row."""
+    row, shared = (
+        jnp.zeros((1, F)),
+        fdc.Dropout(keep_prob=0.5, variational=True, broadcast_dims=(0,)),
+    )
+    for noise, carry in ((FROZEN, row), (shared, row), (FROZEN, jnp.zeros((B, F)))):
+        spec = spec_of(state=noise)
+        masks = fdc.draw_masks(None, carry, X, RNG, cell=add, dropout=spec)
+        if (noise, carry is row) != (FROZEN, True):
+            step(spec, masks=masks, carry=row, cell=add)
+            continue
+        with pytest.raises(ValueError, match=r"shape \(1, 3\) and leaves .* \(2, 3\), so all rows"):
+            step(spec, masks=masks, carry=row, cell=add)
+    step(spec_of(state=NOISE), carry=row, cell=add)  # a fresh mask has the shape that comes out
 
 
 def test_a_misspelt_submodule() -> None:

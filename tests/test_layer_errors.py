@@ -68,6 +68,40 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"the inputs must be \[\*batch, time, features\], got shape \(4,\)",
     ),
+    "carry, other batch": (
+        {"initial_carry": (jnp.zeros((2, 16)), jnp.zeros((2, 16)))},
+        ValueError,
+        r"initial_carry is \(float32\[2, 16\], float32\[2, 16\]\), but for inputs of shape "
+        r"\(3, 6, 4\) the cell's carry is \(float32\[3, 16\], float32\[3, 16\]\)",
+    ),
+    "carry, one row": (
+        {"initial_carry": (jnp.zeros((1, 16)), jnp.zeros((1, 16)))},
+        ValueError,
+        r"initial_carry is \(float32\[1, 16\]",
+    ),
+    "carry, other size": (
+        {"initial_carry": (jnp.zeros((3, 8)), jnp.zeros((3, 8)))},
+        ValueError,
+        r"initial_carry is \(float32\[3, 8\]",
+    ),
+    "carry, h alone": (
+        {"initial_carry": CARRY[0]},
+        ValueError,
+        r"initial_carry is float32\[3, 16\]",
+    ),
+    "carry, a list": (
+        {"initial_carry": [CARRY[0], CARRY[0]], "resets": RESETS},
+        ValueError,
+        r"initial_carry is \[float32\[3, 16\], float32\[3, 16\]\]",
+    ),
+    "carry, other batch, lengths": (
+        {
+            "initial_carry": (jnp.zeros((2, 16)), jnp.zeros((2, 16))),
+            "seq_lengths": jnp.ones(3, int),
+        },
+        ValueError,
+        r"initial_carry is \(float32\[2, 16\]",
+    ),
     "a wrapper's carry": (
         {"initial_carry": fdc.linen.DropoutCell(nn.LSTMCell(16), SPEC)},
         TypeError,
@@ -98,6 +132,32 @@ def test_calls(framework: Framework, case: str) -> None:
     with pytest.raises(error, match=text) as raised:
         layer.run(given.pop("x"), given.pop("key"), **given)
     assert str(raised.value).count("\n") < 5
+
+
+@frameworks
+@pytest.mark.parametrize("shape", [(2, 16), (3, 8), (1, 16)])
+def test_a_stock_cells_carry(framework: Framework, shape: tuple[int, int]) -> None:
+    """Of another batch or size, or one that broadcasts: with weights, and in `init`."""
+    layer = framework.layer(framework.gru(), SPEC, XS)
+    text = rf"initial_carry is float32\[{shape[0]}, {shape[1]}\], but .* is float32\[3, 16\]"
+    with pytest.raises(ValueError, match=text):
+        layer.run(XS, KEY, initial_carry=jnp.zeros(shape))
+    # In `init` a linen GRU is as large as its carry.
+    if framework.rnn is fdc.linen.RNN and shape[1] == 16:
+        rnn = fdc.linen.RNN(framework.gru(), SPEC)
+        with pytest.raises(ValueError, match=text):
+            rnn.init(KEY, XS, initial_carry=jnp.zeros(shape))
+
+
+@frameworks
+def test_carries_that_work_are_taken(framework: Framework) -> None:
+    """Of another structure than the cell's own first one; and its other mistakes stay its own."""
+    layer = framework.layer(framework.lstm(), SPEC, XS)
+    ys = layer.run(XS, KEY, initial_carry=fdc.LSTMState(*CARRY))
+    assert (ys == layer.run(XS, KEY)).all()
+    with pytest.raises(ValueError, match=r"dropout\.input has the structure"):
+        wrong = fdc.RecurrentDropout(input=(NOISE, NOISE))
+        framework.layer(framework.lstm(), wrong, XS).run(XS, KEY, initial_carry=CARRY)
 
 
 def wrapped(framework: Framework) -> Any:

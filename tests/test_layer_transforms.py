@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
@@ -119,6 +120,51 @@ def test_nnx_copies_with_masks_of_their_own(transform: str) -> None:
         assert_right(one)
     for one, other in itertools.combinations(masks, 2):
         assert all(differ(one[site], other[site]) for site in ("params", "input"))
+
+
+def test_nnx_windows_in_a_scan_with_masks_of_their_own() -> None:
+    """The way out that the docs name; a layer that is broadcast repeats its masks."""
+    windows = jnp.stack([XS] * COPIES)
+    ways = {"stream": nnx.StateAxes({nnx.RngState: nnx.Carry, ...: None}), "broadcast": None}
+    for way, axes in ways.items():
+        scan: Any = nnx.scan(lambda layer, xs: layer(xs)["params"], in_axes=(axes, 0), out_axes=0)
+        for one, other in itertools.combinations(scan(layer_of(nnx.Rngs(0)), windows), 2):
+            assert differ(one, other) == (way == "stream")
+
+
+def test_linen_windows_in_a_scan_with_masks_of_their_own() -> None:
+    class Windows(nn.Module):
+        @nn.compact
+        def __call__(self, windows: jax.Array) -> Any:
+            scan = nn.scan(
+                lambda layer, carry, xs: (carry, layer(xs)["params"]),
+                variable_broadcast="params",
+                split_rngs={"params": False, "dropout": True},
+            )
+            layer = fdc.linen.RNN(probes.LinenProbe(), SPEC, time_major=True)
+            return scan(layer, None, windows)[1]
+
+    windows, model = jnp.stack([XS] * COPIES), Windows()
+    variables = model.init(jax.random.key(0), windows)
+    for one, other in itertools.combinations(model.apply(variables, windows, rngs=RNGS), 2):
+        assert differ(one, other)
+
+
+def test_layers_of_a_model_draw_apart_from_one_rngs() -> None:
+    """In a stack and in both directions, sample by sample: as the docs say it for `mc_samples`."""
+    first, second = layer_of(None), layer_of(None)
+    both: Any = nnx.Bidirectional(
+        first, second, time_major=True, merge_fn=lambda *ys: jnp.stack(ys)
+    )
+
+    def predict(key: jax.Array) -> Any:
+        rngs = nnx.Rngs(key)
+        stack = first(XS, rngs=rngs)["params"], second(XS, rngs=rngs)["params"]
+        return jnp.stack(stack), both(XS, rngs=nnx.Rngs(key))["params"]
+
+    for samples in fdc.mc_samples(predict, jax.random.key(0), 2):
+        for one, other in itertools.combinations(np.concatenate(samples), 2):
+            assert differ(one, other)
 
 
 def test_jax_over_keys() -> None:

@@ -15,6 +15,7 @@ from .._scan import check_seq_lengths, dropout_scan
 from .._shown import shown
 from .._sites import PyTree, RecurrentDropout
 from .carry import DropoutCarry
+from .first_carry import naming_carry
 
 
 class Layout(NamedTuple):
@@ -31,6 +32,13 @@ class Layout(NamedTuple):
     batch: tuple[int, ...]
     time_axis: int
     step_shape: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the inputs as they came."""
+        shape = list(self.step_shape)
+        shape.insert(self.time_axis, self.xs.shape[0])
+        return tuple(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,22 +148,23 @@ def run_layer(
     options: dict[str, Any] = {}
     if call.checkpoint_every is not None:
         options["checkpoint_every"] = call.checkpoint_every
-    carry, ys = dropout_scan(
-        params,
-        carry,
-        layout.xs,
-        rng,
-        cell=cell,
-        dropout=place_state(dropout, carry, family),
-        seq_lengths=lengths,
-        resets=resets,
-        reset_carry=None if resets is None else make_carry(),
-        sequence_ids=ids,
-        reverse=call.reverse,
-        start=call.start,
-        unroll=call.unroll,
-        **options,
-    )
+    with naming_carry(carry, make_carry, layout.shape):
+        carry, ys = dropout_scan(
+            params,
+            carry,
+            layout.xs,
+            rng,
+            cell=cell,
+            dropout=place_state(dropout, carry, family),
+            seq_lengths=lengths,
+            resets=resets,
+            reset_carry=None if resets is None else make_carry(),
+            sequence_ids=ids,
+            reverse=call.reverse,
+            start=call.start,
+            unroll=call.unroll,
+            **options,
+        )
     if call.reverse and not call.keep_order:
         ys = jax.tree.map(lambda y: _flip(y, lengths), ys)
     ys = jax.tree.map(lambda y: jnp.moveaxis(y, 0, layout.time_axis), ys)
@@ -252,9 +261,7 @@ def _swapped(layout: Layout, call: Call) -> tuple[int, ...]:
 
 def _reading(layout: Layout, call: Call) -> str:
     """Says which axis was read as time, where what came fits another reading."""
-    came = list(layout.step_shape)
-    came.insert(layout.time_axis, layout.xs.shape[0])
     return (
-        f" Axis {layout.time_axis} of the inputs {tuple(came)} was read as time; where it is at "
+        f" Axis {layout.time_axis} of the inputs {layout.shape} was read as time; where it is at "
         f"the other end of the batch dims, pass time_major={not call.time_major}."
     )

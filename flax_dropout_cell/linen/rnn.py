@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from .._describe import Description
+from .._flax.first_carry import naming_carry
 from .._flax.layer import (
     Call,
     check_layer_dropout,
@@ -121,7 +122,8 @@ class RNN(nn.Module):
             with the same `rng`, its own `start` and the carry of the one before, gives the uncut
             result.
           deterministic: True is evaluation; None is as the layer has it.
-          rng: the key to draw from, instead of the `dropout` stream.
+          rng: the key to draw from, instead of the `dropout` stream. Layers that are given one key
+            have equal masks.
           return_carry: None is as the layer has it; so are the rest.
           time_major: see the layer.
           reverse: see the layer.
@@ -163,7 +165,8 @@ class RNN(nn.Module):
 
         carry = make_carry() if initial_carry is None else initial_carry
         if self.is_initializing():
-            self.cell(carry, layout.xs[0])  # makes the weights
+            with naming_carry(carry, make_carry, layout.shape):
+                self.cell(carry, layout.xs[0])  # makes the weights
         params, cell = pure_cell(self.cell)
         return run_layer(
             params,

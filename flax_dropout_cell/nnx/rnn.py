@@ -152,7 +152,8 @@ class RNN(DropoutAttribute, nnx.Module):
           deterministic: True is evaluation; None is as the layer has it.
           rngs: what to draw from instead of the layer's own stream: an `nnx.Rngs`, an
             `nnx.RngStream` or a key. With a key the call changes no state, so transformations may
-            close over the layer.
+            close over the layer. Layers that are given one key have equal masks; from one
+            `nnx.Rngs(key)` each draws its own.
           return_carry: None is as the layer has it; so are the rest.
           time_major: see the layer.
           reverse: see the layer.
