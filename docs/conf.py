@@ -8,7 +8,7 @@ project_copyright = author
 release = version = flax_dropout_cell.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -23,7 +23,11 @@ napoleon_use_rtype = False
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
 
-suppress_warnings = ["toc.not_included"]  # a page that only other pages lead to
+# Only pages with a kernel in their front matter are notebooks: the tutorials.
+nb_execution_mode = "force"
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_merge_streams = True
 
 html_theme = "sphinx_book_theme"
 html_title = "flax_dropout_cell"
@@ -32,3 +36,12 @@ html_css_files = ["site.css"]
 html_theme_options = {"show_navbar_depth": 1, "navbar_persistent": []}
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
+
+
+def drop_last_blank_line(app, name, source):
+    """A block of doctests ends with a blank line, for doctest's sake; nobody need see it."""
+    source[0] = source[0].replace("\n\n```\n", "\n```\n")
+
+
+def setup(app):
+    app.connect("source-read", drop_last_blank_line)

@@ -32,7 +32,7 @@ _OUR_CELLS = {
 
 
 def undisturbed(site: str, value: PyTree, previous: PyTree = None) -> PyTree:
-    """Gives the value back: the default of a cell's `disturb` argument, for no noise.
+    """Returns the value as it is: the default of a cell's `disturb` argument, for no noise.
 
     A cell calls `disturb` wherever noise may sit, in evaluation too.
 

@@ -95,7 +95,7 @@ class RecurrentKernels(LazyPrefix):
 
 
 def at_paths(noise: Noise, *patterns: str) -> AtPaths:
-    """Noise on some of a cell's weights, chosen by name: a prefix for the `params` site.
+    """Puts noise on some of a cell's weights, chosen by name: a prefix for the `params` site.
 
     Where the weights are seen, it becomes a tree shaped like them, with `noise` on those that
     match a pattern and None on the others. So one spec serves cells of any structure.
@@ -133,7 +133,7 @@ def at_paths(noise: Noise, *patterns: str) -> AtPaths:
 
 
 def recurrent_kernels(noise: Noise) -> RecurrentKernels:
-    """Noise on the weights that read h: weight-drop (Merity et al. 2017, arXiv:1708.02182).
+    """Puts noise on the weights that read h: weight-drop (Merity et al. 2017, arXiv:1708.02182).
 
     Section 2 there: DropConnect on the hidden-to-hidden matrices, once per sequence, so with
     `variational=True`. The weights are found by their names in the cells of Flax (linen and NNX),

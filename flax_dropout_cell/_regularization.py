@@ -75,7 +75,7 @@ def temporal_activation_regularization(
 def concrete_regularization(
     logit: jax.Array | float, kernel: jax.Array, *, length_scale: float, num_examples: int
 ) -> jax.Array:
-    """The term that a `ConcreteDropout` adds to the loss, lest its probability fall to 0.
+    """The term to add to the loss for a `ConcreteDropout`: without it, its probability falls to 0.
 
     The divergence from the prior per training example, of units that are dropped with
     probability p = sigmoid(logit) and read by `kernel` (Gal, Hron and Kendall 2017,

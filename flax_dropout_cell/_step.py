@@ -39,7 +39,7 @@ def dropout_cell(
     step: int | jax.Array | None = None,
     sequence_ids: jax.typing.ArrayLike | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """One step of `cell` under dropout.
+    """Runs one step of `cell` under dropout.
 
     Noise goes on the params and the input, then the cell runs on the untouched incoming carry,
     with noise at the sites that it has inside, then noise goes on the outgoing carry, then on the

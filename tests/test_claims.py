@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_language_models_table() -> None:
@@ -72,6 +72,14 @@ def test_links_lead_somewhere(page) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def test_each_page_is_in_the_table_of_contents() -> None:
+    """Tutorials too; their code is run where the site is built."""
+    index = (ROOT / "docs/index.md").read_text()
+    for page in PAGES[1:]:
+        name = page.relative_to(ROOT / "docs").with_suffix("").as_posix()
+        assert name == "index" or f"\n{name}\n" in index, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -39,7 +39,7 @@ class GRUParams(NamedTuple):
 def init_gru(
     rng: jax.Array, in_features: int, features: int, dtype: Any = jnp.float32
 ) -> GRUParams:
-    """A GRU's first weights, distributed as Flax's.
+    """Draws a GRU's initial weights, distributed as Flax's.
 
     Drawn once: input kernels LeCun normal, recurrent kernels orthogonal gate by gate; both biases
     are zero.
@@ -67,7 +67,7 @@ def init_gru(
 def gru_cell(
     params: GRUParams, carry: jax.Array, x: jax.Array, *, disturb: Disturb = undisturbed
 ) -> tuple[jax.Array, jax.Array]:
-    """One step of a GRU, with sites inside.
+    """Runs one step of a GRU that has sites for noise inside.
 
     The equations are those of `flax.linen.GRUCell`, PyTorch and cuDNN, with the reset after the
     product: `r = sigmoid(x W_r + b_r + h U_r)`, `z` likewise,

@@ -48,7 +48,7 @@ class LSTMState(NamedTuple):
 def init_lstm(
     rng: jax.Array, in_features: int, features: int, dtype: Any = jnp.float32
 ) -> LSTMParams:
-    """An LSTM's first weights, distributed as Flax's.
+    """Draws an LSTM's initial weights, distributed as Flax's.
 
     Drawn once: input kernels LeCun normal, recurrent kernels orthogonal gate by gate; the bias is
     zero.
@@ -76,7 +76,7 @@ def init_lstm(
 def lstm_cell(
     params: LSTMParams, carry: Any, x: jax.Array, *, disturb: Disturb = undisturbed
 ) -> tuple[Any, jax.Array]:
-    """One step of an LSTM, with sites inside.
+    """Runs one step of an LSTM that has sites for noise inside.
 
     The equations are those of `flax.linen.LSTMCell`: with `(i, f, g, o) = x W + h U + b`,
     `c' = sigmoid(f) c + sigmoid(i) tanh(g)` and `h' = sigmoid(o) tanh(c')`. It draws nothing; noise

@@ -151,7 +151,7 @@ def _weights(
 
 
 def cell_params(params: LSTMParams | GRUParams, cell: nn.RNNCellBase) -> dict[str, Any]:
-    """This library's weights as a linen cell's variables.
+    """Converts this library's weights to a linen cell's variables.
 
     Args:
       params: `LSTMParams` or `GRUParams`.
@@ -200,7 +200,7 @@ def cell_params(params: LSTMParams | GRUParams, cell: nn.RNNCellBase) -> dict[st
 
 
 def core_params(variables: Mapping[str, Any], cell: nn.RNNCellBase) -> LSTMParams | GRUParams:
-    """A linen cell's variables as this library's weights: the way back from `cell_params`.
+    """Converts a linen cell's variables to this library's weights; undoes `cell_params`.
 
     Args:
       variables: the cell's variables, `{"params": {..}}`.

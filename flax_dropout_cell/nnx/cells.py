@@ -127,7 +127,7 @@ def _promote(dense: nnx.Linear, x: jax.Array) -> Any:
 
 
 def cell_params(params: LSTMParams | GRUParams, cell: nnx.RNNCellBase) -> dict[str, Any]:
-    """This library's weights as an NNX cell's variables, for `nnx.update`.
+    """Converts this library's weights to an NNX cell's variables, for `nnx.update`.
 
     Args:
       params: `LSTMParams` or `GRUParams`.
@@ -173,7 +173,7 @@ def cell_params(params: LSTMParams | GRUParams, cell: nnx.RNNCellBase) -> dict[s
 
 
 def core_params(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> LSTMParams | GRUParams:
-    """An NNX cell's variables as this library's weights: the way back from `cell_params`.
+    """Converts an NNX cell's variables to this library's weights; undoes `cell_params`.
 
     Args:
       variables: `nnx.state(cell)`, or a dict of arrays of the same names.

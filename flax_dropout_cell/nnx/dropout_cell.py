@@ -137,7 +137,7 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         return trace_cell(functional_cell(self.cell), None, cell_carry, x, names)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What `nnx.view` calls.
+        """Switches between training and evaluation; `nnx.view` calls it.
 
         Args:
           deterministic: True is evaluation.

@@ -103,7 +103,7 @@ class Embed(nnx.Embed):
         return rows.astype(self.dtype)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What `nnx.view` calls.
+        """Switches between training and evaluation; `nnx.view` calls it.
 
         Args:
           deterministic: True is evaluation.

@@ -108,7 +108,7 @@ class RNN(DropoutAttribute, nnx.Module):
         raise refuse_as_cell()
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What `nnx.view` calls.
+        """Switches between training and evaluation; `nnx.view` calls it.
 
         Args:
           deterministic: True is evaluation.
