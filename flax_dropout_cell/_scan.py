@@ -69,8 +69,8 @@ def dropout_scan(
       cell: `cell(params, carry, x) -> (carry, y)`.
       dropout: which noise sits where.
       masks: masks to use instead of drawing; the variational ones they lack are drawn.
-      seq_lengths: ints `[*batch]`. Past its length a row's carry stands still and its `ys` are
-        zero, and what its `xs` hold there has no effect. Every leaf of the carry and of `ys`
+      seq_lengths: ints `[*batch]`. Past its length a row's carry no longer changes, its `ys` are
+        zero, and its `xs` have no effect. Every leaf of the carry and of `ys`
         then starts with the batch dims.
       resets: bools `[time, *batch]`, in the order of `xs`. True marks a sequence's first step:
         there the row's carry is `reset_carry`, and its variational masks are new. With `reverse`

@@ -28,9 +28,10 @@ class RecurrentDropout:
 
     Args:
       input: noises on what the cell reads at a step.
-      state: noises on the carry that the cell returns. One noise for an LSTM's whole state means
-        h, for dropout on the memory c grows by `1 / keep_prob` at each step; where the state of
-        another cell has several leaves, say which: `state=(None, noise)`.
+      state: noises on the carry that the cell returns. One noise for an LSTM's whole state is
+        applied to h alone: dropout on the memory c would make it grow by `1 / keep_prob` at each
+        step. Where the state of another cell has several leaves, say which:
+        `state=(None, noise)`.
       output: noises on what the cell emits, independent of `state` even where it emits h.
       params: noises on the cell's weights (weight-drop: Merity et al. 2017, arXiv:1708.02182,
         section 2).
