@@ -78,6 +78,11 @@ def test_a_carry_of_python_numbers(noise) -> None:
     )  # fmt: skip
     assert float(carry) in (0.0, np.float32(3 / np.float32(0.7)))
     scan(spec, None, 1.0, jnp.ones(3), cell=total)
+    held, _ = fdc.dropout_cell(
+        None, 1.0, jnp.float32(2.0), RNG, step=0, cell=lambda params, h, x: (h, x), dropout=spec,
+        masks=fdc.draw_masks(None, 1.0, jnp.float32(2.0), RNG, cell=total, dropout=spec),
+    )  # fmt: skip
+    assert float(held) in (0.0, 1 / np.float32(0.7))
 
 
 @MODES

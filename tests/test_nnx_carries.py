@@ -58,6 +58,19 @@ def test_masks_are_scaled_by_what_they_were_drawn_with() -> None:
     assert set(np.unique(fresh)) == {0.0, 4.0}
 
 
+def test_redraw_masks_draws_from_the_key_or_from_the_next_of_the_stream() -> None:
+    cell = cell_of(input=VARIATIONAL)
+    carry = start(cell)
+    one, other = (cell.redraw_masks(carry, X).masks.input for _ in range(2))
+    assert (one != other).any()
+    rng = jax.random.key(7)
+    masks = cell.redraw_masks(carry, X, rngs=rng).masks
+    spec = fdc.RecurrentDropout(input=VARIATIONAL)
+    echo = lambda params, carry, x: (carry, x)  # noqa: E731
+    expected = fdc.draw_masks(None, carry.cell_carry, X, rng, cell=echo, dropout=spec)
+    assert_same(masks.input, expected.input)
+
+
 @pytest.mark.parametrize(
     "spec",
     [fdc.RecurrentDropout(output=PER_STEP), fdc.RecurrentDropout(params=VARIATIONAL)],

@@ -95,6 +95,17 @@ def test_a_reset_starts_the_row_anew_and_no_other(noise) -> None:
 
 
 @noises
+def test_a_reset_is_named_by_its_absolute_step(noise) -> None:
+    """So, without ids, a window that begins before a reset has the whole's masks from there on."""
+    _, whole = scan(noise, resets=RESETS)
+    rows = np.array([1, 2])  # both reset at step 7
+    for start in (5, 4):
+        _, window = scan(noise, XS[5:], resets=RESETS[5:], start=start)
+        masks, wanted = window["inside"][2:, rows], whole["inside"][7:, rows]
+        assert np.array_equal(masks, wanted) == (start == 5)
+
+
+@noises
 @pytest.mark.parametrize("by_id", [False, True])
 def test_backward_has_the_same_masks(noise, by_id) -> None:
     ids = {"sequence_ids": RESETS.astype(int).cumsum(0) * B + jnp.arange(B)[None]} if by_id else {}
