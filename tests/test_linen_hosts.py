@@ -533,22 +533,3 @@ def test_no_warnings() -> None:
         warnings.simplefilter("error")
         rnn = nn.RNN(DropoutCell(nn.SimpleCell(H), spec_of(params=FIXED, output=PER_STEP)))
         train(rnn, rnn.init(RNG, XS), XS)
-
-
-def test_numbers_pass_through_nn_jit_and_arrays_through_jit() -> None:
-    """Flax hashes a module's fields for `nn.jit`, and no array has a hash."""
-
-    def run(keep_prob: Any, lift: Any = lambda rnn: rnn) -> Any:
-        spec = spec_of(output=fdc.Dropout(keep_prob=keep_prob, variational=True))
-
-        class Model(nn.Module):
-            @nn.compact
-            def __call__(self, xs: jax.Array) -> Any:
-                return lift(nn.RNN)(DropoutCell(Shift(), spec), name="rnn")(xs)
-
-        return train(Model(), {"params": {"Shift_0": {"w": jnp.ones(H)}}}, XS)
-
-    np.testing.assert_array_equal(jax.jit(run)(jnp.float32(0.7)), run(0.7))
-    ys = run(0.7, nn.jit)  # from a key that nn.jit derives
-    assert set(np.unique(ys)) == {0.0, 1 / np.float32(0.7)}
-    np.testing.assert_array_equal(ys, np.broadcast_to(ys[:, :1], ys.shape))

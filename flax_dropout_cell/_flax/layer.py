@@ -41,6 +41,11 @@ class Layout(NamedTuple):
         return tuple(shape)
 
 
+_OF_LAYERS = (
+    "time_major", "return_carry", "reverse", "keep_order", "unroll", "checkpoint_every"
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """What a layer's call was given beside its inputs, with the layer's own where it was not."""
@@ -55,6 +60,12 @@ class Call:
     seq_lengths: Any
     resets: Any
     sequence_ids: Any
+
+    @classmethod
+    def of(cls, layer: Any, **given: Any) -> "Call":
+        """What the call was given, or the layer has where that is None."""
+        own = {name: choose(given.pop(name, None), getattr(layer, name)) for name in _OF_LAYERS}
+        return cls(**own, **given)
 
 
 def choose(given: Any, own: Any) -> Any:

@@ -13,6 +13,7 @@ from .._shown import shown
 from .._sites import PyTree, RecurrentDropout, active_noises
 from .._trees import shape_of
 from .cell_field import CellField, copy_with_cell, waits_for_a_host
+from .constant_fields import ConstantFields
 from .weights import restrict, run_on, weights_of
 
 
@@ -20,6 +21,7 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
     """What both wrappers share. A subclass has `cell` and `deterministic`, and says the noises."""
 
     _lstm_cells = (nn.LSTMCell, nn.OptimizedLSTMCell, nn.ConvLSTMCell)
+    __fn_or_cls__ = ConstantFields()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from .._embedding import check_embed, embedding_dropout
+from .constant_fields import ConstantFields
 
 
 class Embed(nn.Module):
@@ -45,6 +46,7 @@ class Embed(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     embedding_init: nn.initializers.Initializer = nn.Embed.embedding_init
+    __fn_or_cls__ = ConstantFields()
 
     def __post_init__(self) -> None:
         check_embed(self.num_embeddings, self.features, self.keep_prob)

@@ -21,6 +21,7 @@ from .._flax.wrapper import CellWrapper
 from .._leaky import Family
 from .._random.keys import as_rng
 from .._sites import PyTree, RecurrentDropout
+from .constant_fields import ConstantFields
 from .dropout_cell import check_cell
 from .functional import parts_of, pure_cell
 
@@ -77,6 +78,7 @@ class RNN(nn.Module):
     keep_order: bool = False
     unroll: int = 1
     checkpoint_every: int | None = None
+    __fn_or_cls__ = ConstantFields()
 
     def __post_init__(self) -> None:
         _check_cell(self.cell)
@@ -144,13 +146,12 @@ class RNN(nn.Module):
                 "RNN was called without its weights: write rnn.apply(variables, inputs, "
                 "rngs={'dropout': key}), or call it inside another module."
             )
-        call = Call(
-            time_major=choose(time_major, self.time_major),
-            return_carry=choose(return_carry, self.return_carry),
-            reverse=choose(reverse, self.reverse),
-            keep_order=choose(keep_order, self.keep_order),
-            unroll=self.unroll,
-            checkpoint_every=self.checkpoint_every,
+        call = Call.of(
+            self,
+            time_major=time_major,
+            return_carry=return_carry,
+            reverse=reverse,
+            keep_order=keep_order,
             start=start,
             seq_lengths=seq_lengths,
             resets=resets,

@@ -169,13 +169,12 @@ class RNN(DropoutAttribute, nnx.Module):
           TypeError: `rngs` is none of these, a dtype does not fit, or the cell draws or writes at
             each step.
         """
-        call = Call(
-            time_major=choose(time_major, self.time_major),
-            return_carry=choose(return_carry, self.return_carry),
-            reverse=choose(reverse, self.reverse),
-            keep_order=choose(keep_order, self.keep_order),
-            unroll=self.unroll,
-            checkpoint_every=self.checkpoint_every,
+        call = Call.of(
+            self,
+            time_major=time_major,
+            return_carry=return_carry,
+            reverse=reverse,
+            keep_order=keep_order,
             start=start,
             seq_lengths=seq_lengths,
             resets=resets,
