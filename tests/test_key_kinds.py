@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
-from hosts import HOSTS, ONE_EACH, Window
+from host_runs import Window
+from hosts import HOSTS, ONE_EACH
 from probes import BATCH, SITE_NAMES, UNITS
 
 import flax_dropout_cell as fdc

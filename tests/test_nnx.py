@@ -5,14 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import hosts
 import jax
 import jax.numpy as jnp
+import nnx_hosts
 import numpy as np
 import probes
 import pytest
 from flax import nnx
-from hosts import SPECS, is_frozen, nnx_probe
+from hosts import SPECS, is_frozen
 from nnx_cells import (
     MIXED,
     PER_STEP,
@@ -26,6 +26,7 @@ from nnx_cells import (
     rnn_of,
     start,
 )
+from nnx_hosts import nnx_probe
 from probes import BATCH, NOTHING, SHAPE, SITE_NAMES, STEPS, UNITS, NnxProbe, assert_same, differ
 
 import flax_dropout_cell as fdc
@@ -42,10 +43,10 @@ def see(host: Any, cell: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("host", "spec"),
     [
-        (compiled(hosts.in_nnx_rnn), "ends frozen"),
-        (compiled(hosts.in_nnx_rnn), "weights and state frozen"),
-        (compiled(hosts.in_nnx_scan), "ends frozen"),
-        (hosts.in_nnx_loop, "weights and state frozen"),
+        (compiled(nnx_hosts.in_nnx_rnn), "ends frozen"),
+        (compiled(nnx_hosts.in_nnx_rnn), "weights and state frozen"),
+        (compiled(nnx_hosts.in_nnx_scan), "ends frozen"),
+        (nnx_hosts.in_nnx_loop, "weights and state frozen"),
     ],
     ids=["nnx.RNN, ends", "nnx.RNN, state", "nnx.scan", "python loop"],
 )
@@ -69,7 +70,7 @@ def test_the_next_call_in_both_directions_has_new_masks(noise: fdc.Dropout) -> N
     cells = tuple(nnx_probe(probes.spec_of(noise), rngs) for _ in range(2))
     runs = []
     for calls in (1, 2):
-        _, ys = compiled(hosts.in_nnx_bidirectional)(cells, probes.ones())
+        _, ys = compiled(nnx_hosts.in_nnx_bidirectional)(cells, probes.ones())
         runs += list(ys["input"])
         assert [draws_of(cell) for cell in cells] == [calls, calls]
     for one, other in itertools.combinations(runs, 2):
@@ -78,7 +79,7 @@ def test_the_next_call_in_both_directions_has_new_masks(noise: fdc.Dropout) -> N
 
 
 def in_scan_that_carries_the_state(cell: Any, xs: jax.Array) -> tuple[Any, Any]:
-    return hosts.in_nnx_scan(cell, xs, axes=nnx.StateAxes({...: nnx.Carry}))
+    return nnx_hosts.in_nnx_scan(cell, xs, axes=nnx.StateAxes({...: nnx.Carry}))
 
 
 def in_lax_scan(cell: Any, xs: jax.Array) -> tuple[Any, Any]:
@@ -244,13 +245,13 @@ def evaluate_by_view(cell: DropoutCell) -> Any:
 @both_modes
 def test_switching_to_evaluation_and_back(evaluate: Any, noise: fdc.Dropout) -> None:
     cell = probe_of(noise)
-    trained = see(compiled(hosts.in_nnx_rnn), nnx.clone(cell))
+    trained = see(compiled(nnx_hosts.in_nnx_rnn), nnx.clone(cell))
     evaluated = evaluate(cell)
-    for mask in see(compiled(hosts.in_nnx_rnn), evaluated).values():
+    for mask in see(compiled(nnx_hosts.in_nnx_rnn), evaluated).values():
         assert_same(mask, np.ones((STEPS, *SHAPE)))
     assert draws_of(evaluated) == 0
     rnn_of(evaluated).train()
-    assert_same(see(compiled(hosts.in_nnx_rnn), evaluated), trained)
+    assert_same(see(compiled(nnx_hosts.in_nnx_rnn), evaluated), trained)
 
 
 def test_a_training_carry_in_evaluation_keeps_its_masks() -> None:

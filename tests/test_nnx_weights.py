@@ -4,9 +4,9 @@ import itertools
 from typing import Any
 
 import flax.linen as nn
-import hosts
 import jax
 import jax.numpy as jnp
+import nnx_hosts
 import numpy as np
 import probes
 import pytest
@@ -146,11 +146,11 @@ def agree(ours: Any, theirs: Any, weights: Any, carry: Any, their_carry: Any) ->
 
 
 def in_scan_that_carries_the_state(cell: Any, xs: jax.Array) -> tuple[Any, Any]:
-    return hosts.in_nnx_scan(cell, xs, axes=nnx.StateAxes({...: nnx.Carry}))
+    return nnx_hosts.in_nnx_scan(cell, xs, axes=nnx.StateAxes({...: nnx.Carry}))
 
 
 @pytest.mark.parametrize(
-    "host", [hosts.in_nnx_rnn, in_scan_that_carries_the_state, hosts.in_nnx_loop]
+    "host", [nnx_hosts.in_nnx_rnn, in_scan_that_carries_the_state, nnx_hosts.in_nnx_loop]
 )
 def test_disturbed_weights_leave_the_cell_as_it_was(host: Any) -> None:
     spec = fdc.RecurrentDropout(params=VARIATIONAL)

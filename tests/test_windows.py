@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
-from hosts import GOES_ON, HOSTS, ONE_EACH, SPECS, Window, is_frozen
+from host_runs import Window
+from hosts import GOES_ON, HOSTS, ONE_EACH, SPECS, is_frozen
 from probes import BATCH, SITE_NAMES, STEPS, assert_same
 
 import flax_dropout_cell as fdc
