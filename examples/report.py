@@ -74,6 +74,7 @@ def describe_trainings(config: Config, corpus: Corpus, results: list[Result]) ->
         "config": dataclasses.asdict(config),
         "words": {split: len(getattr(corpus, split)) for split in SPLITS},
         "vocabulary": len(corpus.vocabulary),
+        **describe_machine(),
         "results": [
             {
                 "scheme": result.scheme,
@@ -90,7 +91,6 @@ def describe_trainings(config: Config, corpus: Corpus, results: list[Result]) ->
 def describe_config(
     name: str, config: Config, result: Result, final: Final, seconds: float, mc_samples: int
 ) -> dict[str, Any]:
-    packages = ("jax", "jaxlib", "flax", "optax", "flax_dropout_cell")
     return {
         "config": name,
         "seed": config.seed,
@@ -101,12 +101,20 @@ def describe_config(
         "epochs": len(result.perplexities),
         "best_epoch": result.best_epoch,
         "seconds": round(seconds, 1),
-        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
+        **describe_machine(),
         "command": shlex.join(["python", *sys.argv]),
         "settings": dataclasses.asdict(config),
         "curves": {split: result.curve(split).tolist() for split in SPLITS},
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """What it was run on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "flax_dropout_cell")
+    return {
+        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
     }
 
 

@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
 
 def start_training(config: Config, model: Any, rng: jax.Array) -> TrainState:
     words, carry = jnp.zeros((config.batch_size, 1), jnp.int32), model.zero_carry(config.batch_size)
-    params = draw_params(config, model.init(rng, words, carry), rng)
+    params = draw_params(config, jax.jit(model.init)(rng, words, carry), rng)
     return TrainState(
         step=jnp.int32(0),
         params=params,

@@ -24,9 +24,23 @@ def test_the_language_models_table() -> None:
             for split in ("valid", "test")
         )
         assert row in page, row
+        assert f"with Python {report['versions']['python']}" in page
         gains.append(1 - dropped["test"] / bare["test"])
     gain = f"falls by {min(gains):.0%} to {max(gains):.0%}, over three seeds"
     assert len(gains) == 3 and gain in (ROOT / "README.md").read_text(), gain
+
+
+def test_the_language_models_learning_rates() -> None:
+    """A row per learning rate: the best validation perplexity, without dropout and with."""
+    page = (ROOT / "docs/results.md").read_text()
+    report = json.loads((ROOT / "docs/results/language_model_rates.json").read_text())
+    rows: dict[str, dict[str, str]] = {}
+    for run in report["runs"]:
+        factor = "" if run["decay"] == 1 else f", times {run['decay']} after each epoch"
+        row = rows.setdefault(f"{run['learning_rate']}{factor}", {})
+        row[run["scheme"]] = f"{min(run['valid']):.1f}"
+    for rate, best in rows.items():
+        assert f"| {rate} | {best['none']} | {best.get('variational', '')} |" in page, rate
 
 
 def test_the_papers_table(monkeypatch: pytest.MonkeyPatch) -> None:
