@@ -38,6 +38,21 @@ class Layer(nn.Module):
         return xs, layer(xs)
 
 
+def test_each_call_of_a_linen_layer_has_new_masks() -> None:
+    """Two windows in one model, say: a call is a window. (NNX's stream is looked at below.)"""
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, xs: jax.Array) -> Any:
+            layer = fdc.linen.RNN(probes.LinenProbe(), SPEC, time_major=True)
+            return layer(xs), layer(xs)
+
+    model = Twice()
+    one, other = model.apply(model.init(jax.random.key(0), XS), XS, rngs=RNGS)
+    for site in ("params", "input"):
+        assert differ(one[site], other[site]), site
+
+
 @pytest.mark.parametrize("wrap", [nn.jit, nn.remat], ids=["nn.jit", "nn.remat"])
 def test_linen_compiled_and_recomputed(wrap: Any) -> None:
     model = Layer(wrap)
