@@ -12,7 +12,9 @@ program's time divided by the bare cell's in the same round. Needs `pip install 
 
 import argparse
 import datetime
+import functools
 import json
+import operator
 import os
 import platform
 import subprocess
@@ -142,7 +144,10 @@ def run_table(options: argparse.Namespace) -> dict[str, Any]:
     with start_workers(options) as (workers, left_out):
         programs = [(worker, name) for worker in workers for name in worker.names]
         rows, failed = measure(programs, config, rounds, "table")
-        return describe(workers, config) | {"rows": rows, "left_out": left_out + failed}
+        return describe([worker.versions for worker in workers], config) | {
+            "rows": rows,
+            "left_out": left_out + failed,
+        }
 
 
 def run_sweep(options: argparse.Namespace) -> dict[str, Any]:
@@ -158,17 +163,19 @@ def run_sweep(options: argparse.Namespace) -> dict[str, Any]:
                 rows, failed = measure(programs, config, rounds, f"{dim} {size}")
                 points.append({"dim": dim, "size": size, "rows": rows})
                 left_out += failed
-        return describe(workers, base) | {"points": points, "left_out": left_out}
+        return describe([worker.versions for worker in workers], base) | {
+            "points": points,
+            "left_out": left_out,
+        }
 
 
-def describe(workers: list[Worker], config: Config) -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for worker in workers:
-        versions |= worker.versions
+def describe(versions: list[dict[str, str]], config: Config) -> dict[str, Any]:
+    """When, where and with which versions something was measured."""
+    python = {"python": platform.python_version()}
     return {
         "date": datetime.date.today().isoformat(),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()},
-        "versions": versions,
+        "versions": functools.reduce(operator.or_, versions, python),
         "config": config._asdict(),
     }
 

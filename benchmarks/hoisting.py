@@ -22,7 +22,7 @@ import numpy as np
 from cells import title_of
 from cells_programs import functional, spec_of
 from compare import describe, positive_int
-from jax_programs import Here
+from jax_programs import versions
 from program import Config
 from tqdm import tqdm
 
@@ -126,7 +126,7 @@ def main() -> None:
     rounds = options.rounds or (3 if options.quick else 9)
     pairs = [(cell, size) for size in SIZES[: 2 if options.quick else None] for cell in CELLS]
     rows = [measure(*pair, rounds) for pair in tqdm(pairs, desc="programs", leave=False)]
-    result = describe([Here()], SIZES[0]) | {"rule": RULE, "rounds": rounds, "rows": rows}  # type: ignore
+    result = describe([versions()], SIZES[0]) | {"rule": RULE, "rounds": rounds, "rows": rows}
     del result["config"]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "hoisting.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -25,12 +25,6 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
 
 
-class Here:
-    """This process, where `compare.describe` asks a worker for its versions."""
-
-    versions = versions()
-
-
 def spec_of(noise: fdc.Dropout) -> fdc.RecurrentDropout:
     """Three sites: the inputs, h and the outputs."""
     return fdc.RecurrentDropout(input=noise, state=(None, noise), output=noise)

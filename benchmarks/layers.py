@@ -1,7 +1,7 @@
 """What resets and the layers cost: ratios within one run, each to its own bare program.
 
-    python benchmarks/layers.py                 # a table, and docs/results/benchmark_layers.json
-    python benchmarks/layers.py --out results --rounds 10
+    python benchmarks/layers.py                 # two minutes on two cores
+    python benchmarks/layers.py --rounds 10
 
 Forward pass and gradient of an LSTM, 128 steps, batch 64, 256 features, with dropout on the input,
 on h and on the output. A layer is held against Flax's own around the bare cell; a scan in which one
@@ -11,11 +11,7 @@ wall-clock time and of the CPU time of all threads, which a busy machine disturb
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +21,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compare import describe, positive_int
 from flax import nnx
+from jax_programs import versions
 from program import Config
 from tqdm import tqdm
 
@@ -139,38 +137,28 @@ def ratios(seconds: dict[str, list[list[float]]]) -> dict[str, list[float]]:
     }
 
 
-def format_table(seconds: dict[str, list[list[float]]]) -> str:
+def format_table(result: dict[str, Any]) -> str:
     lines = ["| | against | forward | its CPU time | gradient | its CPU time |"]
     lines.append("|---|---|---|---|---|---|")
-    for name, times in ratios(seconds).items():
+    for name, times in ratios(result["seconds"]).items():
         cells = [name, PAIRS[name], *(f"{each:.2f}" for each in times)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    root = Path(__file__).parents[1]
-    parser.add_argument("--out", type=Path, metavar="DIR", default=root / "docs/results")
-    parser.add_argument("--rounds", type=int, metavar="N", default=20)
+    parser.add_argument("--rounds", type=positive_int, default=20, help="default: 20")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="default: results")
     options = parser.parse_args()
-    seconds = measure(options.rounds)
-    names = ("jax", "jaxlib", "flax")
-    report = {
-        "config": CONFIG._asdict(),
-        "resets": RESETS,
-        "machine": {"cpus": os.cpu_count(), "python": platform.python_version()},
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "seconds": seconds,
-    }
+    result = describe([versions()], CONFIG) | {"resets": RESETS, "seconds": measure(options.rounds)}
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "benchmark_layers.json"
-    path.write_text(json.dumps(report) + "\n")
-    print(f"{format_table(seconds)}\nwritten to {path}")
-    return 0
+    (options.out / "layers.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(format_table(result))
+    print(f"wrote {options.out / 'layers.json'}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

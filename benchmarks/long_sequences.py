@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from compare import describe, positive_int
-from jax_programs import Here, spec_of
+from jax_programs import spec_of, versions
 from program import Config
 from tqdm import tqdm
 
@@ -79,7 +79,7 @@ def main() -> None:
     lengths = LENGTHS[:2] if options.quick else LENGTHS
     bar = tqdm(lengths, desc="lengths", leave=False, file=sys.stderr)
     rows = [measure_length(length, options.rounds) for length in bar]
-    result = describe([Here()], Config(batch=BATCH, features=FEATURES)) | {"rows": rows}  # type: ignore
+    result = describe([versions()], Config(batch=BATCH, features=FEATURES)) | {"rows": rows}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "long_sequences.json").write_text(json.dumps(result, indent=1) + "\n")
     print(format_table(result))

@@ -8,19 +8,17 @@ ratio is the median over the rounds of a program's time divided by the tied one'
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compare import cpu_name, positive_int
+from compare import describe, positive_int
+from jax_programs import versions
+from program import Config
 
 import flax_dropout_cell as fdc
 
@@ -72,7 +70,8 @@ def ratio(seconds: dict[str, list[float]]) -> float:
     return float(np.median(np.divide(seconds["untied"], seconds["tied"])))
 
 
-def format_table(seconds: dict[str, dict[str, list[float]]]) -> str:
+def format_table(result: dict[str, Any]) -> str:
+    seconds = result["seconds"]
     lines = ["| | forward | gradient |", "|---|---|---|"]
     for cell in CELLS:
         cells = [f"{ratio(seconds[f'{cell}, {part}']):.2f}" for part in PARTS]
@@ -85,19 +84,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive_int, default=31)
     parser.add_argument("--out", type=Path, default=Path("results"))
     options = parser.parse_args()
-    seconds = measure(options.rounds)
-    print(format_table(seconds))
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/untied.py --rounds {options.rounds}",
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("jax", "jaxlib")},
-        "config": {"time": STEPS, "batch": BATCH, "features": FEATURES},
-        "seconds": seconds,
-    }
+    config = Config(time=STEPS, batch=BATCH, features=FEATURES)
+    result = describe([versions()], config) | {"seconds": measure(options.rounds)}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "untied.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / "untied.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(format_table(result))
+    print(f"wrote {options.out / 'untied.json'}")
 
 
 if __name__ == "__main__":

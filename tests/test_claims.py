@@ -136,11 +136,30 @@ def test_the_benchmarks_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         assert version in page
 
 
-@pytest.mark.parametrize("program", ["cells", "long_sequences"])
-def test_the_tables_of_cells_and_of_long_sequences(program, monkeypatch) -> None:
-    """As far as results are stored."""
+BENCHMARKS = {
+    "cells": ["cells_1", "cells_2", "cells_3"],
+    "layers": ["layers"],
+    "untied": ["untied"],
+    "hoisting": ["hoisting"],
+    "long_sequences": ["long_sequences"],
+}
+
+
+@pytest.mark.parametrize("program", BENCHMARKS)
+def test_the_table_of_each_benchmark(program, monkeypatch) -> None:
+    """What a program prints for the stored results is what the page shows."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = importlib.import_module(program)
     page = (ROOT / "docs/benchmarks.md").read_text()
-    for path in sorted((ROOT / "docs/results").glob(f"benchmark_{program}*.json")):
-        assert module.format_table(json.loads(path.read_text())) in page, path.name
+    results = [benchmark(name) for name in BENCHMARKS[program]]
+    assert module.format_table(*results) in page
+    if program == "cells":
+        assert module.format_summary(*results) in page
+        assert module.format_summary(*results) in (ROOT / "README.md").read_text()
+    if program == "long_sequences":
+        config, row = results[0]["config"], results[0]["rows"][-1]
+        outputs = 4 * row["length"] * config["batch"] * config["features"]
+        assert f"take {(row['bytes'][1] - 2 * outputs) / 2**20:.1f} MiB" in page
+    if program == "hoisting":
+        worst = max(map(module.cost, results[0]["rows"]))
+        assert f"takes {worst:.2f} times as long" in page
