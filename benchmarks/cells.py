@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import peers
+import plots
 from compare import Worker, describe, measure, positive_int, ratios
 from program import Config
 
@@ -98,16 +99,24 @@ def format_table(*runs: dict[str, Any]) -> str:
 
 def format_summary(*runs: dict[str, Any]) -> str:
     """A Markdown table of the gradient's time with variational dropout: the median of the runs."""
-    points = runs[0]["points"]
-    titles = [title_of(Config(**point["config"])) for point in points]
+    titles, times = summarize(*runs)
     lines = [f"| {' | '.join(['cell', *titles])} |", f"|---|{'---|' * len(titles)}"]
-    for label, name in SUMMARY.items():
-        times = [
+    for label, row in times.items():
+        lines.append(f"| {' | '.join([label, *(f'{time:.2f}' for time in row)])} |")
+    return "\n".join(lines)
+
+
+def summarize(*runs: dict[str, Any]) -> tuple[list[str], dict[str, list[float]]]:
+    """The sizes, and the gradient's time at each of them: the median of the runs."""
+    points = runs[0]["points"]
+    times = {
+        label: [
             statistics.median(compare_to_bare(run["points"][at], name)[0] for run in runs)
             for at, _ in enumerate(points)
         ]
-        lines.append(f"| {' | '.join([label, *(f'{time:.2f}' for time in times)])} |")
-    return "\n".join(lines)
+        for label, name in SUMMARY.items()
+    }
+    return [title_of(Config(**point["config"])) for point in points], times
 
 
 def compare_to_bare(point: dict[str, Any], name: str) -> tuple[float, float | None]:
@@ -138,7 +147,8 @@ def main() -> None:
     print(format_table(result))
     for reason in result["left_out"]:
         print(f"left out: {reason}")
-    print(f"wrote {options.out / 'cells.json'}")
+    plots.draw_bars(*summarize(result), result, options.out / "cells.png")
+    print(f"wrote {options.out / 'cells.json'} and .png")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,24 @@ def draw_table(result: dict[str, Any], path: Path) -> None:
     _save(figure, result, path)
 
 
+def draw_bars(
+    titles: list[str], times: dict[str, list[float]], result: dict[str, Any], path: Path
+) -> None:
+    """Times as multiples of a bare layer's, `times[label]` at each of the sizes in `titles`."""
+    figure, axis = plt.subplots(figsize=(8, 3.5))
+    width = 0.8 / len(times)
+    for index, (label, ratios) in enumerate(times.items()):
+        places = np.arange(len(titles)) + (index - (len(times) - 1) / 2) * width
+        bars = axis.bar(places, ratios, 0.9 * width, label=label.replace("`", ""))
+        axis.bar_label(bars, fmt="%.2f", fontsize=8, color="white", label_type="center")
+    axis.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    axis.set_xticks(range(len(titles)), titles)
+    axis.set_ylabel("gradient with dropout / bare")
+    axis.legend(fontsize=8, ncols=2, loc="upper left")
+    axis.set_ylim(top=1.5)
+    _save(figure, result, path)
+
+
 def _in_view(axis: plt.Axes, tick: float) -> bool:
     low, high = axis.get_xlim()
     return low <= tick <= high

@@ -157,6 +157,45 @@ def test_a_step_that_does_not_fit_gets_the_error_of_jax_lax_scan() -> None:
         scan(lambda h, _: (h[:1], h), ROW, None, length=2)
 
 
+@pytest.mark.parametrize("cast", [False, True], ids=["all of it", "the products"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(dtype, cast) -> None:
+    """The same dtypes and forward bits; gradients rounded once, after the sum over steps.
+
+    With float32 weights `jax.lax.scan` rounds at each step, and adds in float32.
+    """
+    steps, units, wide = 40, 16, jnp.float32
+    keys = jax.random.split(jax.random.key(0), 3)
+    weights = {
+        name: jax.random.normal(key, (units, units)) for name, key in zip("xh", keys, strict=False)
+    }
+    weights = jax.tree.map(lambda w: (w / 4).astype(wide if cast else dtype), weights)
+    xs = jax.random.normal(keys[2], (steps, 2, units), dtype)
+
+    def loss(weights: Any, xs: Any, scan: Any) -> tuple[jax.Array, jax.Array]:
+        def step(h: Any, x: Any) -> Any:
+            kernels = jax.tree.map(lambda w: w.astype(x.dtype), weights)
+            h = jnp.tanh(x @ kernels["x"] + h @ kernels["h"])
+            return h, h
+
+        ys = scan(step, jnp.zeros_like(xs[0]), xs)[1]
+        return ys.astype(wide).sum(), ys
+
+    def gradient(weights: Any, xs: Any, scan: Any) -> Any:
+        return jax.jit(jax.grad(lambda *args: loss(*args, scan), has_aux=True))(weights, xs)
+
+    (got, ys), (plain, plain_ys) = (gradient(weights, xs, way) for way in (scan, jax.lax.scan))
+    exact, _ = gradient(*jax.tree.map(lambda a: a.astype(wide), (weights, xs)), jax.lax.scan)
+    np.testing.assert_array_equal(ys, plain_ys)
+    for name, wanted in exact.items():
+        assert got[name].dtype == plain[name].dtype == weights[name].dtype
+        error, plain_error = (
+            jnp.abs(each[name].astype(wide) - wanted).max() for each in (got, plain)
+        )
+        rounding = float(jnp.finfo(dtype).eps) / 2 * jnp.abs(wanted).max()
+        assert error <= plain_error + (rounding if cast else 0)
+
+
 # Steps drawn at random ---------------------------------------------------------------------------
 
 PARTS = ("product", "left product", "bias", "sum", "times", "tanh", "join", "cut", "tied")
