@@ -1,5 +1,6 @@
 """The scan that keeps weights' gradients out of its loop: `jax.lax.scan`'s numbers, always."""
 
+import functools
 from typing import Any
 
 import jax
@@ -182,10 +183,12 @@ def test_half_precision(dtype, cast) -> None:
         return ys.astype(wide).sum(), ys
 
     def gradient(weights: Any, xs: Any, scan: Any) -> Any:
-        return jax.jit(jax.grad(lambda *args: loss(*args, scan), has_aux=True))(weights, xs)
+        take = jax.grad(functools.partial(loss, scan=scan), has_aux=True)
+        return jax.jit(take)(weights, xs)
 
     (got, ys), (plain, plain_ys) = (gradient(weights, xs, way) for way in (scan, jax.lax.scan))
-    exact, _ = gradient(*jax.tree.map(lambda a: a.astype(wide), (weights, xs)), jax.lax.scan)
+    wide_weights = jax.tree.map(lambda w: w.astype(wide), weights)
+    exact, _ = gradient(wide_weights, xs.astype(wide), jax.lax.scan)
     np.testing.assert_array_equal(ys, plain_ys)
     for name, wanted in exact.items():
         assert got[name].dtype == plain[name].dtype == weights[name].dtype

@@ -41,9 +41,7 @@ class Layout(NamedTuple):
         return tuple(shape)
 
 
-_OF_LAYERS = (
-    "time_major", "return_carry", "reverse", "keep_order", "unroll", "checkpoint_every"
-)  # fmt: skip
+_OF_LAYERS = tuple("time_major return_carry reverse keep_order unroll checkpoint_every".split())
 
 
 @dataclasses.dataclass(frozen=True)
