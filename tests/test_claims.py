@@ -127,13 +127,14 @@ def test_the_benchmarks_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes = [rows[0][which]["gradient_bytes"] for which in (name, "scan: bare")]
         line = f"| {' | '.join([*cells, f'{sizes[0] / sizes[1]:.2f}'])} |"
         assert line in page
-    for rows in (runs[1]["rows"], benchmark("small")["rows"]):
-        assert compare.format_table(rows) in page
+    peers = benchmark("peers")
+    for result in (runs[0], peers, benchmark("small")):
+        assert compare.format_table(result["rows"]) in page
     assert compare.format_sweep(benchmark("sweep")["points"]) in page
     ours = [row for row in benchmark("table_rbg")["rows"] if row["name"].startswith(("scan", "nn"))]
     assert compare.format_table(ours) in page
-    for version in runs[1]["versions"].values():
-        assert version in page
+    for name, version in [*runs[0]["versions"].items(), *peers["versions"].items()]:
+        assert f"{name} {version}" in page
 
 
 BENCHMARKS = {
