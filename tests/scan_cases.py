@@ -172,7 +172,10 @@ def weight_norm_and_weight_drop(scan, g, unused, wx, wh, b, h, xs):
     return scan(step, h, xs)
 
 
-@case(w=(2, H, H), left=(H, B), bias=(H,), h=(B, 2, H), xs=(T, B, 2, H))
+WIDE = 24  # a batched product waits for the end of the loop where its weight is large
+
+
+@case(w=(2, WIDE, WIDE), left=(WIDE, B), bias=(WIDE,), h=(B, 2, WIDE), xs=(T, B, 2, WIDE))
 def a_batched_product_and_one_from_the_left(scan, w, left, bias, h, xs):
     def step(h, x):
         z = jnp.einsum("bnh,nhk->bnk", h + x, w)

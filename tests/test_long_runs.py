@@ -92,10 +92,12 @@ def test_what_explodes_is_seen(snippet: Any) -> None:
     assert not largest  # no step of ours
 
 
+LONG_WINDOWS = "--batch-size 4 --window 30".split()
 PROGRAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "data_parallel": ("--steps 1 --batch-size 2 --hidden-size 4", {}),
     "functional_scan": ("", {"EPOCHS": 1}),
-    "language_model": (" ".join([*SMALL, "--epochs 1 --scheme variational"]), {}),
+    # A few windows, for each of them runs on for a thousand steps.
+    "language_model": (" ".join([*SMALL, "--epochs 1 --scheme variational", *LONG_WINDOWS]), {}),
     "recurrent_ppo": (
         "--mazes 4 --units 4 --steps 2 --iterations 1 --epochs 1",
         {"MODELS": ("memory, dropout",)},
