@@ -51,14 +51,21 @@ def backward_loop(text: str) -> str:
 
 
 def test_the_backward_loop_accumulates_no_weights() -> None:
-    """The cell reads one kernel that both are joined in; each by itself is a sum of gradients."""
+    """The cell joins its kernels: `dropout_scan` does so before the loop, which reads them."""
 
-    def sums(run: Any) -> list[int]:
+    def kernels(run: Any) -> list[int]:
         carried = backward_loop(gradient_text(run, LSTM, XS)).split(" while(")[0]
-        return [carried.count(f"f32[{rows},{4 * H}]") for rows in (D, H)]
+        return [carried.count(f"f32[{rows},{4 * H}]") for rows in (D, H, D + H)]
 
-    assert sums(plain_lstm) == [1, 1]
-    assert sums(dropped_lstm) == [0, 0]
+    assert kernels(plain_lstm)[:2] == [1, 1]  # their sums
+    assert kernels(dropped_lstm) == [0, 0, 1]
+
+
+def test_the_product_over_all_steps_reads_what_the_loop_wrote() -> None:
+    """Nothing is transposed for it first."""
+    text = gradient_text(dropped_lstm, LSTM, XS)
+    ((left, right),) = re.findall(rf"= f32\[{D + H},{4 * H}\]\S* dot\((\S+), (\S+)\)", text)
+    assert "copy" not in left + right and "transpose" not in left + right
 
 
 @pytest.mark.parametrize(("units", "sums"), [(20, 1), (40, 0)])
