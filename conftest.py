@@ -36,6 +36,13 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(os.environ[CACHE], ignore_errors=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs() -> Iterator[None]:
+    """Lets go of a file's compiled programs: all of them together would exhaust LLVM."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def float64() -> Iterator[None]:
     """Lets a test compute in double precision."""

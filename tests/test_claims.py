@@ -139,7 +139,7 @@ def test_the_benchmarks_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 BENCHMARKS = {
     "cells": ["cells_1", "cells_2", "cells_3"],
-    "layers": ["layers"],
+    "layers_and_resets": ["layers_and_resets"],
     "untied": ["untied"],
     "hoisting": ["hoisting"],
     "long_sequences": ["long_sequences"],

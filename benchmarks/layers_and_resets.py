@@ -1,7 +1,7 @@
 """What resets and the layers cost: ratios within one run, each to its own bare program.
 
-    python benchmarks/layers.py                 # two minutes on two cores
-    python benchmarks/layers.py --rounds 10
+    python benchmarks/layers_and_resets.py               # two minutes on two cores
+    python benchmarks/layers_and_resets.py --rounds 10
 
 Forward pass and gradient of an LSTM, 128 steps, batch 64, 256 features, with dropout on the input,
 on h and on the output. A layer is held against Flax's own around the bare cell; a scan in which one
@@ -155,9 +155,9 @@ def main() -> None:
     options = parser.parse_args()
     result = describe([versions()], CONFIG) | {"resets": RESETS, "seconds": measure(options.rounds)}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "layers.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.out / "layers_and_resets.json").write_text(json.dumps(result, indent=1) + "\n")
     print(format_table(result))
-    print(f"wrote {options.out / 'layers.json'}")
+    print(f"wrote {options.out / 'layers_and_resets.json'}")
 
 
 if __name__ == "__main__":
