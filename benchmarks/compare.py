@@ -12,9 +12,7 @@ program's time divided by the bare cell's in the same round. Needs `pip install 
 
 import argparse
 import datetime
-import functools
 import json
-import operator
 import os
 import platform
 import subprocess
@@ -171,11 +169,13 @@ def run_sweep(options: argparse.Namespace) -> dict[str, Any]:
 
 def describe(versions: list[dict[str, str]], config: Config) -> dict[str, Any]:
     """When, where and with which versions something was measured."""
-    python = {"python": platform.python_version()}
+    merged = {"python": platform.python_version()}
+    for each in versions:
+        merged |= each
     return {
         "date": datetime.date.today().isoformat(),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()},
-        "versions": functools.reduce(operator.or_, versions, python),
+        "versions": merged,
         "config": config._asdict(),
     }
 

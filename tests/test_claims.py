@@ -131,6 +131,12 @@ def test_the_benchmarks_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     for result in (runs[0], peers, benchmark("small")):
         assert compare.format_table(result["rows"]) in page
     assert compare.format_sweep(benchmark("sweep")["points"]) in page
+    gradients = [
+        compare.ratios(row, point["rows"][0], "gradient")[1]
+        for point in benchmark("sweep")["points"]
+        for row in point["rows"][1:]
+    ]
+    assert f"more than {100 * (max(gradients) - 1):.0f} percent" in page
     ours = [row for row in benchmark("table_rbg")["rows"] if row["name"].startswith(("scan", "nn"))]
     assert compare.format_table(ours) in page
     for name, version in [*runs[0]["versions"].items(), *peers["versions"].items()]:
