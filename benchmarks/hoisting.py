@@ -11,7 +11,6 @@ of the first program's time divided by the second's; below 1 it pays to wait.
 import argparse
 import functools
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from cells_programs import functional, spec_of
 from compare import describe, positive_int
 from jax_programs import versions
 from program import Config
+from rounds import time_in_turn
 from tqdm import tqdm
 
 import flax_dropout_cell as fdc
@@ -83,14 +83,11 @@ def measure(cell: str, config: Config, rounds: int) -> dict[str, Any]:
     lowered = [lower(cell, config, rule) for rule in (ALWAYS, NEVER, RULE)]
     after, inside, chosen = [program.as_text() for program, _ in lowered]
     assert chosen in (after, inside)
-    programs = [functools.partial(program.compile(), *args) for program, args in lowered[:2]]
-    seconds: list[list[float]] = [[], []]
-    for number in range(rounds + 1):  # the first is to warm up
-        for program, times in zip(programs, seconds, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(program())
-            if number:
-                times.append(time.perf_counter() - start)
+    programs = {
+        name: functools.partial(program.compile(), *args)
+        for name, (program, args) in zip(("after", "inside"), lowered, strict=False)
+    }
+    seconds = [*time_in_turn(programs, rounds).values()]
     return {"cell": cell, "config": config._asdict(), "waits": chosen == after, "seconds": seconds}
 
 

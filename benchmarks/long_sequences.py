@@ -8,9 +8,9 @@ An LSTM, batch 8, 128 features, per-step dropout at the inputs, h and the output
 """
 
 import argparse
+import functools
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from compare import describe, positive_int
 from jax_programs import spec_of, versions
 from program import Config
+from rounds import time_in_turn
 from tqdm import tqdm
 
 import flax_dropout_cell as fdc
@@ -44,15 +45,12 @@ def compile_gradient(length: int, every: int | None) -> tuple[Any, tuple[Any, ..
 
 def measure_length(length: int, rounds: int) -> dict[str, Any]:
     """Both programs in turn: each one's memory, and its times."""
-    programs = [compile_gradient(length, every) for every in (None, round(length**0.5))]
-    seconds: list[list[float]] = [[], []]
-    for _ in range(rounds):
-        for (program, args), times in zip(programs, seconds, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(program(*args))
-            times.append(time.perf_counter() - start)
-    memory = [program.memory_analysis().temp_size_in_bytes for program, _ in programs]
-    return {"length": length, "every": round(length**0.5), "bytes": memory, "seconds": seconds}
+    every = round(length**0.5)
+    ready = {"without": compile_gradient(length, None), "with": compile_gradient(length, every)}
+    programs = {name: functools.partial(program, *args) for name, (program, args) in ready.items()}
+    seconds = [*time_in_turn(programs, rounds).values()]
+    memory = [program.memory_analysis().temp_size_in_bytes for program, _ in ready.values()]
+    return {"length": length, "every": every, "bytes": memory, "seconds": seconds}
 
 
 def format_table(result: dict[str, Any]) -> str:

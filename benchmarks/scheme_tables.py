@@ -1,4 +1,4 @@
-"""The table of `schemes.py`, from its JSON; run with the JSON's path, it prints it."""
+"""The table and the figure of `schemes.py`, from its JSON; run with JSONs' paths, it makes them."""
 
 import json
 import sys
@@ -6,25 +6,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 
 def format_table(report: dict[str, Any]) -> str:
     """A row per scheme and cell: what was picked, and the test over the seeds."""
-    lines = [
-        f"| scheme | cell | picked | test, nats per {report['unit']} | against none |",
-        "|---|---|---|---|---|",
-    ]
+    scored = report["score"] is not None
+    head = ["scheme", "cell", "picked", f"test, nats per {report['unit']}", "against none"]
+    lines = [format_row([*head, report["score"]] if scored else head)]
+    lines.append("|---" * (len(head) + scored) + "|")
     for row in report["rows"]:
-        test = np.array(row["test_nll"])
         bare = find(report, row["cell"], "none")
         change = ""
         if bare is not None and bare is not row:
             gain, error = gain_of(row, bare)
-            change = f"{-gain:+.2f} ({abs(gain) / error:.1f} standard errors)"
+            change = f"{-gain:+.{places(report)}f} ({abs(gain) / error:.1f} standard errors)"
         picked = "" if row["scheme"] == "none" else f"{row['strength']:g}"
-        score = f"{test.mean():.2f} ± {test.std(ddof=1):.2f}"
-        lines.append(f"| {row['scheme']} | {row['cell']} | {picked} | {score} | {change} |")
+        cells = [row["scheme"], row["cell"], picked, format_test(row, places(report)), change]
+        if scored:
+            cells.append(f"{np.mean(row['test_score']):.1%}")
+        lines.append(format_row(cells))
     return "\n".join(lines)
+
+
+def format_row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def format_test(row: dict[str, Any], places: int) -> str:
+    test = np.array(row["test_nll"])
+    return f"{test.mean():.{places}f} ± {test.std(ddof=1):.{places}f}"
+
+
+def places(report: dict[str, Any]) -> int:
+    """Decimal places: three where the numbers are below one."""
+    return 3 if np.mean(report["rows"][0]["test_nll"]) < 1 else 2
 
 
 def find(report: dict[str, Any], cell: str, scheme: str) -> dict[str, Any] | None:
@@ -39,6 +55,38 @@ def gain_of(row: dict[str, Any], bare: dict[str, Any]) -> tuple[float, float]:
     return float(theirs.mean() - ours.mean()), float(error)
 
 
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Each scheme's test over the seeds, and its mean validation over the epochs."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    tests, curves = figure.subplots(1, 2, width_ratios=(2, 3))
+    names = [*dict.fromkeys(row["scheme"] for row in report["rows"])]
+    colors = {name: f"C{index}" if index else "black" for index, name in enumerate(names)}
+    for row in report["rows"]:
+        lstm, nlls = row["cell"] == "lstm", np.array(row["test_nll"])
+        style = {"color": colors[row["scheme"]], "mfc": None if lstm else "white"}
+        place = names.index(row["scheme"]) + (-0.15 if lstm else 0.15)
+        tests.errorbar(nlls.mean(), place, xerr=nlls.std(ddof=1), fmt="o" if lstm else "s", **style)
+        if lstm and "Monte Carlo" not in row["scheme"]:
+            valid = np.array(row["curves"])[:, :, 1].mean(0)
+            curves.plot(1 + np.arange(len(valid)), valid, label=row["scheme"], color=style["color"])
+    tests.set_yticks(range(len(names)), names)
+    tests.invert_yaxis()
+    tests.set_xlabel(f"test, nats per {report['unit']} (dot: LSTM, square: GRU)")
+    lowest = min(line.get_ydata().min() for line in curves.get_lines())
+    bare = curves.get_lines()[0].get_ydata()
+    curves.set_ylim(lowest - 0.05 * abs(lowest), 1.6 * bare.min() - 0.6 * lowest + 0.1 * bare.min())
+    curves.set_xlabel("epoch")
+    curves.set_ylabel("validation, mean over the seeds")
+    curves.legend(fontsize=8)
+    for axes in (tests, curves):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        print(format_table(json.loads(Path(name).read_text())))
+        path = Path(name)
+        report = json.loads(path.read_text())
+        print(format_table(report))
+        draw(report, path.with_suffix(".png"))
+        print(f"wrote {path.with_suffix('.png')}")

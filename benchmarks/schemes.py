@@ -3,11 +3,11 @@
     python benchmarks/schemes.py chorales --data FOLDER     # the folder holds jsb_chorales.mat
     python benchmarks/schemes.py digits
 
-Every scheme gets the same budget: the same model and training, one probability out of four that
-is picked by validation with one seed, then five seeds. Every training keeps the weights of the
-epoch that is best by validation, that without dropout too. The runs of a scheme are one program,
-by `jax.vmap` over seeds and probabilities. Results go to a JSON, scheme by scheme: started again,
-it goes on with the schemes that are missing. In the end it prints a table.
+Every scheme gets the same budget: the same model and training, four strengths, and five seeds of
+each; the strength with the best mean validation is tested. Every training keeps the weights of
+the epoch that is best by validation, that without dropout too. The runs of a scheme are one
+program, by `jax.vmap` over seeds and strengths. Results go to a JSON, scheme by scheme: started
+again, it goes on with the schemes that are missing. It ends with a table and a figure.
 """
 
 import argparse
@@ -27,12 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scheme_tables import format_table
+from scheme_tables import draw, format_table
 from scheme_tasks import TASKS, Split, Task
 
 import flax_dropout_cell as fdc
 
-SEEDS = 5
 KEPT = (0.9, 0.8, 0.65, 0.5)
 ZONED_OUT = (0.05, 0.15, 0.3, 0.5)
 STDDEVS = (0.02, 0.05, 0.1, 0.2)
@@ -40,59 +39,63 @@ STDDEVS = (0.02, 0.05, 0.1, 0.2)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is the same for all schemes of a task."""
+    """What is the same for all schemes of a task, whose `config` has its own defaults."""
 
     units: int = 128
     epochs: int = 60
     batch: int = 16
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-3
     max_grad_norm: float = 1.0
+    seeds: int = 5
     mc_samples: int = 20
+    unroll: int = 1
 
 
 class Scheme(NamedTuple):
     """A scheme: its noise of a strength, the strengths to pick from, and how it is tested.
 
-    `noise(strength, before)` takes what to keep of the inputs apart: some tasks drop none of them.
+    `noise(strength, before, cell)` takes what to keep of the inputs apart: some tasks drop none.
     """
 
     name: str
-    noise: Callable[[Any, Any], fdc.RecurrentDropout]
+    noise: Callable[[Any, Any, str], fdc.RecurrentDropout]
     strengths: tuple[float, ...]
     monte_carlo: bool = False
 
 
-def no_dropout(_: Any, __: Any) -> fdc.RecurrentDropout:
+def no_dropout(_: Any, __: Any, cell: str) -> fdc.RecurrentDropout:
     return fdc.RecurrentDropout()
 
 
-def zaremba(keep: Any, before: Any) -> fdc.RecurrentDropout:
+def zaremba(keep: Any, before: Any, cell: str) -> fdc.RecurrentDropout:
     return fdc.recipes.zaremba2014(input_keep_prob=before, output_keep_prob=keep)
 
 
-def gal(keep: Any, before: Any, tied: bool = True) -> fdc.RecurrentDropout:
+def gal(keep: Any, before: Any, cell: str, tied: bool = True) -> fdc.RecurrentDropout:
     return fdc.recipes.gal2016(
         input_keep_prob=before, recurrent_keep_prob=keep, output_keep_prob=keep, tied=tied
     )
 
 
-def semeniuta(keep: Any, before: Any) -> fdc.RecurrentDropout:
+def semeniuta(keep: Any, before: Any, cell: str) -> fdc.RecurrentDropout:
     return fdc.recipes.semeniuta2016(
         candidate_keep_prob=keep, input_keep_prob=before, output_keep_prob=keep
     )
 
 
-def zoneout(prob: Any, _: Any) -> fdc.RecurrentDropout:
+def zoneout(prob: Any, _: Any, cell: str) -> fdc.RecurrentDropout:
+    if cell == "gru":
+        return fdc.RecurrentDropout(inside={"hidden": fdc.Zoneout(prob=prob)})
     return fdc.recipes.krueger2016(cell_prob=prob, hidden_prob=prob / 3)
 
 
-def weight_drop(keep: Any, before: Any) -> fdc.RecurrentDropout:
+def weight_drop(keep: Any, before: Any, cell: str) -> fdc.RecurrentDropout:
     spec = fdc.recipes.merity2017(weight_keep_prob=keep, input_keep_prob=before)
     output = fdc.Dropout(keep_prob=keep, variational=True)
     return dataclasses.replace(spec, output=output)
 
 
-def weight_noise(stddev: Any, _: Any) -> fdc.RecurrentDropout:
+def weight_noise(stddev: Any, _: Any, cell: str) -> fdc.RecurrentDropout:
     return fdc.RecurrentDropout(params=fdc.GaussianNoise(stddev=stddev, variational=True))
 
 
@@ -110,70 +113,109 @@ SCHEMES = {
         Scheme("weight noise", weight_noise, STDDEVS),
     )
 }
+COMPARED = {
+    "lstm": tuple(SCHEMES),
+    "gru": ("none", "Zaremba", "Gal, tied", "zoneout", "weight-drop"),
+}
 
 
 # One run -----------------------------------------------------------------------------------------
 
 
-def predict(params: Any, split: Split, rng: Any, cell: Any, spec: Any) -> jax.Array:
-    """The model's outputs, `[batch, time, outputs]`."""
-    batch = split.inputs.shape[0]
-    zeros = jnp.zeros((batch, params["cell"].recurrent_kernel.shape[0]))
-    carry = fdc.LSTMState(zeros, zeros) if cell is fdc.lstm_cell else zeros
-    _, ys = fdc.dropout_scan(
-        params["cell"],
-        carry,
-        split.inputs.swapaxes(0, 1),
-        rng,
-        cell=cell,
-        dropout=spec,
-        seq_lengths=split.lengths,
-    )
-    return ys.swapaxes(0, 1) @ params["kernel"] + params["bias"]
+class Model(NamedTuple):
+    """One layer, and what reads its outputs."""
+
+    cell_name: str
+    task: Task
+    config: Config
+
+    def init(self, rng: jax.Array) -> dict[str, Any]:
+        cell_rng, kernel_rng, embedding_rng = jax.random.split(rng, 3)
+        units, outputs, words = self.config.units, self.task.outputs, self.task.words
+        inputs = self.task.splits[0].inputs.shape[-1] if words is None else units
+        init_cell = fdc.init_lstm if self.cell_name == "lstm" else fdc.init_gru
+        params = {
+            "cell": init_cell(cell_rng, inputs, units),
+            "kernel": jax.nn.initializers.lecun_normal()(kernel_rng, (units, outputs)),
+            "bias": jnp.zeros(outputs),
+        }
+        if words is not None:
+            normal = jax.nn.initializers.normal(0.1)
+            params["embedding"] = normal(embedding_rng, (words, units))
+        return params
+
+    def predict(self, params: Any, split: Split, rng: Any, spec: Any) -> jax.Array:
+        """The outputs at each step, `[batch, time, outputs]`."""
+        zeros = jnp.zeros((split.inputs.shape[0], self.config.units))
+        lstm = self.cell_name == "lstm"
+        xs = split.inputs if self.task.words is None else params["embedding"][split.inputs]
+        _, ys = fdc.dropout_scan(
+            params["cell"],
+            fdc.LSTMState(zeros, zeros) if lstm else zeros,
+            xs.swapaxes(0, 1),
+            rng,
+            cell=fdc.lstm_cell if lstm else fdc.gru_cell,
+            dropout=spec,
+            seq_lengths=split.lengths,
+            unroll=self.config.unroll,
+        )
+        return ys.swapaxes(0, 1) @ params["kernel"] + params["bias"]
+
+    def loss(self, params: Any, split: Split, rng: Any, spec: Any) -> jax.Array:
+        nlls = self.task.nlls(self.predict(params, split, rng, spec), split.targets)
+        return self._mean(nlls, split)
+
+    def evaluate(self, params: Any, split: Split, rng: Any, spec: Any, samples: int) -> jax.Array:
+        """The negative log-likelihood and the score of averaged predictions, or nan for no score.
+
+        `samples=0` predicts once, with the noises' expectations.
+        """
+
+        def sample(rng: jax.Array | None) -> tuple[jax.Array, ...]:
+            outputs = self.predict(params, split, rng, spec)
+            nlls = self.task.nlls(outputs, split.targets)
+            score = self.task.score
+            return (nlls,) if score is None else (nlls, score.probabilities(outputs, split.targets))
+
+        if samples:
+            nlls, *scored = fdc.mc_samples(sample, rng, samples, chunk_size=1)
+            nlls = jnp.log(samples) - jax.nn.logsumexp(-nlls, axis=0)
+            scored = [probabilities.mean(0) for probabilities in scored]
+        else:
+            nlls, *scored = sample(None)
+        nll = self._mean(nlls, split)
+        if self.task.score is None:
+            return jnp.stack([nll, jnp.nan])
+        return jnp.stack([nll, self._mean(self.task.score.hits(*scored, split.targets), split)])
+
+    def _mean(self, values: jax.Array, split: Split) -> jax.Array:
+        weights = self.task.weights(split.lengths, values.shape[1])
+        return (weights * values).sum() / weights.sum()
 
 
 def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Callable[..., Any]:
     """A whole training as a function of its key and the scheme's strength.
 
-    It gives the negative log-likelihoods of validation and test at the epoch that is best by
-    validation, that epoch, and the curve `[epochs, (train, valid)]`.
+    It gives `(negative log-likelihood, score)` of validation and of test at the epoch that is
+    best by validation, that epoch, and the curve `[epochs, (train, valid)]`.
     """
     train, valid, test = (Split(*map(jnp.asarray, split)) for split in task.splits)
-    cell = fdc.lstm_cell if cell_name == "lstm" else fdc.gru_cell
-    init_cell = fdc.init_lstm if cell_name == "lstm" else fdc.init_gru
+    model = Model(cell_name, task, config)
     batches = len(train.inputs) // config.batch
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.epochs * batches)
     optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(schedule))
-
-    def loss_of(params: Any, split: Split, rng: Any, spec: Any) -> jax.Array:
-        nlls = task.nlls(predict(params, split, rng, cell, spec), split.targets)
-        weights = task.weights(split.lengths, nlls.shape[1])
-        return (weights * nlls).sum() / weights.sum()
-
-    def mc_loss_of(params: Any, split: Split, rng: Any, spec: Any) -> jax.Array:
-        def sample(rng: jax.Array) -> jax.Array:
-            return task.nlls(predict(params, split, rng, cell, spec), split.targets)
-
-        sampled = fdc.mc_samples(sample, rng, config.mc_samples, chunk_size=1)
-        nlls = jnp.log(config.mc_samples) - jax.nn.logsumexp(-sampled, axis=0)
-        weights = task.weights(split.lengths, nlls.shape[1])
-        return (weights * nlls).sum() / weights.sum()
+    samples = config.mc_samples if scheme.monte_carlo else 0
 
     def run(rng: jax.Array, strength: jax.Array) -> Any:
-        spec = scheme.noise(strength, strength if task.drops_inputs else 1.0)
-        cell_rng, kernel_rng, rng = jax.random.split(rng, 3)
-        shape = (config.units, task.outputs)
-        params = {
-            "cell": init_cell(cell_rng, train.inputs.shape[-1], config.units),
-            "kernel": jax.nn.initializers.lecun_normal()(kernel_rng, shape),
-            "bias": jnp.zeros(task.outputs),
-        }
+        spec = scheme.noise(strength, strength if task.drops_inputs else 1.0, cell_name)
+        init_rng, rng = jax.random.split(rng)
+        params = model.init(init_rng)
 
         def learn(state: Any, at: Any) -> Any:
             params, opt_state = state
             rows, rng = at
             batch = Split(*(part[rows] for part in train))
-            loss, grads = jax.value_and_grad(loss_of)(params, batch, rng, spec)
+            loss, grads = jax.value_and_grad(model.loss)(params, batch, rng, spec)
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), loss
 
@@ -184,7 +226,7 @@ def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Cal
             rows = order[: batches * config.batch].reshape(batches, config.batch)
             keys = jax.random.split(rng, batches)
             (params, opt_state), losses = jax.lax.scan(learn, (params, opt_state), (rows, keys))
-            loss = loss_of(params, valid, None, spec)
+            loss = model.loss(params, valid, None, spec)
             best = jax.tree.map(
                 lambda new, old: jnp.where(loss < best_loss, new, old), params, best
             )
@@ -193,65 +235,63 @@ def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Cal
 
         state = (params, optimizer.init(params), params, jnp.float32(jnp.inf))
         keys = jax.random.split(rng, config.epochs)
-        (*_, best, best_loss), curve = jax.lax.scan(run_epoch, state, keys)
-        if scheme.monte_carlo:
-            valid_loss, test_loss = (mc_loss_of(best, part, rng, spec) for part in (valid, test))
-        else:
-            valid_loss, test_loss = best_loss, loss_of(best, test, None, spec)
-        return valid_loss, test_loss, 1 + curve[:, 1].argmin(), curve
+        (*_, best, _), curve = jax.lax.scan(run_epoch, state, keys)
+        results = [model.evaluate(best, split, rng, spec, samples) for split in (valid, test)]
+        return *results, 1 + curve[:, 1].argmin(), curve
 
-    return jax.jit(jax.vmap(run))
+    return jax.jit(jax.vmap(jax.vmap(run, (0, None)), (None, 0)))
 
 
 # All runs ----------------------------------------------------------------------------------------
 
 
 def compare(task: Task, config: Config, cell: str, scheme: Scheme) -> dict[str, Any]:
-    """Picks the strength with the first seed, and runs the other seeds with it."""
-    began, cpu_began = time.monotonic(), time.process_time()
+    """Runs all strengths with all seeds, and picks the strength by the mean validation."""
+    began = time.monotonic()
     run = build_run(task, config, cell, scheme)
-
-    def runs(seeds: list[int], strengths: list[float]) -> list[np.ndarray]:
-        keys = jax.vmap(jax.random.key)(jnp.array(seeds))
-        return [np.asarray(part) for part in run(keys, jnp.array(strengths, jnp.float32))]
-
-    candidates = [*scheme.strengths]
-    first = runs([0] * len(candidates), candidates)
-    picked = int(first[0].argmin())
-    others = runs([*range(1, SEEDS)], [candidates[picked]] * (SEEDS - 1))
-    valid, test, epochs, curves = (
-        np.concatenate([one[picked : picked + 1], more])
-        for one, more in zip(first, others, strict=True)
-    )
-    return {
+    keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
+    results = run(keys, jnp.array(scheme.strengths, jnp.float32))
+    by_strength = np.asarray(results[0])[:, :, 0].mean(1)
+    picked = int(by_strength.argmin())
+    valid, test, epochs, curves = (np.asarray(part)[picked] for part in results)
+    row = {
         "scheme": scheme.name,
         "cell": cell,
-        "strengths": candidates,
-        "valid_nll_by_strength": first[0].tolist(),
-        "strength": candidates[picked],
-        "seed": [*range(SEEDS)],
-        "valid_nll": valid.tolist(),
-        "test_nll": test.tolist(),
+        "strengths": [*scheme.strengths],
+        "valid_nll_by_strength": by_strength.tolist(),
+        "strength": scheme.strengths[picked],
+        "seed": [*range(config.seeds)],
+        "valid_nll": valid[:, 0].tolist(),
+        "test_nll": test[:, 0].tolist(),
         "best_epoch": epochs.tolist(),
         "epochs": config.epochs,
         "seconds": round(time.monotonic() - began, 1),
-        "cpu_seconds": round(time.process_time() - cpu_began, 1),
-        "curves": np.round(curves, 4).tolist(),
+        "curves": np.round(curves.astype(float), 4).tolist(),
     }
+    if task.score is not None:
+        row["test_score"] = test[:, 1].tolist()
+    return row | describe_run()
 
 
 def describe(task: Task, name: str, config: Config) -> dict[str, Any]:
-    packages = ("jax", "jaxlib", "flax_dropout_cell")
     return {
         "task": name,
         "source": task.source,
         "unit": task.unit,
+        "score": None if task.score is None else task.score.name,
         "config": dataclasses.asdict(config),
+        "rows": [],
+    }
+
+
+def describe_run() -> dict[str, Any]:
+    """What a row was run with; the rows of one file may differ in it."""
+    packages = ("jax", "jaxlib", "flax_dropout_cell")
+    return {
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},
         "command": shlex.join(["python", *sys.argv]),
-        "rows": [],
     }
 
 
@@ -260,17 +300,19 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--data", type=Path, metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER")
-    parser.add_argument("--cell", choices=("lstm", "gru"), default="lstm")
+    parser.add_argument("--cell", choices=COMPARED, action="append", help="one instead of both")
     parser.add_argument("--scheme", choices=SCHEMES, action="append", help="some instead of all")
     for field in dataclasses.fields(Config):
         kind: Any = type(field.default)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+        flag = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    config = Config(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Config)})
     try:
         task = TASKS[arguments.task](arguments.data)
     except (OSError, ImportError) as error:
         parser.error(str(error))
+    given = {key: value for key, value in vars(arguments).items() if hasattr(Config, key)}
+    config = Config(**task.config | given)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"schemes_{arguments.task}.json"
     report = describe(task, arguments.task, config)
@@ -280,14 +322,22 @@ def main() -> None:
             parser.error(f"{path} is of another config; give another --out")
         report["rows"] = old["rows"]
     done = {(row["cell"], row["scheme"]) for row in report["rows"]}
-    for name in arguments.scheme or SCHEMES:
-        if (arguments.cell, name) in done:
-            continue
-        report["rows"].append(compare(task, config, arguments.cell, SCHEMES[name]))
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(report) + "\n")
-        beside.replace(path)
-        print(format_table(report), flush=True)
+    for cell in arguments.cell or COMPARED:
+        for name in arguments.scheme or COMPARED[cell]:
+            if (cell, name) in done:
+                continue
+            report["rows"].append(compare(task, config, cell, SCHEMES[name]))
+            write(path, report)
+            draw(report, path.with_suffix(".png"))
+            print(format_table(report), flush=True)
+    print(f"written to {path} and {path.with_suffix('.png')}")
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """Beside and renamed, so that a full disk does not take the older rows along."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(report) + "\n")
+    beside.replace(path)
 
 
 if __name__ == "__main__":

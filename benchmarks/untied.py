@@ -8,8 +8,8 @@ ratio is the median over the rounds of a program's time divided by the tied one'
 """
 
 import argparse
+import functools
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from compare import describe, positive_int
 from jax_programs import versions
 from program import Config
+from rounds import time_in_turn
 
 import flax_dropout_cell as fdc
 
@@ -49,20 +50,16 @@ def compile_program(cell: str, tied: bool, part: str) -> Any:
 
 def measure(rounds: int) -> dict[str, dict[str, list[float]]]:
     """The seconds of each program in each round, by cell and part, first tied, then untied."""
-    programs = {
+    ready = {
         (f"{cell}, {part}", "tied" if tied else "untied"): compile_program(cell, tied, part)
         for cell in CELLS
         for part in PARTS
         for tied in (True, False)
     }
+    programs = {name: functools.partial(run, *args) for name, (run, args) in ready.items()}
     seconds: dict[str, dict[str, list[float]]] = {}
-    for number in range(rounds + 1):  # the first is to warm up
-        for (name, masks), (run, args) in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run(*args))
-            if number:
-                took = time.perf_counter() - start
-                seconds.setdefault(name, {}).setdefault(masks, []).append(took)
+    for (name, masks), times in time_in_turn(programs, rounds).items():
+        seconds.setdefault(name, {})[masks] = times
     return seconds
 
 

@@ -58,6 +58,7 @@ def build_parser() -> Parser:
         ("epochs", count, "passes over the training text"),
         ("learning_rate", positive, "of the first epochs"),
         ("max_grad_norm", positive, "where the gradient is clipped"),
+        ("unroll", count, "steps in one turn of an LSTM's loop; more can be faster on a GPU"),
         ("seed", seed, "of the weights and the masks"),
     ):
         flag, default = f"--{name.replace('_', '-')}", getattr(Config, name)

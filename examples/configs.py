@@ -52,6 +52,7 @@ class Config:
       temporal_activation: see `activation`.
       averaging_patience: weights are averaged once validation has not improved for so many
         epochs (NT-ASGD); None is never.
+      unroll: steps in one turn of an LSTM's loop; changes the speed alone.
       seed: of the weights and the masks.
     """
 
@@ -85,6 +86,7 @@ class Config:
     activation: float = 0.0
     temporal_activation: float = 0.0
     averaging_patience: int | None = None
+    unroll: int = 1
     seed: int = 0
 
     @property

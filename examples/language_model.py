@@ -95,7 +95,8 @@ class LanguageModel(nn.Module):
         )
         x, ends = embed(words), []
         for size, dropout, begin in zip(config.sizes, build_dropouts(config), carry, strict=True):
-            rnn = fdc.linen.RNN(fdc.linen.LSTMCell(size), dropout, self.deterministic)
+            cell = fdc.linen.LSTMCell(size)
+            rnn = fdc.linen.RNN(cell, dropout, self.deterministic, unroll=config.unroll)
             end, x = rnn(
                 x, initial_carry=begin, seq_lengths=lengths, start=start, return_carry=True
             )

@@ -10,8 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-import flax_dropout_cell as fdc
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -32,50 +30,89 @@ def make_task(tasks):
     def nlls(outputs, targets):
         return optax.sigmoid_binary_cross_entropy(outputs, targets).sum(-1)
 
-    return tasks.Task((split,) * 3, 2, nlls, tasks.all_steps, True, "step", "made up")
+    def hits(averaged, targets):
+        return ((averaged > 0.5) == (targets > 0.5)).mean(-1)
+
+    score = tasks.Score("bits", lambda outputs, _: jax.nn.sigmoid(outputs), hits)
+    return tasks.Task(
+        (split,) * 3, 2, nlls, tasks.all_steps, True, "step", "made up", {}, score=score
+    )
 
 
 def test_a_comparison_picks_by_validation_and_runs_all_seeds(modules):
     schemes, tasks, _ = modules
-    config = schemes.Config(units=4, epochs=3, batch=4, mc_samples=2)
+    config = schemes.Config(units=4, epochs=3, batch=4, learning_rate=0.03, seeds=3, mc_samples=2)
     # All but one keep next to nothing: no training can learn from that.
     scheme = schemes.Scheme("Gal", schemes.gal, (1e-6, 1.0, 1e-6, 1e-6), monte_carlo=True)
     row = schemes.compare(make_task(tasks), config, "lstm", scheme)
     assert row["strength"] == 1.0
+    np.testing.assert_allclose(row["valid_nll_by_strength"][1], np.mean(row["valid_nll"]))
     assert row["valid_nll_by_strength"][1] < row["valid_nll_by_strength"][0]
-    assert row["seed"] == [0, 1, 2, 3, 4] and len(set(row["test_nll"])) == 5
+    assert row["seed"] == [0, 1, 2] and len(set(row["test_nll"])) == 3
     # The splits are one, and where all is kept, Monte Carlo is evaluation.
     np.testing.assert_allclose(row["valid_nll"], row["test_nll"], rtol=1e-5)
     curves = np.array(row["curves"])
-    assert curves.shape == (5, 3, 2)
+    assert curves.shape == (3, 3, 2)
     np.testing.assert_allclose(curves[:, :, 1].min(1), row["valid_nll"], atol=1e-4)
     assert (1 + curves[:, :, 1].argmin(1)).tolist() == row["best_epoch"]
 
 
-def test_padding_does_not_count(modules):
+@pytest.fixture
+def model(modules):
     schemes, tasks, _ = modules
-    task = make_task(tasks)
-    params = {
-        "cell": fdc.init_gru(jax.random.key(0), 2, 4),
-        "kernel": jnp.ones((4, 2)),
-        "bias": jnp.zeros(2),
-    }
-    split = tasks.Split(*map(jnp.asarray, task.splits[0]))
-    spec = schemes.SCHEMES["none"].noise(None, None)
-    weights = task.weights(split.lengths, 6)
+    return schemes.Model("gru", make_task(tasks), schemes.Config(units=4))
+
+
+def test_padding_does_not_count(modules, model):
+    schemes, tasks, _ = modules
+    split = tasks.Split(*map(jnp.asarray, model.task.splits[0]))
+    params = model.init(jax.random.key(0))
+    spec = schemes.SCHEMES["none"].noise(None, None, "gru")
+    weights = model.task.weights(split.lengths, 6)
     assert weights.sum(1).tolist() == split.lengths.tolist()
     assert tasks.last_step(split.lengths, 6)[5].tolist() == [0, 0, 1, 0, 0, 0]
     torn = split._replace(inputs=jnp.where(weights[..., None] > 0, split.inputs, jnp.nan))
-    outputs = [schemes.predict(params, part, None, fdc.gru_cell, spec) for part in (split, torn)]
+    outputs = [model.predict(params, part, None, spec) for part in (split, torn)]
     np.testing.assert_array_equal(*outputs)
+
+
+def test_monte_carlo_averages_probabilities(modules, model):
+    """The likelihood and the score are those of the mean over the samples, computed by hand."""
+    schemes, tasks, _ = modules
+    split = tasks.Split(*map(jnp.asarray, model.task.splits[0]))
+    params, rng = model.init(jax.random.key(0)), jax.random.key(1)
+    params["kernel"] *= 4  # Far enough from a half for samples to disagree.
+    spec = schemes.gal(0.5, 0.5, "gru")
+    nll, score = model.evaluate(params, split, rng, spec, 3)
+    keys = jax.random.split(rng, 3)
+    logits = np.array([model.predict(params, split, key, spec) for key in keys], np.float64)
+    on, weights = 1 / (1 + np.exp(-logits)), model.task.weights(split.lengths, 6)
+    likelihoods = np.where(split.targets > 0.5, on, 1 - on).prod(-1)
+    mean = np.average(-np.log(likelihoods.mean(0)), weights=weights)
+    np.testing.assert_allclose(nll, mean, rtol=1e-5)
+    right = ((on.mean(0) > 0.5) == (split.targets > 0.5)).mean(-1)
+    np.testing.assert_allclose(score, np.average(right, weights=weights), rtol=1e-6)
+    assert len({*right.ravel().tolist()}) > 1
+
+
+def test_the_band_holds_what_lies_between_its_quantiles(modules):
+    _, tasks, _ = modules
+    score = tasks.load_sunspots(None).score
+    ahead = 11
+    outputs = jnp.zeros((1, 2 * ahead)).at[:, ahead:].set(jnp.log(2.0))  # mean 0, deviation 2
+    targets = jnp.array([[-9.0, -2.6, -2.5, -1.0, 0.0, 1.0, 2.5, 2.6, 9.0, 0.1, 0.2]])
+    probabilities = score.probabilities(outputs, targets)
+    # A normal's 80% lies within 1.2816 deviations: four of these years do not.
+    np.testing.assert_allclose(score.hits(probabilities, targets), [7 / 11], rtol=1e-6)
 
 
 def test_every_scheme_has_four_strengths_and_a_noise_of_each(modules):
     schemes, _, _ = modules
-    for name, scheme in schemes.SCHEMES.items():
-        assert len(set(scheme.strengths)) == (1 if name == "none" else 4)
-        specs = [scheme.noise(strength, strength) for strength in scheme.strengths]
-        assert len(set(specs)) == len(specs)
+    for cell, names in schemes.COMPARED.items():
+        for scheme in map(schemes.SCHEMES.get, names):
+            assert len(set(scheme.strengths)) == (1 if scheme.name == "none" else 4)
+            specs = [scheme.noise(strength, strength, cell) for strength in scheme.strengths]
+            assert len(set(specs)) == len(specs)
 
 
 def make_row(scheme, test):
@@ -91,6 +128,7 @@ def test_the_table_compares_with_the_bare_model(modules):
     _, _, tables = modules
     report = {
         "unit": "step",
+        "score": None,
         "rows": [
             make_row("none", [8.0, 9.0, 10.0]),
             make_row("Gal, tied", [7.0, 8.0, 9.0]),
@@ -116,12 +154,28 @@ def test_chorales_are_cut_where_they_are_long(modules, tmp_path):
         tasks.load_chorales(None)
 
 
+def test_words_are_cut_into_windows_that_do_not_overlap(modules):
+    _, tasks, _ = modules
+    task = tasks.load_words(None)
+    for split in task.splits:
+        np.testing.assert_array_equal(split.inputs[:, 1:], split.targets[:, :-1])
+        assert split.inputs.max() < task.words == task.outputs
+    train = task.splits[0]
+    np.testing.assert_array_equal(train.inputs[1:, 0], train.targets[:-1, -1])
+
+
 def test_stored_results_are_whole(modules):
-    schemes, _, _ = modules
-    for path in (ROOT / "docs/results").glob("schemes_*.json"):
-        report = json.loads(path.read_text())
-        assert {"task", "config", "device", "versions", "command"} <= set(report)
+    """Every task has a row for each scheme of each cell, and each row says how it was made."""
+    schemes, tasks, _ = modules
+    for task in tasks.TASKS:
+        report = json.loads((ROOT / f"docs/results/schemes_{task}.json").read_text())
+        assert report["task"] == task
+        compared = [(cell, name) for cell, names in schemes.COMPARED.items() for name in names]
+        assert [(row["cell"], row["scheme"]) for row in report["rows"]] == compared
         for row in report["rows"]:
-            assert row["scheme"] in schemes.SCHEMES
+            assert {"device", "versions", "command", "seconds"} <= set(row)
             assert len(row["test_nll"]) == len(row["valid_nll"]) == len(row["seed"]) == 5
-            assert len(row["curves"][0]) == row["epochs"]
+            assert len(row["strengths"]) == len(row["valid_nll_by_strength"])
+            assert row["strength"] == row["strengths"][np.argmin(row["valid_nll_by_strength"])]
+            np.testing.assert_allclose(min(row["valid_nll_by_strength"]), np.mean(row["valid_nll"]))
+            assert len(row["curves"][0]) == row["epochs"] == report["config"]["epochs"]

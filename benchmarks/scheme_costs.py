@@ -1,0 +1,95 @@
+"""What each scheme costs in training, beside the bare model: the models of `schemes.py`.
+
+    python benchmarks/scheme_costs.py                     # 300 units, batches of 16 x 64 steps
+    python benchmarks/scheme_costs.py --rounds 5 --out results
+
+It times the gradient of one batch, whatever the data are. Within a round each program runs once; a
+ratio is the median over the rounds of a scheme's time divided by the bare one's in the same round.
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from compare import describe, positive_int
+from jax_programs import versions
+from program import Config
+from rounds import time_in_turn
+from scheme_tables import format_row
+from scheme_tasks import Split, Task, all_steps
+from schemes import COMPARED, SCHEMES, Model
+from schemes import Config as Training
+
+STEPS, BATCH, FEATURES, UNITS = 64, 16, 88, 300
+
+
+def made_up_task() -> Task:
+    """Of the chorales' shape: their numbers do not matter here."""
+    values = np.random.default_rng(0).random((BATCH, STEPS, FEATURES), np.float32)
+    split = Split(values, values, np.full(BATCH, STEPS, np.int32))
+
+    def squares(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        return ((outputs - targets) ** 2).sum(-1)
+
+    return Task((split,) * 3, FEATURES, squares, all_steps, True, "step", "made up", {})
+
+
+def compile_gradient(cell: str, name: str) -> Callable[[], Any]:
+    task = made_up_task()
+    model = Model(cell, task, Training(units=UNITS))
+    spec = SCHEMES[name].noise(max(SCHEMES[name].strengths), 0.9, cell)
+
+    def loss(params: Any, split: Split, rng: jax.Array) -> jax.Array:
+        return model.loss(params, split, rng, spec)
+
+    rng = jax.random.key(0)
+    args = model.init(rng), Split(*map(jnp.asarray, task.splits[0])), rng
+    return functools.partial(jax.jit(jax.grad(loss)).lower(*args).compile(), *args)
+
+
+def measure(rounds: int) -> dict[str, dict[str, list[float]]]:
+    """The seconds of each scheme's gradient in each round, by cell."""
+    return {
+        cell: time_in_turn(
+            {name: compile_gradient(cell, name) for name in names if not SCHEMES[name].monte_carlo},
+            rounds,
+        )
+        for cell, names in COMPARED.items()
+    }
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """Each scheme's time to train, as a multiple of the bare model's."""
+    seconds = result["seconds"]
+    lines = [format_row(["scheme", *seconds]), "|---" * (1 + len(seconds)) + "|"]
+    for name in seconds["lstm"]:
+        cells = [
+            f"{np.median(np.divide(times[name], times['none'])):.2f}" if name in times else ""
+            for times in seconds.values()
+        ]
+        lines.append(format_row([name, *cells]))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What each scheme costs in training.")
+    parser.add_argument("--rounds", type=positive_int, default=41)
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    options = parser.parse_args()
+    config = Config(time=STEPS, batch=BATCH, features=FEATURES)
+    result = describe([versions()], config) | {"seconds": measure(options.rounds)}
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "scheme_costs.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(format_table(result))
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
