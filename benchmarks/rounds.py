@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 
-def time_in_turn(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def time_in_turn(programs: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
     """The seconds of each program in each round; a round before them warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    seconds: dict[Any, list[float]] = {name: [] for name in programs}
     for number in range(rounds + 1):
         for name, program in programs.items():
             start = time.perf_counter()

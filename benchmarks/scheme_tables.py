@@ -55,6 +55,26 @@ def gain_of(row: dict[str, Any], bare: dict[str, Any]) -> tuple[float, float]:
     return float(theirs.mean() - ours.mean()), float(error)
 
 
+def format_verdict(report: dict[str, Any]) -> str:
+    """Of each cell: the best scheme by the test, and those that dropout did not help."""
+    sentences = []
+    for cell in dict.fromkeys(row["cell"] for row in report["rows"]):
+        bare = find(report, cell, "none")
+        if bare is None:
+            continue
+        rows = [row for row in report["rows"] if row["cell"] == cell and row is not bare]
+        gains = {row["scheme"]: gain_of(row, bare) for row in rows}
+        best = max(gains, key=lambda name: gains[name][0])
+        clear = [gain > 2 * error for gain, error in gains.values()]
+        unclear = "; ".join(name for name, won in zip(gains, clear, strict=True) if not won)
+        beats = "beats" if gains[best][0] > 2 * gains[best][1] else "does not beat"
+        sentences.append(
+            f"{cell.upper()}: {best} is best, and {beats} none by more than two standard errors. "
+            f"Not better than none by that much: {unclear or 'no scheme'}."
+        )
+    return "\n".join(sentences)
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
     """Each scheme's test over the seeds, and its mean validation over the epochs."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -87,6 +107,6 @@ if __name__ == "__main__":
     for name in sys.argv[1:]:
         path = Path(name)
         report = json.loads(path.read_text())
-        print(format_table(report))
+        print(format_table(report), format_verdict(report), sep="\n\n")
         draw(report, path.with_suffix(".png"))
         print(f"wrote {path.with_suffix('.png')}")

@@ -171,7 +171,7 @@ class Model(NamedTuple):
         `samples=0` predicts once, with the noises' expectations.
         """
 
-        def sample(rng: jax.Array | None) -> tuple[jax.Array, ...]:
+        def sample(rng: Any) -> tuple[jax.Array, ...]:
             outputs = self.predict(params, split, rng, spec)
             nlls = self.task.nlls(outputs, split.targets)
             score = self.task.score
@@ -186,7 +186,9 @@ class Model(NamedTuple):
         nll = self._mean(nlls, split)
         if self.task.score is None:
             return jnp.stack([nll, jnp.nan])
-        return jnp.stack([nll, self._mean(self.task.score.hits(*scored, split.targets), split)])
+        (probabilities,) = scored
+        hits = self.task.score.hits(probabilities, split.targets)
+        return jnp.stack([nll, self._mean(hits, split)])
 
     def _mean(self, values: jax.Array, split: Split) -> jax.Array:
         weights = self.task.weights(split.lengths, values.shape[1])
