@@ -84,10 +84,14 @@ def cut_long(songs: list[np.ndarray], steps: int) -> list[np.ndarray]:
 def load_chorales(data: Path | None) -> Task:
     """The keys of the next step of a chorale from those before; `data` holds the `.mat` file."""
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
     if data is None:
         raise FileNotFoundError("--data FOLDER must hold jsb_chorales.mat")
-    arrays: Any = loadmat(str(data / "jsb_chorales.mat"))
+    try:
+        arrays: Any = loadmat(str(data / "jsb_chorales.mat"))
+    except MatReadError as error:
+        raise ValueError(str(error)) from error
 
     def split(name: str) -> Split:
         songs = [song.astype(np.float32) for song in arrays[name].ravel()]

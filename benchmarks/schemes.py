@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from compare import positive_int
 from scheme_tables import draw, format_table
 from scheme_tasks import TASKS, Split, Task
 
@@ -305,24 +306,28 @@ def main() -> None:
     parser.add_argument("--cell", choices=COMPARED, action="append", help="one instead of both")
     parser.add_argument("--scheme", choices=SCHEMES, action="append", help="some instead of all")
     for field in dataclasses.fields(Config):
-        kind: Any = type(field.default)
+        kind: Any = positive_int if isinstance(field.default, int) else float
         flag = f"--{field.name.replace('_', '-')}"
         parser.add_argument(flag, type=kind, default=argparse.SUPPRESS)
     arguments = parser.parse_args()
     try:
         task = TASKS[arguments.task](arguments.data)
-    except (OSError, ImportError) as error:
-        parser.error(str(error))
+    except (ImportError, KeyError, OSError, ValueError) as error:
+        parser.error(f"{arguments.task} cannot be read: {error}")
     given = {key: value for key, value in vars(arguments).items() if hasattr(Config, key)}
     config = Config(**task.config | given)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    if config.batch > len(task.splits[0].inputs):
+        parser.error(f"--batch is {config.batch}, of {len(task.splits[0].inputs)} sequences")
     path = arguments.out / f"schemes_{arguments.task}.json"
     report = describe(task, arguments.task, config)
-    if path.exists():
-        old = json.loads(path.read_text())
-        if old["config"] != report["config"]:
-            parser.error(f"{path} is of another config; give another --out")
-        report["rows"] = old["rows"]
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        old = json.loads(path.read_text()) if path.exists() else report
+    except (OSError, ValueError) as error:
+        parser.error(f"{path} cannot be read: {error}")
+    if old["config"] != report["config"]:
+        parser.error(f"{path} is of another config; give another --out")
+    report["rows"] = old["rows"]
     done = {(row["cell"], row["scheme"]) for row in report["rows"]}
     for cell in arguments.cell or COMPARED:
         for name in arguments.scheme or COMPARED[cell]:

@@ -164,6 +164,28 @@ def test_words_are_cut_into_windows_that_do_not_overlap(modules):
     np.testing.assert_array_equal(train.inputs[1:, 0], train.targets[:-1, -1])
 
 
+@pytest.mark.parametrize(
+    ("files", "arguments", "message"),
+    [
+        ({}, ["chorales"], "--data FOLDER must hold jsb_chorales.mat"),
+        ({"jsb_chorales.mat": ""}, ["chorales", "--data", "."], "chorales cannot be read: "),
+        ({}, ["sunspots", "--batch", "500"], "--batch is 500, of 136 sequences"),
+        ({}, ["sunspots", "--epochs", "0"], "argument --epochs: "),
+        ({"schemes_sunspots.json": "{"}, ["sunspots"], "schemes_sunspots.json cannot be read: "),
+        ({"schemes_sunspots.json": '{"config": 1}'}, ["sunspots"], "is of another config"),
+    ],
+)
+def test_bad_input_is_one_line(modules, tmp_path, monkeypatch, capsys, files, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for name, text in files.items():
+        Path(name).write_text(text)
+    monkeypatch.setattr("sys.argv", ["schemes.py", *arguments, "--out", "."])
+    with pytest.raises(SystemExit):
+        modules[0].main()
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
 def test_stored_results_are_whole(modules):
     """Every task has a row for each scheme of each cell, and each row says how it was made."""
     schemes, tasks, _ = modules
