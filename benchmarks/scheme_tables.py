@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+AGAINST = "against none (in standard errors)"
+
 
 def format_table(report: dict[str, Any]) -> str:
     """A row per scheme and cell: what was picked, and the test over the seeds."""
     scored = report["score"] is not None
-    head = ["scheme", "cell", "picked", f"test, nats per {report['unit']}", "against none"]
+    head = ["scheme", "cell", "picked", f"test, nats per {report['unit']}", AGAINST]
     lines = [format_row([*head, report["score"]] if scored else head)]
     lines.append("|---" * (len(head) + scored) + "|")
     for row in report["rows"]:
@@ -20,7 +22,7 @@ def format_table(report: dict[str, Any]) -> str:
         change = ""
         if bare is not None and bare is not row:
             gain, error = gain_of(row, bare)
-            change = f"{-gain:+.{places(report)}f} ({abs(gain) / error:.1f} standard errors)"
+            change = f"{-gain:+.{places(report)}f} ({abs(gain) / error:.1f})"
         picked = "" if row["scheme"] == "none" else f"{row['strength']:g}"
         cells = [row["scheme"], row["cell"], picked, format_test(row, places(report)), change]
         if scored:
@@ -57,7 +59,7 @@ def gain_of(row: dict[str, Any], bare: dict[str, Any]) -> tuple[float, float]:
 
 def format_verdict(report: dict[str, Any]) -> str:
     """Of each cell: the best scheme by the test, and those that dropout did not help."""
-    sentences = []
+    lines = []
     for cell in dict.fromkeys(row["cell"] for row in report["rows"]):
         bare = find(report, cell, "none")
         if bare is None:
@@ -65,14 +67,16 @@ def format_verdict(report: dict[str, Any]) -> str:
         rows = [row for row in report["rows"] if row["cell"] == cell and row is not bare]
         gains = {row["scheme"]: gain_of(row, bare) for row in rows}
         best = max(gains, key=lambda name: gains[name][0])
-        clear = [gain > 2 * error for gain, error in gains.values()]
-        unclear = "; ".join(name for name, won in zip(gains, clear, strict=True) if not won)
-        beats = "beats" if gains[best][0] > 2 * gains[best][1] else "does not beat"
-        sentences.append(
-            f"{cell.upper()}: {best} is best, and {beats} none by more than two standard errors. "
-            f"Not better than none by that much: {unclear or 'no scheme'}."
-        )
-    return "\n".join(sentences)
+        unclear = [f"*{name}*" for name, (gain, error) in gains.items() if gain <= 2 * error]
+        line = f"- {cell.upper()}: *{best}* is best"
+        if not unclear:
+            line += ", and every scheme is better than none by more than two standard errors."
+        elif len(unclear) == len(gains):
+            line += ", but no scheme is better than none by two standard errors."
+        else:
+            line += f". Not better than none by two standard errors: {'; '.join(unclear)}."
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

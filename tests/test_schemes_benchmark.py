@@ -137,8 +137,24 @@ def test_the_table_compares_with_the_bare_model(modules):
     assert tables.format_table(report).splitlines()[2:] == [
         "| none | lstm |  | 9.00 ± 1.00 |  |",
         # Of two standard errors of 1 / sqrt(3), in quadrature.
-        "| Gal, tied | lstm | 0.9 | 8.00 ± 1.00 | -1.00 (1.2 standard errors) |",
+        "| Gal, tied | lstm | 0.9 | 8.00 ± 1.00 | -1.00 (1.2) |",
     ]
+
+
+def test_the_verdict_names_what_did_not_help(modules):
+    """Standard errors here: 0.08 of a mean, 0.12 of a difference."""
+    _, _, tables = modules
+    bare = make_row("none", [9.9, 10.0, 10.1, 10.2, 9.8, 10.3])
+
+    def verdict(*tests):
+        named = [make_row(name, tests) for name, tests in zip("AB", tests, strict=False)]
+        return tables.format_verdict({"rows": [bare, *named]})
+
+    close, clear = ([value - by for value in bare["test_nll"]] for by in (0.1, 0.5))
+    two = "two standard errors"
+    assert verdict(close, clear) == f"- LSTM: *B* is best. Not better than none by {two}: *A*."
+    assert verdict(close) == f"- LSTM: *A* is best, but no scheme is better than none by {two}."
+    assert verdict(clear, clear).endswith(f"every scheme is better than none by more than {two}.")
 
 
 def test_chorales_are_cut_where_they_are_long(modules, tmp_path):
