@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
+from ._fingerprint import fingerprint
 from ._shown import shown
 from ._trees import PyTree, broadcasts, dtype_of, is_entry, is_lazy, outline, pair_up
 from .noises.protocol import Noise, check_noise, is_array, is_identity, needs_previous
@@ -92,6 +93,11 @@ class RecurrentDropout:
             return False
         pairs = zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True)
         return all(ours is theirs or bool(np.all(ours == theirs)) for ours, theirs in pairs)
+
+    @property
+    def __fn_or_cls__(self) -> tuple[Hashable, ...]:
+        """What Flax's `nn.jit` hashes of a module's field in its place."""
+        return fingerprint(self)
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(RecurrentDropout))

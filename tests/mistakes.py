@@ -87,7 +87,7 @@ MISTAKES = {
         "rnn(rngs=None)",
         'rnn(rngs={"params": key})',
         "rnn(train=True)",
-        "nn.jit(fdc.linen.RNN)(nn.LSTMCell(8), scheduled).init(key, inputs)  # array keep_prob",
+        "nn.jit(fdc.linen.Embed)(9, 8, jnp.float32(0.8)).init(key, ids)  # array keep_prob",
     ],
     "Wrappers in stock hosts": [
         "nn.RNN(fdc.linen.RNN(nn.LSTMCell(8), spec)).init(key, inputs)",
@@ -111,7 +111,7 @@ def setting() -> dict[str, Any]:
     noise = fdc.Dropout(keep_prob=0.8)
     spec = fdc.RecurrentDropout(input=noise)
     frozen = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=0.8, variational=True))
-    scheduled = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=jnp.float32(0.8)))
+    ids = jnp.zeros((4, 5), int)
     params = {"in": jnp.ones((3, 8)), "rec": jnp.eye(8)}
     gru_params = fdc.init_gru(key, 3, 8)
     lstm_params = fdc.init_lstm(key, 3, 8)

@@ -1,4 +1,4 @@
-"""`nn.jit` takes a module's fields as constants: numbers pass, arrays are refused by name."""
+"""`nn.jit` compiles a module's fields in as constants, once for each value."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,10 +36,12 @@ def spec_of(keep_prob: Any) -> fdc.RecurrentDropout:
 
 Lift = Callable[[Any], Any]
 HOSTS: dict[str, Callable[[Any, Lift], Any]] = {
-    "RNN": lambda p, lift: lift(fdc.linen.RNN)(Echo(), spec_of(p)),
-    "DropoutCell": lambda p, lift: lift(nn.RNN)(fdc.linen.DropoutCell(Echo(), spec_of(p))),
+    "RNN": lambda p, lift: lift(fdc.linen.RNN)(Echo(), spec_of(p), name="layer"),
+    "DropoutCell": lambda p, lift: lift(nn.RNN)(
+        fdc.linen.DropoutCell(Echo(), spec_of(p)), name="layer"
+    ),
     "RNNCellDropoutWrapper": lambda p, lift: lift(nn.RNN)(
-        fdc.linen.RNNCellDropoutWrapper(Echo(), 1.0, p, variational_recurrent=True)
+        fdc.linen.RNNCellDropoutWrapper(Echo(), 1.0, p, variational_recurrent=True), name="layer"
     ),
 }
 
@@ -65,17 +67,52 @@ def test_numbers_pass_through_nn_jit_and_arrays_through_jit(host: str) -> None:
     np.testing.assert_array_equal(compiled(jnp.float32(0.7)), run(host, 0.7, lambda layer: layer))
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_an_array_in_a_field_is_refused_by_name(host: str) -> None:
-    """Its value is none that could be compiled in: it may be traced, or another the next time."""
-    field = "output_keep_prob" if host.endswith("Wrapper") else "dropout.output.keep_prob"
-    text = rf"{field} of {host} is an array, float32\[\]. Give a number, use jax.jit"
+WITH_SPEC = ("RNN", "DropoutCell")
+
+
+@pytest.mark.parametrize("host", WITH_SPEC)
+def test_an_array_in_a_spec_is_a_constant_of_its_value(host: str) -> None:
+    """Concrete, traced, mapped or differentiated: no value runs in another one's program."""
+    compiled = jax.jit(lambda keep_prob: run(host, keep_prob, nn.jit))
+    for keep_prob in (0.7, 0.4, 0.7):
+        number = run(host, keep_prob, nn.jit)
+        assert_kept_once(number, keep_prob)
+        for make in (jnp.float32, lambda value: np.asarray(value, np.float32)):
+            np.testing.assert_array_equal(run(host, make(keep_prob), nn.jit), number)
+            np.testing.assert_array_equal(compiled(make(keep_prob)), number)
+    keep_probs = jnp.array([0.25, 0.8], jnp.float32)
+    mapped = jax.vmap(lambda keep_prob: run(host, keep_prob, nn.jit))(keep_probs)
+    np.testing.assert_array_equal(mapped.max((1, 2, 3)), 1 / keep_probs)
+    total, slope = jax.value_and_grad(lambda p: run(host, p, nn.jit).sum())(jnp.float32(0.7))
+    np.testing.assert_allclose(slope, -total / 0.7, rtol=1e-6)
+
+
+def test_one_program_for_each_value_of_an_array() -> None:
+    traces = []
+
+    class Traced(Echo):
+        def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
+            traces.append(inputs)
+            return carry, inputs
+
+    layer = nn.jit(fdc.linen.RNN)
+    counts = []
+    for keep_prob in (0.7, 0.7, 0.4, 0.7):
+        ys = layer(Traced(), spec_of(jnp.float32(keep_prob))).apply({}, XS, rngs=RNGS)
+        assert_kept_once(ys, keep_prob)
+        counts.append(len(traces))
+    assert 0 < counts[0] == counts[1] < counts[2] == counts[3]
+
+
+def test_a_wrappers_array_is_refused_by_name() -> None:
+    """A field that is an array itself gives Flax nothing to hash."""
+    text = r"output_keep_prob of RNNCellDropoutWrapper is an array, float32\[\]. Give a number, use"
     for keep_prob in (jnp.float32(0.7), np.asarray(0.7, np.float32)):
         with pytest.raises(ValueError, match=text) as error:
-            run(host, keep_prob, nn.jit)
+            run("RNNCellDropoutWrapper", keep_prob, nn.jit)
     assert len(str(error.value)) < 400
     with pytest.raises(ValueError, match=text):
-        jax.jit(lambda keep_prob: run(host, keep_prob, nn.jit))(jnp.float32(0.7))
+        jax.jit(lambda p: run("RNNCellDropoutWrapper", p, nn.jit))(jnp.float32(0.7))
 
 
 def test_an_embeddings_array_is_refused() -> None:

@@ -21,7 +21,6 @@ from .._flax.wrapper import CellWrapper
 from .._leaky import Family
 from .._random.keys import as_rng
 from .._sites import PyTree, RecurrentDropout
-from .constant_fields import ConstantFields
 from .dropout_cell import check_cell
 from .functional import parts_of, pure_cell
 
@@ -78,7 +77,6 @@ class RNN(nn.Module):
     keep_order: bool = False
     unroll: int = 1
     checkpoint_every: int | None = None
-    __fn_or_cls__ = ConstantFields()
 
     def __post_init__(self) -> None:
         _check_cell(self.cell)
