@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 _traced = itertools.count()
 
@@ -18,7 +19,7 @@ def fingerprint(tree: Any) -> tuple[Hashable, ...]:
 
 
 def _of_leaf(leaf: Any) -> str:
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         # It has no value yet, and by its id it could be taken for one that is long gone.
         return f"traced {next(_traced)}"
     array = np.asarray(leaf)

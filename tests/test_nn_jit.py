@@ -104,6 +104,19 @@ def test_one_program_for_each_value_of_an_array() -> None:
     assert 0 < counts[0] == counts[1] < counts[2] == counts[3]
 
 
+def test_traced_arrays_share_no_program() -> None:
+    """One compiled layer in two traces, and twice in one, each time with another value."""
+    layer = nn.jit(fdc.linen.RNN)
+
+    def apply(keep_prob: jax.Array) -> Any:
+        return layer(Echo(), spec_of(keep_prob)).apply({}, XS, rngs=RNGS)
+
+    for keep_prob in (0.7, 0.4):
+        both = jax.jit(lambda p: (apply(p), apply(p / 2)))(jnp.float32(keep_prob))
+        for ys, expected in zip(both, (keep_prob, keep_prob / 2), strict=True):
+            np.testing.assert_array_equal(ys.max(), 1 / np.float32(expected))
+
+
 def test_a_wrappers_array_is_refused_by_name() -> None:
     """A field that is an array itself gives Flax nothing to hash."""
     text = r"output_keep_prob of RNNCellDropoutWrapper is an array, float32\[\]. Give a number, use"
