@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_by_op import op_by_op
 from scan_cases import CASES, TAKES_RULES, Case
 
 from flax_dropout_cell._hoisted_scan import scan
@@ -81,8 +82,8 @@ def is_hoisted(case: Case, arrays: Any) -> bool:
 def test_every_number_is_that_of_jax_lax_scan(case) -> None:
     arrays, along = case.arrays(0), case.arrays(1)
     assert is_hoisted(case, arrays) == case.hoists
-    compiled = jax.jit(lambda *args: all_ways(case, *args), compiler_options=QUICKLY)
-    for name, (got, wanted) in compiled(arrays, along).items():
+    run = op_by_op(lambda *args: all_ways(case, *args))
+    for name, (got, wanted) in run(arrays, along).items():
         jax.tree.map(
             lambda got, wanted, name=name: np.testing.assert_allclose(
                 got, wanted, rtol=1e-9, atol=1e-9, err_msg=name
@@ -254,10 +255,7 @@ def test_steps_drawn_at_random(parts) -> None:
         value, vjp = jax.vjp(push, arrays)
         return value, vjp((1.0, 0.0)), vjp((0.0, 1.0))
 
-    both = jax.jit(
-        lambda *args: (derivatives(scan, *args), derivatives(jax.lax.scan, *args)),
-        compiler_options=QUICKLY,
-    )
+    both = op_by_op(lambda *args: (derivatives(scan, *args), derivatives(jax.lax.scan, *args)))
     got, wanted = both(case.arrays(0), case.arrays(1))
     jax.tree.map(
         lambda got, wanted: np.testing.assert_allclose(got, wanted, rtol=1e-8, atol=1e-8),

@@ -13,6 +13,7 @@ import probes
 import pytest
 from host_runs import Window
 from hosts import HOSTS, ONE_EACH
+from op_by_op import op_by_op
 from probes import BATCH, SITE_NAMES, UNITS
 
 import flax_dropout_cell as fdc
@@ -20,7 +21,7 @@ from flax_dropout_cell._random.keys import fold_in
 
 KEEP_PROB = 0.7
 SPEC = probes.mixed(("params", "state"), KEEP_PROB)
-STEPS = 3  # loops in Python are compiled step by step
+STEPS = 3
 KINDS = {
     "threefry2x32": ("threefry2x32", True),
     "threefry2x32, not partitionable": ("threefry2x32", False),
@@ -41,8 +42,7 @@ def keys_of(kind: str) -> Iterator[tuple[jax.Array, jax.Array]]:
 @pytest.mark.parametrize("host", [host for host in HOSTS if "backward" not in host])
 def test_lifetimes_and_rates(host: str, kind: str) -> None:
     with keys_of(kind) as (typed, raw):
-        # A new function to JAX, which would take a compiled program for another default PRNG.
-        from_typed, from_raw = jax.jit(
+        from_typed, from_raw = op_by_op(
             lambda *rngs: [HOSTS[host](SPEC, rng, probes.ones(STEPS)).seen for rng in rngs]
         )(typed, raw)
     for site in SITE_NAMES:
@@ -72,7 +72,7 @@ def test_a_padded_window_and_then_the_next(host: str, kind: str) -> None:
         return [first.seen, HOSTS[host](SPEC, rng, probes.ones(STEPS), None, then).seen]
 
     with keys_of(kind) as (typed, raw):
-        windows = jax.jit(lambda *rngs: [run(rng) for rng in rngs])(typed, raw)
+        windows = op_by_op(lambda *rngs: [run(rng) for rng in rngs])(typed, raw)
     for first, second in windows:
         for site in SITE_NAMES:
             masks = np.concatenate([first[site], second[site]])
