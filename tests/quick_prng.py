@@ -45,3 +45,8 @@ QUICK = define_prng_impl(
     name="quick", tag="quick",
 )  # fmt: skip
 """For `jax.random.key(seed, impl=QUICK)`."""
+
+
+def quick_key(seed: int) -> jax.Array:
+    """A key of the quick PRNG."""
+    return jax.random.key(seed, impl=QUICK)

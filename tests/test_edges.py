@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from quick_prng import quick_key
 
 import flax_dropout_cell as fdc
 
-RNG = jax.random.key(6)
+RNG = quick_key(6)
 XS = jax.random.normal(jax.random.key(1), (5, 4, 6))
 HALF = fdc.Dropout(keep_prob=0.5)
 FROZEN, FRESH = fdc.Dropout(keep_prob=0.7, variational=True), fdc.Dropout(keep_prob=0.7)

@@ -25,13 +25,14 @@ from layers import (
     assert_same,
     differ,
 )
+from quick_prng import quick_key
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell._equations import all_equations
 
 VARIATIONAL = fdc.Dropout(keep_prob=0.6, variational=True)
 PER_STEP = fdc.Dropout(keep_prob=0.6)
-KEY = jax.random.key(3)
+KEY = quick_key(3)
 NONE = fdc.RecurrentDropout()
 EVERYWHERE = fdc.RecurrentDropout(
     input=VARIATIONAL,
@@ -285,12 +286,12 @@ def test_gradients(framework: Framework) -> None:
 
 @frameworks
 def test_samples_over_a_layer_that_is_closed_over(framework: Framework) -> None:
-    layer = framework.layer(framework.lstm(), EVERYWHERE, XS)
+    layer, rng = framework.layer(framework.lstm(), EVERYWHERE, XS), jax.random.key(3)
     for chunk_size in (None, 1):
-        samples = fdc.mc_samples(lambda key: layer.run(XS, key), KEY, 3, chunk_size=chunk_size)
+        samples = fdc.mc_samples(lambda key: layer.run(XS, key), rng, 3, chunk_size=chunk_size)
         assert samples.shape == (3, BATCH, STEPS, UNITS)
         assert differ(samples[0], samples[1])
-    keys = jax.random.split(KEY, 2)
+    keys = jax.random.split(rng, 2)
     mapped = jax.lax.map(lambda key: layer.run(XS, key), keys)
     assert_close(mapped[1], layer.run(XS, keys[1]))
 

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 from linen_cells import CELLS, HOSTS, inputs_of
+from quick_prng import quick_key
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell.linen import DropoutCell
 
-RNG = jax.random.key(5)
+RNG = quick_key(5)
 NOISE = fdc.Dropout(keep_prob=0.5, variational=True)
 SPEC = fdc.RecurrentDropout(input=NOISE, output=fdc.Dropout(keep_prob=0.5))
 

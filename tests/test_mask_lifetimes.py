@@ -11,6 +11,7 @@ import probes
 import pytest
 from hosts import HOSTS, ONE_EACH, SPECS, is_frozen
 from probes import BATCH, SITE_NAMES, STEPS, UNITS, assert_same, differ
+from quick_prng import quick_key
 
 import flax_dropout_cell as fdc
 
@@ -72,7 +73,7 @@ def test_masks_are_new_for_another_key(host: str, spec: str) -> None:
 @one_host_each
 @both_specs
 def test_masks_are_the_same_for_the_same_key_compiled_or_not(host: str, spec: str) -> None:
-    plain = HOSTS[host](SPECS[spec], jax.random.key(0), probes.ones())
+    plain = HOSTS[host](SPECS[spec], quick_key(0), probes.ones())
     assert_same(plain.seen, hosts.run(host, spec, seed=0).seen)
 
 
@@ -81,7 +82,7 @@ def test_masks_are_the_same_for_the_same_key_compiled_or_not(host: str, spec: st
 def test_every_host_draws_what_dropout_scan_draws(host: str, spec: str) -> None:
     """From the sequence's key, bit for bit: a probe computes nothing."""
     run = hosts.run(host, spec, seed=0)
-    key = hosts.sequence_key(run, jax.random.key(0))
+    key = hosts.sequence_key(run, quick_key(0))
     assert_same(hosts.program("dropout_scan", spec)(key, probes.ones()).seen, run.seen)
 
 
@@ -102,7 +103,7 @@ def test_one_site_does_not_move_another(host: str, spec: str) -> None:
         return HOSTS[host](alone, rng, probes.ones()).seen
 
     sites = ("params", "input", "state", "output")
-    alone = jax.jit(lambda rng: {site: run_alone(site, rng) for site in sites})(jax.random.key(0))
+    alone = jax.jit(lambda rng: {site: run_alone(site, rng) for site in sites})(quick_key(0))
     everything = hosts.run(host, spec, seed=0).seen
     for site, name in itertools.product(sites, SITE_NAMES):
         undisturbed = np.ones((STEPS, BATCH, UNITS))
@@ -111,9 +112,9 @@ def test_one_site_does_not_move_another(host: str, spec: str) -> None:
 
 def test_one_leaf_does_not_move_another() -> None:
     spec = probes.spec_of(PER_STEP)
-    both = hosts.run_dropout_scan(spec, jax.random.key(0), probes.ones())
+    both = hosts.run_dropout_scan(spec, quick_key(0), probes.ones())
     one = fdc.RecurrentDropout(state={"a": None, "b": PER_STEP})
-    run = hosts.run_dropout_scan(one, jax.random.key(0), probes.ones())
+    run = hosts.run_dropout_scan(one, quick_key(0), probes.ones())
     assert_same(run.seen["state.b"], both.seen["state.b"])
     assert_same(run.seen["state.a"], np.ones_like(run.seen["state.a"]))
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from long_runs import watched
+from quick_prng import quick_key
 
 import flax_dropout_cell as fdc
 
@@ -127,7 +128,7 @@ def assert_close(got: Any, want: Any) -> None:
 @pytest.mark.parametrize("variational", [True, False], ids=["variational", "step"])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_dropout_scan_is_the_loop_by_hand(name: str, variational: bool) -> None:
-    example, rng = EXAMPLES[name](), jax.random.key(2)
+    example, rng = EXAMPLES[name](), quick_key(2)
     spec = spec_of(example, fdc.Dropout(keep_prob=KEEP_PROB, variational=variational))
     masks = masks_of(example, rng, variational)
 

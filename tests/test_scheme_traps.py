@@ -21,6 +21,7 @@ from paper_schemes import (
     run,
     schemes,
 )
+from quick_prng import quick_key
 from scheme_equations import KEEP
 
 import flax_dropout_cell as fdc
@@ -32,7 +33,7 @@ def test_nothing_explodes_in_a_thousand_steps(name: str) -> None:
     """tensorflow#11650: dropout on an LSTM's c grows by 1 / keep_prob at each step."""
     params, carry, _ = example(SCHEMES[name].cell)
     xs = jnp.asarray(draw((1000, BATCH, FEATURES), 7))
-    carry, ys = jax.jit(lambda *args: run(name, *args))(params, carry, xs, jax.random.key(0))
+    carry, ys = jax.jit(lambda *args: run(name, *args))(params, carry, xs, quick_key(0))
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves((carry, ys)))
     assert largest < 50
 
@@ -117,9 +118,9 @@ def test_padding_leaves_zoneout_alone() -> None:
     """A row's carry is that of its last valid step, whatever is drawn on the padding."""
     params, first, xs = example("lstm")
     padded = jax.jit(lambda *args: run("Krueger 2016", params, first, xs, *args))
-    carry, _ = padded(jax.random.key(0), jnp.asarray(LENGTHS))
+    carry, _ = padded(quick_key(0), jnp.asarray(LENGTHS))
     for row, length in enumerate(LENGTHS):
-        alone, _ = padded(jax.random.key(0), jnp.full(BATCH, length))
+        alone, _ = padded(quick_key(0), jnp.full(BATCH, length))
         for leaf, want in zip(carry, alone, strict=True):
             np.testing.assert_array_equal(leaf[row], want[row])
 

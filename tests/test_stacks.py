@@ -14,12 +14,13 @@ import numpy as np
 import numpy_cells
 import pytest
 from flax import nnx
+from quick_prng import quick_key
 
 import flax_dropout_cell as fdc
 
 core_params: Any = fdc.linen.core_params
 PAGE = Path(__file__).parents[1] / "docs/sequences.md"
-KEY = jax.random.key(8)
+KEY = quick_key(8)
 LENGTHS = jnp.array([6, 2, 4])
 X = jax.random.normal(jax.random.key(0), (3, 6, 4))
 WORDS = jax.random.normal(jax.random.key(1), (3, 7, 4))
