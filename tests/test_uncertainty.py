@@ -13,7 +13,7 @@ from test_examples import EXAMPLES, PNG_SIGNATURE, load_example, run_example
 PROGRAM = EXAMPLES / "uncertainty.py"
 sunspots = load_example(EXAMPLES / "sunspots.py")
 uncertainty = load_example(PROGRAM)
-SMALL = "--steps 400 --units 32 --samples 60 --members 2 --learning-rate 0.01".split()
+SMALL = "--steps 200 --units 32 --samples 60 --members 2 --learning-rate 0.02".split()
 
 
 @pytest.fixture(scope="module")
