@@ -21,10 +21,11 @@ from compare import describe, positive_int
 from jax_programs import versions
 from program import Config
 from rounds import time_in_turn
+from scheme_noises import COMPARED, SCHEMES
 from scheme_tables import format_row
 from scheme_tasks import Split, Task, all_steps
-from schemes import COMPARED, SCHEMES, Model
 from schemes import Config as Training
+from schemes import Model
 
 STEPS, BATCH, FEATURES, UNITS = 64, 16, 88, 300
 

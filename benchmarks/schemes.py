@@ -12,7 +12,6 @@ again, it goes on with the schemes that are missing. It ends with a table and a 
 
 import argparse
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import platform
@@ -28,14 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from compare import positive_int
+from scheme_noises import COMPARED, SCHEMES, Scheme
 from scheme_tables import draw, format_table
 from scheme_tasks import TASKS, Split, Task
 
 import flax_dropout_cell as fdc
-
-KEPT = (0.9, 0.8, 0.65, 0.5)
-ZONED_OUT = (0.05, 0.15, 0.3, 0.5)
-STDDEVS = (0.02, 0.05, 0.1, 0.2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,74 +46,6 @@ class Config:
     seeds: int = 5
     mc_samples: int = 20
     unroll: int = 1
-
-
-class Scheme(NamedTuple):
-    """A scheme: its noise of a strength, the strengths to pick from, and how it is tested.
-
-    `noise(strength, before, cell)` takes what to keep of the inputs apart: some tasks drop none.
-    """
-
-    name: str
-    noise: Callable[[Any, Any, str], fdc.RecurrentDropout]
-    strengths: tuple[float, ...]
-    monte_carlo: bool = False
-
-
-def no_dropout(_: Any, __: Any, cell: str) -> fdc.RecurrentDropout:
-    return fdc.RecurrentDropout()
-
-
-def zaremba(keep: Any, before: Any, cell: str) -> fdc.RecurrentDropout:
-    return fdc.recipes.zaremba2014(input_keep_prob=before, output_keep_prob=keep)
-
-
-def gal(keep: Any, before: Any, cell: str, tied: bool = True) -> fdc.RecurrentDropout:
-    return fdc.recipes.gal2016(
-        input_keep_prob=before, recurrent_keep_prob=keep, output_keep_prob=keep, tied=tied
-    )
-
-
-def semeniuta(keep: Any, before: Any, cell: str) -> fdc.RecurrentDropout:
-    return fdc.recipes.semeniuta2016(
-        candidate_keep_prob=keep, input_keep_prob=before, output_keep_prob=keep
-    )
-
-
-def zoneout(prob: Any, _: Any, cell: str) -> fdc.RecurrentDropout:
-    if cell == "gru":
-        return fdc.RecurrentDropout(inside={"hidden": fdc.Zoneout(prob=prob)})
-    return fdc.recipes.krueger2016(cell_prob=prob, hidden_prob=prob / 3)
-
-
-def weight_drop(keep: Any, before: Any, cell: str) -> fdc.RecurrentDropout:
-    spec = fdc.recipes.merity2017(weight_keep_prob=keep, input_keep_prob=before)
-    output = fdc.Dropout(keep_prob=keep, variational=True)
-    return dataclasses.replace(spec, output=output)
-
-
-def weight_noise(stddev: Any, _: Any, cell: str) -> fdc.RecurrentDropout:
-    return fdc.RecurrentDropout(params=fdc.GaussianNoise(stddev=stddev, variational=True))
-
-
-SCHEMES = {
-    scheme.name: scheme
-    for scheme in (
-        Scheme("none", no_dropout, (0.0,)),
-        Scheme("Zaremba", zaremba, KEPT),
-        Scheme("Gal, tied", gal, KEPT),
-        Scheme("Gal, tied, Monte Carlo", gal, KEPT, monte_carlo=True),
-        Scheme("Gal, untied", functools.partial(gal, tied=False), KEPT),
-        Scheme("Semeniuta", semeniuta, KEPT),
-        Scheme("zoneout", zoneout, ZONED_OUT),
-        Scheme("weight-drop", weight_drop, KEPT),
-        Scheme("weight noise", weight_noise, STDDEVS),
-    )
-}
-COMPARED = {
-    "lstm": tuple(SCHEMES),
-    "gru": ("none", "Zaremba", "Gal, tied", "zoneout", "weight-drop"),
-}
 
 
 # One run -----------------------------------------------------------------------------------------
@@ -325,7 +253,7 @@ def main() -> None:
         old = json.loads(path.read_text()) if path.exists() else report
     except (OSError, ValueError) as error:
         parser.error(f"{path} cannot be read: {error}")
-    if old["config"] != report["config"]:
+    if not isinstance(old, dict) or old.get("config") != report["config"]:
         parser.error(f"{path} is of another config; give another --out")
     report["rows"] = old["rows"]
     done = {(row["cell"], row["scheme"]) for row in report["rows"]}

@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,13 @@ ROOT = Path(__file__).parent.parent
 def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield [importlib.import_module(f"scheme{name}") for name in ("s", "_tasks", "_tables")]
+        yield SimpleNamespace(
+            schemes=importlib.import_module("schemes"),
+            **{
+                name: importlib.import_module(f"scheme_{name}")
+                for name in ("noises", "tables", "tasks")
+            },
+        )
 
 
 def make_task(tasks):
@@ -40,11 +47,14 @@ def make_task(tasks):
 
 
 def test_a_comparison_picks_by_validation_and_runs_all_seeds(modules):
-    schemes, tasks, _ = modules
-    config = schemes.Config(units=4, epochs=3, batch=4, learning_rate=0.03, seeds=3, mc_samples=2)
+    config = modules.schemes.Config(
+        units=4, epochs=3, batch=4, learning_rate=0.03, seeds=3, mc_samples=2
+    )
     # All but one keep next to nothing: no training can learn from that.
-    scheme = schemes.Scheme("Gal", schemes.gal, (1e-6, 1.0, 1e-6, 1e-6), monte_carlo=True)
-    row = schemes.compare(make_task(tasks), config, "lstm", scheme)
+    scheme = modules.noises.Scheme(
+        "Gal", modules.noises.gal, (1e-6, 1.0, 1e-6, 1e-6), monte_carlo=True
+    )
+    row = modules.schemes.compare(make_task(modules.tasks), config, "lstm", scheme)
     assert row["strength"] == 1.0
     np.testing.assert_allclose(row["valid_nll_by_strength"][1], np.mean(row["valid_nll"]))
     assert row["valid_nll_by_strength"][1] < row["valid_nll_by_strength"][0]
@@ -58,27 +68,29 @@ def test_a_comparison_picks_by_validation_and_runs_all_seeds(modules):
 
 
 def test_validation_drops_nothing(modules):
-    schemes, tasks, _ = modules
-    config = schemes.Config(units=4, epochs=2, batch=4, seeds=2)
-    row = schemes.compare(make_task(tasks), config, "gru", schemes.Scheme("", schemes.gal, (0.3,)))
+    config = modules.schemes.Config(units=4, epochs=2, batch=4, seeds=2)
+    row = modules.schemes.compare(
+        make_task(modules.tasks),
+        config,
+        "gru",
+        modules.noises.Scheme("", modules.noises.gal, (0.3,)),
+    )
     curves = np.array(row["curves"])[:, :, 1]
     np.testing.assert_allclose(curves.min(1), row["valid_nll"], atol=1e-4)
 
 
 @pytest.fixture
 def model(modules):
-    schemes, tasks, _ = modules
-    return schemes.Model("gru", make_task(tasks), schemes.Config(units=4))
+    return modules.schemes.Model("gru", make_task(modules.tasks), modules.schemes.Config(units=4))
 
 
 def test_padding_does_not_count(modules, model):
-    schemes, tasks, _ = modules
-    split = tasks.Split(*map(jnp.asarray, model.task.splits[0]))
+    split = modules.tasks.Split(*map(jnp.asarray, model.task.splits[0]))
     params = model.init(jax.random.key(0))
-    spec = schemes.SCHEMES["none"].noise(None, None, "gru")
+    spec = modules.noises.SCHEMES["none"].noise(None, None, "gru")
     weights = model.task.weights(split.lengths, 6)
     assert weights.sum(1).tolist() == split.lengths.tolist()
-    assert tasks.last_step(split.lengths, 6)[5].tolist() == [0, 0, 1, 0, 0, 0]
+    assert modules.tasks.last_step(split.lengths, 6)[5].tolist() == [0, 0, 1, 0, 0, 0]
     torn = split._replace(inputs=jnp.where(weights[..., None] > 0, split.inputs, jnp.nan))
     outputs = [model.predict(params, part, None, spec) for part in (split, torn)]
     np.testing.assert_array_equal(*outputs)
@@ -86,11 +98,10 @@ def test_padding_does_not_count(modules, model):
 
 def test_monte_carlo_averages_probabilities(modules, model):
     """The likelihood and the score are those of the mean over the samples, computed by hand."""
-    schemes, tasks, _ = modules
-    split = tasks.Split(*map(jnp.asarray, model.task.splits[0]))
+    split = modules.tasks.Split(*map(jnp.asarray, model.task.splits[0]))
     params, rng = model.init(jax.random.key(0)), jax.random.key(1)
     params["kernel"] *= 4  # Far enough from a half for samples to disagree.
-    spec = schemes.gal(0.3, 0.3, "gru")
+    spec = modules.noises.gal(0.3, 0.3, "gru")
     nll, score = model.evaluate(params, split, rng, spec, 3)
     keys = jax.random.split(rng, 3)
     logits = np.array([model.predict(params, split, key, spec) for key in keys], np.float64)
@@ -105,8 +116,7 @@ def test_monte_carlo_averages_probabilities(modules, model):
 
 
 def test_the_band_holds_what_lies_between_its_quantiles(modules):
-    _, tasks, _ = modules
-    score = tasks.load_sunspots(None).score
+    score = modules.tasks.load_sunspots(None).score
     ahead = 11
     outputs = jnp.zeros((1, 2 * ahead)).at[:, ahead:].set(jnp.log(2.0))  # mean 0, deviation 2
     targets = jnp.array([[-9.0, -2.6, -2.5, -1.0, 0.0, 1.0, 2.5, 2.6, 9.0, 0.1, 0.2]])
@@ -116,9 +126,8 @@ def test_the_band_holds_what_lies_between_its_quantiles(modules):
 
 
 def test_every_scheme_has_four_strengths_and_a_noise_of_each(modules):
-    schemes, _, _ = modules
-    for cell, names in schemes.COMPARED.items():
-        for scheme in map(schemes.SCHEMES.get, names):
+    for cell, names in modules.noises.COMPARED.items():
+        for scheme in map(modules.noises.SCHEMES.get, names):
             assert len(set(scheme.strengths)) == (1 if scheme.name == "none" else 4)
             specs = [scheme.noise(strength, strength, cell) for strength in scheme.strengths]
             assert len(set(specs)) == len(specs)
@@ -134,7 +143,6 @@ def make_row(scheme, test):
 
 
 def test_the_table_compares_with_the_bare_model(modules):
-    _, _, tables = modules
     report = {
         "unit": "step",
         "score": None,
@@ -143,7 +151,7 @@ def test_the_table_compares_with_the_bare_model(modules):
             make_row("Gal, tied", [7.0, 8.0, 9.0]),
         ],
     }
-    assert tables.format_table(report).splitlines()[2:] == [
+    assert modules.tables.format_table(report).splitlines()[2:] == [
         "| none | lstm |  | 9.00 ± 1.00 |  |",
         # Of two standard errors of 1 / sqrt(3), in quadrature.
         "| Gal, tied | lstm | 0.9 | 8.00 ± 1.00 | -1.00 (1.2) |",
@@ -152,12 +160,11 @@ def test_the_table_compares_with_the_bare_model(modules):
 
 def test_the_verdict_names_what_did_not_help(modules):
     """Standard errors here: 0.08 of a mean, 0.12 of a difference."""
-    _, _, tables = modules
     bare = make_row("none", [9.9, 10.0, 10.1, 10.2, 9.8, 10.3])
 
     def verdict(*tests):
         named = [make_row(name, tests) for name, tests in zip("AB", tests, strict=False)]
-        return tables.format_verdict({"rows": [bare, *named]})
+        return modules.tables.format_verdict({"rows": [bare, *named]})
 
     close, clear = ([value - by for value in bare["test_nll"]] for by in (0.1, 0.5))
     two = "two standard errors"
@@ -167,21 +174,19 @@ def test_the_verdict_names_what_did_not_help(modules):
 
 
 def test_chorales_are_cut_where_they_are_long(modules, tmp_path):
-    _, tasks, _ = modules
     songs = [np.arange(length) for length in (129, 64, 66)]
-    pieces = tasks.cut_long(songs, 64)
+    pieces = modules.tasks.cut_long(songs, 64)
     assert [(int(piece[0]), len(piece)) for piece in pieces] == [
         (0, 65), (64, 65), (0, 64), (0, 65), (64, 2)
     ]  # fmt: skip
     predicted = [piece[1:] for piece in pieces]
     assert sum(map(len, predicted)) == sum(len(song) - 1 for song in songs)
     with pytest.raises(FileNotFoundError, match="must hold jsb_chorales"):
-        tasks.load_chorales(None)
+        modules.tasks.load_chorales(None)
 
 
 def test_words_are_cut_into_windows_that_do_not_overlap(modules):
-    _, tasks, _ = modules
-    task = tasks.load_words(None)
+    task = modules.tasks.load_words(None)
     for split in task.splits:
         np.testing.assert_array_equal(split.inputs[:, 1:], split.targets[:, :-1])
         assert split.inputs.max() < task.words == task.outputs
@@ -197,6 +202,7 @@ def test_words_are_cut_into_windows_that_do_not_overlap(modules):
         ({}, ["sunspots", "--batch", "500"], "--batch is 500, of 136 sequences"),
         ({}, ["sunspots", "--epochs", "0"], "argument --epochs: "),
         ({"schemes_sunspots.json": "{"}, ["sunspots"], "schemes_sunspots.json cannot be read: "),
+        ({"schemes_sunspots.json": "[]"}, ["sunspots"], "is of another config"),
         ({"schemes_sunspots.json": '{"config": 1}'}, ["sunspots"], "is of another config"),
     ],
 )
@@ -206,18 +212,19 @@ def test_bad_input_is_one_line(modules, tmp_path, monkeypatch, capsys, files, ar
         Path(name).write_text(text)
     monkeypatch.setattr("sys.argv", ["schemes.py", *arguments, "--out", "."])
     with pytest.raises(SystemExit):
-        modules[0].main()
+        modules.schemes.main()
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
 
 def test_stored_results_are_whole(modules):
     """Every task has a row for each scheme of each cell, and each row says how it was made."""
-    schemes, tasks, _ = modules
-    for task in tasks.TASKS:
+    for task in modules.tasks.TASKS:
         report = json.loads((ROOT / f"docs/results/schemes_{task}.json").read_text())
         assert report["task"] == task
-        compared = [(cell, name) for cell, names in schemes.COMPARED.items() for name in names]
+        compared = [
+            (cell, name) for cell, names in modules.noises.COMPARED.items() for name in names
+        ]
         assert [(row["cell"], row["scheme"]) for row in report["rows"]] == compared
         for row in report["rows"]:
             assert {"device", "versions", "command", "seconds"} <= set(row)
