@@ -5,6 +5,10 @@
 
 Values are compared bit for bit, so keep_prob is a half and all numbers are small integers: sums of
 them are exact in float32 in whatever order a compiler or a collective adds them up.
+
+JAX's own PRNGs draw masks in each way of spreading a program, and in all forward passes that are
+read as text. The other cases ask for what follows from masks, and draw with a PRNG that compiles
+quickly.
 """
 
 import dataclasses
@@ -26,6 +30,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import Cases
+from quick_prng import quick_key
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell.linen import DropoutCell
@@ -93,20 +98,27 @@ def numbers() -> Any:
     return integers(1, UNITS), integers(*row), integers(*sequence), integers(*sequence)
 
 
-def ones() -> jax.Array:
-    return jnp.ones((STEPS, BATCH, UNITS))
+def ones() -> np.ndarray:
+    return np.ones((STEPS, BATCH, UNITS), np.float32)
 
 
-RNG_SEED = 3
+PRNGS = {
+    "threefry": jax.random.key,
+    "rbg": functools.partial(jax.random.key, impl="rbg"),
+    "quick": quick_key,
+}
+
+
+def key(prng: str = "quick") -> jax.Array:
+    return PRNGS[prng](3)
 
 
 @functools.cache
-def on_one_device(what: str, *args: Any) -> Any:
-    rng = jax.random.key(RNG_SEED)
+def on_one_device(what: str, *args: Any, prng: str = "quick") -> Any:
     if what == "masks":
-        result = jax.jit(masks_of(*args))(rng, ones())
+        result = jax.jit(masks_of(*args))(key(prng), ones())
     else:
-        result = jax.jit(gradient_of(*args))(rng, numbers())
+        result = jax.jit(gradient_of(*args))(key(prng), numbers())
     assert len(jax.tree.leaves(result)[0].sharding.device_set) == 1
     return jax.tree.map(np.asarray, result)
 
@@ -135,8 +147,8 @@ def spread(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(put, tree)
 
 
-def everywhere(mesh: Mesh) -> jax.Array:
-    return jax.device_put(jax.random.key(RNG_SEED), NamedSharding(mesh, P()))
+def everywhere(mesh: Mesh, prng: str = "quick") -> jax.Array:
+    return jax.device_put(key(prng), NamedSharding(mesh, P()))
 
 
 def assert_spread(tree: Any) -> None:
@@ -146,16 +158,18 @@ def assert_spread(tree: Any) -> None:
 
 
 @CASES.over(layout=LAYOUTS, scheme=SCHEMES)
-def masks_under_jit(layout: str, scheme: str, host: str = "dropout_scan") -> None:
+def masks_under_jit(
+    layout: str, scheme: str, host: str = "dropout_scan", prng: str = "threefry"
+) -> None:
     mesh = mesh_of(layout)
-    got = jax.jit(masks_of(host, scheme))(everywhere(mesh), spread(mesh, ones()))
+    got = jax.jit(masks_of(host, scheme))(everywhere(mesh, prng), spread(mesh, ones()))
     assert_spread(got["input"])
-    assert_same(got, on_one_device("masks", host, scheme))
+    assert_same(got, on_one_device("masks", host, scheme, prng=prng))
 
 
 @CASES.over(host=("nn.RNN", *hosts.LAYERS), scheme=SCHEMES)
 def masks_of_hosts_under_jit(host: str, scheme: str) -> None:
-    masks_under_jit("both", scheme, host)
+    masks_under_jit("both", scheme, host, "quick")
 
 
 @CASES.over(layout=LAYOUTS, scheme=SCHEMES)
@@ -168,11 +182,11 @@ def gradient_under_jit(layout: str, scheme: str) -> None:
 
 @CASES.over(layout=LAYOUTS if HAS_SET_MESH else (), scheme=SCHEMES)
 def gradient_under_explicit_sharding(layout: str, scheme: str) -> None:
-    mesh = mesh_of(layout, AxisType.Explicit)
+    mesh, prng = mesh_of(layout, AxisType.Explicit), "threefry" if layout == "both" else "quick"
     with jax.set_mesh(mesh):
-        got = jax.jit(gradient_of(scheme))(everywhere(mesh), spread(mesh, numbers()))
+        got = jax.jit(gradient_of(scheme))(everywhere(mesh, prng), spread(mesh, numbers()))
     assert_spread(got)
-    assert_same(got, on_one_device("gradient", scheme))
+    assert_same(got, on_one_device("gradient", scheme, prng=prng))
 
 
 @CASES.over(what=("the cell", "the sequence"), scheme=SCHEMES)
@@ -223,20 +237,31 @@ def nnx_layer_of(spec: fdc.RecurrentDropout) -> Callable[..., Any]:
     return run
 
 
-WITH_IDS = {"dropout_scan": scan_of, "fdc.linen.RNN": linen_layer_of, "fdc.nnx.RNN": nnx_layer_of}
+WITH_IDS = {
+    # The layers pass their key on, of whichever PRNG it is.
+    "dropout_scan, threefry": scan_of,
+    "dropout_scan, rbg": scan_of,
+    "fdc.linen.RNN, quick": linen_layer_of,
+    "fdc.nnx.RNN, quick": nnx_layer_of,
+}
 
 
-@CASES.over(host=WITH_IDS, impl=("threefry2x32", "rbg"))
-def an_actor_on_one_device_and_a_learner_on_eight(host: str, impl: str) -> None:
+@CASES.over(host=WITH_IDS)
+def an_actor_on_one_device_and_a_learner_on_eight(host: str) -> None:
     """Step by step and whole in other rows, with episodes that end in between: the same bits."""
     once, each = (noise_of(scheme, 0.5) for scheme in SCHEMES)
     spec = fdc.RecurrentDropout(input=once, output=each, inside={"recurrent": once, "hidden": each})
     layer = WITH_IDS[host](spec)
-    params, rng = fdc.init_lstm(jax.random.key(1), UNITS, UNITS), jax.random.key(2, impl=impl)
-    xs = jax.random.normal(jax.random.key(3), (STEPS, BATCH, UNITS))
-    resets = jax.random.bernoulli(jax.random.key(4), 0.3, (STEPS, BATCH))
-    ids = jnp.arange(BATCH)[None] + BATCH * resets.astype(int).cumsum(0)
-    zeros = jnp.zeros((BATCH, UNITS))
+    rng, draw = key(host.split(", ")[1]), np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return draw.normal(0, 0.1, shape).astype(np.float32)
+
+    weights: Any = normal(UNITS, 4 * UNITS), normal(UNITS, 4 * UNITS), normal(4 * UNITS)
+    params, xs = fdc.LSTMParams(*weights), 10 * normal(STEPS, BATCH, UNITS)
+    resets = draw.random((STEPS, BATCH)) < 0.3
+    ids = (np.arange(BATCH) + BATCH * resets.cumsum(0)).astype(np.int32)
+    zeros = np.zeros((BATCH, UNITS), np.float32)
 
     @jax.jit
     def run(params: Any, rng: Any, carry: Any, xs: Any, resets: Any, ids: Any, start: Any) -> Any:
@@ -248,7 +273,7 @@ def an_actor_on_one_device_and_a_learner_on_eight(host: str, impl: str) -> None:
         carry, y = run(params, rng, carry, xs[now], resets[now], ids[now], t)
         acted.append(y)
     mesh = jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
-    order = jax.random.permutation(jax.random.key(5), BATCH)
+    order = draw.permutation(BATCH)
 
     def put(tree: Any, *spec: Any) -> Any:
         return jax.device_put(tree, NamedSharding(mesh, P(*spec)))
@@ -256,8 +281,8 @@ def an_actor_on_one_device_and_a_learner_on_eight(host: str, impl: str) -> None:
     by_step = (put(leaf[:, order], None, "batch") for leaf in (xs, resets, ids))
     learned = run(put(params), put(rng), put((zeros, zeros), "batch"), *by_step, 0)
     assert_spread(learned[0])
-    assert_same(learned[0], tuple(leaf[order] for leaf in carry))
-    assert_same(learned[1], jnp.concatenate(acted)[:, order])
+    assert_same(learned[0], tuple(np.asarray(leaf)[order] for leaf in carry))
+    assert_same(learned[1], np.concatenate(acted)[:, order])
 
 
 # Maps, where each shard has a key of its own -----------------------------------------------------
@@ -268,8 +293,8 @@ def cut(tree: Any) -> Any:
 
     def cut_leaf(leaf: Any) -> Any:
         if leaf.shape[-2] == 1:
-            return jnp.stack([leaf] * DEVICES)
-        return jnp.stack(jnp.split(jnp.asarray(leaf), DEVICES, axis=-2))
+            return np.stack([leaf] * DEVICES)
+        return np.stack(np.split(leaf, DEVICES, axis=-2))
 
     return jax.tree.map(cut_leaf, tree)
 
@@ -293,7 +318,8 @@ def vmapped(function: Callable[..., Any]) -> Callable[..., Any]:
     mapped = jax.jit(jax.vmap(function, axis_name="batch", in_axes=(None, 0)))
 
     def run(rng: jax.Array, shards: Any) -> Any:
-        return mapped(everywhere(mesh), jax.device_put(shards, NamedSharding(mesh, P("batch"))))
+        rng = jax.device_put(rng, NamedSharding(mesh, P()))
+        return mapped(rng, jax.device_put(shards, NamedSharding(mesh, P("batch"))))
 
     return run
 
@@ -306,11 +332,14 @@ def with_own_key(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda rng, shard: function(jax.random.fold_in(rng, jax.lax.axis_index("batch")), shard)
 
 
+PRNG_OF = {"masks": "threefry", "gradient": "quick"}
+
+
 @functools.cache
 def one_by_one(what: str, scheme: str) -> Any:
     """Each shard on one device, under the key that is its own."""
     function, whole = function_and_numbers(what, scheme)
-    run, rng = jax.jit(function), jax.random.key(RNG_SEED)
+    run, rng = jax.jit(function), key(PRNG_OF[what])
     results = [
         run(jax.random.fold_in(rng, index), jax.tree.map(lambda leaf, i=index: leaf[i], cut(whole)))
         for index in range(DEVICES)
@@ -327,7 +356,7 @@ def function_and_numbers(what: str, scheme: str) -> tuple[Callable[..., Any], An
 @CASES.over(mapping=MAPS, what=("masks", "gradient"), scheme=SCHEMES)
 def shards_with_their_own_keys(mapping: str, what: str, scheme: str) -> None:
     function, whole = function_and_numbers(what, scheme)
-    got = MAPS[mapping](with_own_key(function))(jax.random.key(RNG_SEED), cut(whole))
+    got = MAPS[mapping](with_own_key(function))(key(PRNG_OF[what]), cut(whole))
     assert_spread(got)
     assert_same(got, one_by_one(what, scheme))
     if what == "masks":
@@ -340,7 +369,7 @@ def shards_with_their_own_keys(mapping: str, what: str, scheme: str) -> None:
 def shards_with_one_key(mapping: str, scheme: str) -> None:
     """Without that line every shard has the same masks: why the docs tell of it."""
     function = masks_of("dropout_scan", scheme)
-    got = MAPS[mapping](function)(jax.random.key(RNG_SEED), cut(ones()))
+    got = MAPS[mapping](function)(key(), cut(ones()))
     for masks in got.values():
         for other in np.asarray(masks)[1:]:
             np.testing.assert_array_equal(other, masks[0])
@@ -384,7 +413,7 @@ def nn_rnn_in_shard_map(scheme: str) -> None:
         check_vma=False,
     )
     got = jax.tree.map(np.asarray, jax.jit(mapped)(everywhere(mesh), spread(mesh, ones())))
-    run, rng = jax.jit(masks_of("nn.RNN", scheme)), jax.random.key(RNG_SEED)
+    run, rng = jax.jit(masks_of("nn.RNN", scheme)), key()
     for index, rows in enumerate(np.split(np.arange(BATCH), DEVICES)):
         want = run(jax.random.fold_in(rng, index), ones()[:, rows])
         assert_same({site: masks[:, rows] for site, masks in got.items()}, want)
@@ -470,7 +499,8 @@ def compiled(
     mesh, zeros = mesh_of("batch"), jnp.zeros((BATCH, UNITS))
     params = nn.SimpleCell(UNITS).init(jax.random.key(0), zeros, zeros)["params"]
     params = jax.device_put(params, NamedSharding(mesh, P()))
-    lowered = jax.jit(run).lower(everywhere(mesh), params, spread(mesh, ones()))
+    rng = everywhere(mesh, "quick" if gradient else "threefry")
+    lowered = jax.jit(run).lower(rng, params, spread(mesh, ones()))
     text = lowered.compile().as_text()
     assert text is not None
     return text
