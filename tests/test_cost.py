@@ -1,5 +1,6 @@
 """What dropout costs, counted: random words, bytes kept for the gradient, kernels in the loop."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ SITES = 3  # an LSTM's input, h and output
 ROWS = SITES * BATCH
 
 Program = tuple[Callable[..., Any], Any]
-"""`run(params, xs, rng)`, which gives the outputs, and the params."""
+"""`run(params, xs, rng)`, which gives the outputs, and the params, or their shapes."""
 
 
 def spec_of(noise: fdc.Dropout | None) -> fdc.RecurrentDropout:
@@ -31,7 +32,7 @@ def spec_of(noise: fdc.Dropout | None) -> fdc.RecurrentDropout:
 def core_program(noise: fdc.Dropout | None) -> Program:
     cell = nn.LSTMCell(UNITS)
     row = jnp.zeros((BATCH, UNITS))
-    params = cell.init(jax.random.key(0), (row, row), row)
+    params = jax.eval_shape(cell.init, jax.random.key(0), (row, row), row)
 
     def run(params: Any, xs: jax.Array, rng: jax.Array) -> Any:
         return fdc.dropout_scan(
@@ -44,7 +45,7 @@ def core_program(noise: fdc.Dropout | None) -> Program:
 def linen_program(noise: fdc.Dropout | None) -> Program:
     cell = fdc.linen.DropoutCell(nn.LSTMCell(UNITS), spec_of(noise))
     rnn = nn.RNN(cell, time_major=True)
-    params = rnn.init(jax.random.key(0), jnp.zeros((1, BATCH, UNITS)))
+    params = jax.eval_shape(rnn.init, jax.random.key(0), jnp.zeros((1, BATCH, UNITS)))
     return lambda params, xs, rng: rnn.apply(params, xs, rngs={"dropout": rng}), params
 
 
@@ -106,14 +107,18 @@ def test_variational_masks_cost_a_hosts_loop_no_randomness(host, variational) ->
     assert found == {not variational}
 
 
-def compile_program(program: Program, direction: str) -> Any:
-    run, params = program
+@functools.cache
+def compiled(program: Callable[..., Program], noise: fdc.Dropout | None, direction: str) -> str:
+    """The text of a compiled program."""
+    run, params = program(noise)
 
     def loss(*args: Any) -> jax.Array:
         return (run(*args) ** 2).mean()
 
     function = run if direction == "forward" else jax.grad(loss)
-    return jax.jit(function).lower(params, *inputs()).compile()
+    text = jax.jit(function).lower(params, *inputs()).compile().as_text()
+    assert text is not None
+    return text
 
 
 @programs
@@ -121,18 +126,17 @@ def compile_program(program: Program, direction: str) -> Any:
 @pytest.mark.parametrize("variational", [True, False], ids=["variational", "step"])
 def test_the_compiled_loop_draws_only_per_step_masks(program, variational, direction) -> None:
     noise = fdc.Dropout(keep_prob=0.7, variational=variational)
-    compiled = compile_program(program(noise), direction)
-    work = random_work(compiled.as_text(), STEPS)
+    work = random_work(compiled(program, noise, direction), STEPS)
     assert work["anywhere"] > 0
     assert (work["inside"] == 0) == variational
 
 
-def histories(compiled: Any) -> dict[str, int]:
+def histories(text: str) -> dict[str, int]:
     """How many arrays `[time, batch, units]` of each dtype the compiled loop that runs first has.
 
     These are the inputs and outputs, and all that it keeps for the gradient.
     """
-    types = scans(compiled.as_text(), STEPS)[0].split(" while(")[0]
+    types = scans(text, STEPS)[0].split(" while(")[0]
     found = [
         dtype
         for dtype, dims in re.findall(rf"(\w+)\[{STEPS},{BATCH},([\d,]+)\]", types)
@@ -145,21 +149,23 @@ def histories(compiled: Any) -> dict[str, int]:
 @pytest.mark.parametrize("keep_prob", [0.5, 0.7])
 def test_the_gradient_keeps_masks_as_booleans_and_the_disturbed_input(program, keep_prob) -> None:
     """Beyond the bare cell's, and not even masks where these are variational."""
-    bare = histories(compile_program(program(None), "gradient"))
+    bare = histories(compiled(program, None, "gradient"))
     assert set(bare) == {"f32"}
-    variational = program(fdc.Dropout(keep_prob=keep_prob, variational=True))
-    kept = histories(compile_program(variational, "gradient"))
+    per_step, variational = (
+        fdc.Dropout(keep_prob=keep_prob, variational=once) for once in (False, True)
+    )
+    kept = histories(compiled(program, variational, "gradient"))
     assert kept == {"f32": bare["f32"] + 1}
-    per_step = histories(compile_program(program(fdc.Dropout(keep_prob=keep_prob)), "gradient"))
-    assert per_step == {"f32": bare["f32"] + 1, "pred": SITES - 1}  # no gradient by the inputs
+    kept = histories(compiled(program, per_step, "gradient"))
+    assert kept == {"f32": bare["f32"] + 1, "pred": SITES - 1}  # no gradient by the inputs
 
 
 @programs
 def test_the_forward_pass_keeps_no_masks(program) -> None:
-    bare = histories(compile_program(program(None), "forward"))
+    bare = histories(compiled(program, None, "forward"))
     for variational in (True, False):
         noise = fdc.Dropout(keep_prob=0.7, variational=variational)
-        assert histories(compile_program(program(noise), "forward")) == bare
+        assert histories(compiled(program, noise, "forward")) == bare
 
 
 def test_masks_are_booleans() -> None:
@@ -179,7 +185,7 @@ def test_masks_are_booleans() -> None:
 @pytest.mark.parametrize("keep_prob", [0.5, 0.7])
 def test_a_word_is_computed_once(program, keep_prob) -> None:
     """No kernel that computes random words goes on to cut them: it would do so for each unit."""
-    text = compile_program(program(fdc.Dropout(keep_prob=keep_prob)), "gradient").as_text()
+    text = compiled(program, fdc.Dropout(keep_prob=keep_prob), "gradient")
     kernels = [lines for lines in computations(text).values() if re.search(r" xor\(", str(lines))]
     roots = [line for lines in kernels for line in lines if line.strip().startswith("ROOT")]
     assert roots
