@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 import flax_dropout_cell as fdc
-from flax_dropout_cell import _hoisted_scan
+from flax_dropout_cell import _hoisted_scan, _scan
 from flax_dropout_cell._disturb import Disturbance
 
 STEPS = 1000
@@ -29,6 +29,7 @@ def watched() -> Iterator[list[float]]:
     patches = [
         (jax.lax, "scan", watcher.scan),
         (_hoisted_scan, "scan", watcher.hoisted_scan),
+        (_scan, "disturb_once", watcher.disturb_once),
         (fdc, "dropout_cell", watcher.dropout_cell),
         (Disturbance, "__call__", watcher.disturb),
     ]
@@ -52,6 +53,7 @@ class _Watcher:
         self.disturbed = 0  # how often a step was traced
         self.own = False  # whether this is a long run
         self.call, self.step = Disturbance.__call__, fdc.dropout_cell
+        self.run_disturb_once = _scan.disturb_once
         self.run_scan, self.run_hoisted_scan = jax.lax.scan, _hoisted_scan.scan
 
         def disturb(disturbance: Disturbance, *args: Any, **kwargs: Any) -> Any:
@@ -74,6 +76,13 @@ class _Watcher:
         if self.disturbed > before and not self.own:  # it traces a step before it scans
             self.run_on(f, init, xs, options.get("length"))
             self.disturbed = before
+        return result
+
+    def disturb_once(self, *args: Any, **options: Any) -> Any:
+        """Disturbs the weights of a whole sequence: no step of a scan around that sequence."""
+        before = self.disturbed
+        result = self.run_disturb_once(*args, **options)
+        self.disturbed = before
         return result
 
     def dropout_cell(self, params: Any, carry: Any, x: Any, rng: Any, **options: Any) -> Any:

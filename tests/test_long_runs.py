@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from long_runs import BOUND, watched
+from long_runs import BOUND, STEPS, watched
 from test_examples import EXAMPLES, SMALL, load_example, write_corpus
 
 import flax_dropout_cell as fdc
@@ -90,6 +90,17 @@ def test_what_explodes_is_seen(snippet: Any) -> None:
     with watched() as largest:
         jax.lax.scan(lambda h, x: (2 * h, x), 1.0, XS)
     assert not largest  # no step of ours
+
+
+def test_a_scan_over_sequences_has_no_steps_of_its_own() -> None:
+    dropout = fdc.RecurrentDropout(state=fdc.Dropout(keep_prob=0.5, scale=False))
+
+    def run_sequence(h: jax.Array, x: jax.Array) -> Any:
+        return fdc.dropout_scan(None, h, XS, RNG, cell=remember, dropout=dropout)
+
+    with watched() as largest:
+        jax.lax.scan(run_sequence, XS[0], XS)
+    assert 0 < len(largest) < STEPS  # not a thousand sequences of a thousand steps
 
 
 LONG_WINDOWS = "--batch-size 4 --window 30".split()
