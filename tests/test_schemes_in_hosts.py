@@ -1,6 +1,7 @@
 """Each published scheme in every Flax host: its paper's equations, with the masks drawn there."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -46,11 +47,12 @@ def test_in_every_host_it_is_the_papers_equations(name: str, framework: str) -> 
     def train(key: jax.Array, xs: Any) -> Any:
         return {host: run(scheme.spec, key, xs) for host, run in made.hosts.items()}
 
+    draw_each = drawer_of_steps(made, scheme)
     for host, directions in train(KEY, xs).items():
         assert len(directions) == (2 if "Bidirectional" in host else 1)
         # The second direction runs from the end.
         for ran, inputs in zip(directions, (xs, xs[::-1]), strict=False):
-            masks = masks_in(ran, made, scheme)
+            masks = masks_in(ran, made, scheme, draw_each)
             check(ran, equations.loop(scheme.step, params, carry, inputs, masks, FULL))
 
 
@@ -112,16 +114,25 @@ def check(ran: Ran, want: Any) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
-def masks_in(ran: Ran, framework: Framework, scheme: Any) -> list[dict[str, Any]]:
+def drawer_of_steps(framework: Framework, scheme: Any) -> Callable[..., Any]:
+    """Gives the masks of every step from a carry and their keys; compiled once for all hosts."""
+    x, spec = jnp.zeros((BATCH, FEATURES)), frozen(scheme.spec)
+
+    def draw(carry: Any, key: jax.Array) -> fdc.Masks:
+        first = jax.tree.map(jnp.zeros_like, carry)
+        return fdc.draw_masks(framework.tree, first, x, key, cell=framework.pure, dropout=spec)
+
+    return compiled(jax.vmap(draw, in_axes=(None, 0)))
+
+
+def masks_in(
+    ran: Ran, framework: Framework, scheme: Any, draw_each: Callable[..., Any]
+) -> list[dict[str, Any]]:
     """The masks of each step: those that the host drew once, and those from each step's key."""
     once = framework.masks(ran.masks)
-    spec = frozen(scheme.spec)
-    if spec == scheme.spec:
+    if frozen(scheme.spec) == scheme.spec:
         return [once] * STEPS
-    first, x = jax.tree.map(jnp.zeros_like, ran.carry), jnp.zeros((BATCH, FEATURES))
-    draw = functools.partial(fdc.draw_masks, cell=framework.pure, dropout=spec)
-    draw_each = compiled(jax.vmap(lambda key: draw(framework.tree, first, x, key)))
-    steps = framework.masks(draw_each(jax.random.split(ran.rng, STEPS)))
+    steps = framework.masks(draw_each(ran.carry, jax.random.split(ran.rng, STEPS)))
     return [jax.tree.map(lambda mask, t=t: mask[t], steps) | once for t in range(STEPS)]
 
 
