@@ -33,10 +33,9 @@ checkpoints = load_example(EXAMPLES / "checkpoints.py")  # where the examples wi
 data_parallel = load_example(EXAMPLES / "data_parallel.py")
 
 SETTINGS = {"seed": 3, "learning_rate": 0.1, "scheme": "none"}
-WORDS = "--embedding-size 6 --hidden-size 8 --layers 1 --batch-size 2 --window 14".split()
-WORDS += ["--epochs", "2"]
-TASK = "--steps 24 --batch-size 4 --hidden-size 8 --seed 3".split()
-PAIR = "--steps 6 --batch-size 4 --hidden-size 8 --seed 3 --timeout 5".split()
+WORDS = "--embedding-size 6 --hidden-size 8 --layers 1 --batch-size 2 --window 7 --epochs 2".split()
+TASK = "--steps 60 --batch-size 4 --hidden-size 8 --seed 3".split()
+PAIR = "--steps 12 --batch-size 4 --hidden-size 8 --seed 3 --timeout 5".split()
 
 Moment = Callable[[subprocess.Popen], None]
 
@@ -58,11 +57,6 @@ def started(log: Path, program: str, *arguments: object) -> Iterator[subprocess.
 
 def finish(process: subprocess.Popen, log: Path) -> None:
     assert process.wait(LIMIT) == 0, log.read_text()
-
-
-def run(log: Path, program: str, *arguments: object) -> None:
-    with started(log, program, *arguments) as process:
-        finish(process, log)
 
 
 def kill(moment: Moment, log: Path, program: str, *arguments: object) -> None:
@@ -100,57 +94,62 @@ def while_saving(folder: Path, step: int) -> Moment:
     return moment
 
 
-def test_a_killed_language_model_ends_as_one_that_was_not(tmp_path: Path) -> None:
+def after(text: str, log: Path, seconds: float = 0.0) -> Moment:
+    def moment(process: subprocess.Popen) -> None:
+        wait_for(text, log, process)
+        time.sleep(seconds)
+
+    return moment
+
+
+def test_killed_language_models_end_as_one_that_was_not(tmp_path: Path) -> None:
     data, folder, log = write_corpus(tmp_path / "corpus"), tmp_path / "saved", tmp_path / "log"
     arguments = ["language_model.py", *WORDS, "--data", data]
     resumed = [*arguments, "--checkpoint", folder, "--checkpoint-every", 5, "--out", tmp_path]
-    none, variational = folder / "none", folder / "variational"
-    run(log, *arguments, "--out", tmp_path / "reference")
-    kill(while_saving(variational, 15), log, *resumed)
-    (cut_off,) = half_written(variational)
-    run(log, *resumed)
+    none, variational, reference_log = folder / "none", folder / "variational", tmp_path / "log_2"
+    with started(reference_log, *arguments, "--out", tmp_path / "reference") as reference:
+        kill(while_saving(none, 10), log, *resumed)
+        (cut_off,) = half_written(none)
+        kill(while_saving(variational, 35), log, *resumed)
+        assert said(log.read_text()) == [
+            f"skipped checkpoint {cut_off} in {none}: it is half-written",
+            f"going on from checkpoint {cut_off - 5} in {none}",
+        ]
+        (cut_off,) = half_written(variational)
+        with started(log, *resumed) as process:
+            finish(process, log)
+        finish(reference, reference_log)
     # The first training was over, and the second in the middle of its second epoch.
     assert said(log.read_text()) == [
-        f"going on from checkpoint 26 in {none}",
+        f"going on from checkpoint 52 in {none}",
         f"skipped checkpoint {cut_off} in {variational}: it is half-written",
         f"going on from checkpoint {cut_off - 5} in {variational}",
     ]
     name = "language_model.json"
     assert (tmp_path / name).read_text() == (tmp_path / "reference" / name).read_text()
-    assert saved(none) == saved(variational) == [20, 25, 26]
+    assert saved(none) == saved(variational) == [45, 50, 52]
 
 
-def test_killed_trainings_end_as_one_that_was_not_and_go_on_with_other_devices(
-    tmp_path: Path,
-) -> None:
-    folder, log, report = tmp_path / "saved", tmp_path / "log", tmp_path / "report"
+def test_killed_trainings_end_as_one_that_was_not(tmp_path: Path) -> None:
+    folder, log, rng = tmp_path / "saved", tmp_path / "log", random.Random(0)
     arguments = ["data_parallel.py", *TASK, "--out"]
-    resumed = [*arguments, report, "--checkpoint", folder, "--checkpoint-every", 2]
-    run(log, *arguments, tmp_path / "reference")
-
-    def at_random(process: subprocess.Popen) -> None:
-        wait_for("step ", log, process)
-        time.sleep(random.Random(0).uniform(0, 0.2))
-
-    for moment in (while_saving(folder, 2), while_saving(folder, 8), at_random):
-        kill(moment, log, *resumed)
-    run(log, *resumed)
+    resumed = [*arguments, tmp_path / "report", "--checkpoint", folder, "--checkpoint-every", 2]
+    reference_log = tmp_path / "reference_log"
+    with started(reference_log, *arguments, tmp_path / "reference") as reference:
+        for moment in (
+            while_saving(folder, 2),  # the first of all
+            after("2 devices", log, rng.uniform(0, 1)),
+            while_saving(folder, 20),
+            after("2 devices", log, rng.uniform(0, 1)),
+        ):
+            kill(moment, log, *resumed)
+        with started(log, *resumed) as process:
+            finish(process, log)
+        finish(reference, reference_log)
     first_step = next(line for line in log.read_text().splitlines() if line.startswith("step "))
-    assert int(first_step.split()[1].strip(":")) >= 6
-    assert report.read_text() == (tmp_path / "reference").read_text()
-    assert saved(folder) == [20, 22, 24]
-
-    for step in (22, 24):
-        shutil.rmtree(folder / str(step))
-    assert jax.device_count() == 1
-    losses, settings = (json.loads(report.read_text())[name] for name in ("losses", "config"))
-    opened = checkpoints.open_checkpoints(folder, settings, 2)
-    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it.
-        config = data_parallel.Config(**settings)
-        goes_on = [losses.tolist() for losses in data_parallel.train(config, opened)]
-    assert [len(losses) for losses in goes_on] == [20, 21, 22, 23, 24]
-    assert goes_on[0] == losses[:20]
-    np.testing.assert_allclose(goes_on[-1], losses, rtol=1e-5)
+    assert int(first_step.split()[1].strip(":")) >= 18
+    assert (tmp_path / "report").read_text() == (tmp_path / "reference").read_text()
+    assert saved(folder) == [56, 58, 60]
 
 
 def test_killed_processes_end_as_two_that_were_not(tmp_path: Path) -> None:
@@ -167,24 +166,47 @@ def test_killed_processes_end_as_two_that_were_not(tmp_path: Path) -> None:
         pair[1].kill()
         assert pair[0].wait(60) != 0  # It waits for the other, in a save or in a step.
     assert_tells_of_a_loss(logs[0])
-    (cut_off,), steps = half_written(folder), saved(folder)
+
+    with two_processes(tmp_path, *arguments) as pair:
+        wait_for("step 7:", logs[0], pair[0])
+        for process in pair:
+            process.kill()
+    steps = saved(folder)
     flip_a_bit(folder / str(steps[-1]) / "settings" / "metadata")
 
     with two_processes(tmp_path, *arguments) as pair:
         for process, log in zip(pair, logs, strict=True):
             finish(process, log)
-    assert said(logs[0].read_text()) == [
-        f"skipped checkpoint {cut_off} in {folder}: it is half-written",
+    assert said(logs[0].read_text())[-2:] == [
         f"skipped checkpoint {steps[-1]} in {folder}: settings/metadata is damaged",
         f"going on from checkpoint {steps[-2]} in {folder}",
     ]
     assert said(logs[1].read_text()) == []
     assert resumed.read_text() == (tmp_path / "reference").read_text()
-    assert saved(folder) == [4, 5, 6]
+    assert saved(folder) == [10, 11, 12]
 
 
 def said(text: str) -> list[str]:
     return [line for line in text.splitlines() if "checkpoint" in line]
+
+
+def test_it_goes_on_with_other_devices(tmp_path: Path) -> None:
+    config = data_parallel.Config(steps=6, batch_size=4, hidden_size=8)
+    arguments = "--steps 6 --batch-size 4 --hidden-size 8 --checkpoint-every 3".split()
+    log, report = tmp_path / "log", tmp_path / "report"
+    options = ("--checkpoint", tmp_path / "saved", "--out", report)
+    with started(log, "data_parallel.py", *arguments, *options) as process:
+        finish(process, log)
+    shutil.rmtree(tmp_path / "saved" / "6")
+    assert jax.device_count() == 1
+    settings = json.loads(report.read_text())["config"]
+    opened = checkpoints.open_checkpoints(tmp_path / "saved", settings, 3)
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it.
+        goes_on = [losses.tolist() for losses in data_parallel.train(config, opened)]
+    assert [len(losses) for losses in goes_on] == [3, 4, 5, 6]
+    losses = json.loads(report.read_text())["losses"]
+    assert goes_on[0] == losses[:3]
+    np.testing.assert_allclose(goes_on[-1], losses, rtol=1e-5)
 
 
 # Damaged -----------------------------------------------------------------------------------------
