@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import weakref
 from collections.abc import Hashable
 from typing import Any
 
@@ -9,7 +10,10 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-_traced = itertools.count()
+from .noises.protocol import is_array
+
+_numbers = itertools.count()
+_objects: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def fingerprint(tree: Any) -> tuple[Hashable, ...]:
@@ -19,9 +23,11 @@ def fingerprint(tree: Any) -> tuple[Hashable, ...]:
 
 
 def _of_leaf(leaf: Any) -> str:
+    # By its id, a traced array or an object could be taken for one that is long gone.
     if isinstance(leaf, Tracer):
-        # It has no value yet, and by its id it could be taken for one that is long gone.
-        return f"traced {next(_traced)}"
+        return f"traced {next(_numbers)}"
+    if not is_array(leaf):
+        return f"object {_objects.setdefault(leaf, next(_numbers))}"
     array = np.asarray(leaf)
     digest = hashlib.sha256(array.tobytes()).hexdigest()
     return f"{array.dtype.name}{list(array.shape)} {digest}"

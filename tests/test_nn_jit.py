@@ -117,6 +117,34 @@ def test_traced_arrays_share_no_program() -> None:
             np.testing.assert_array_equal(ys.max(), 1 / np.float32(expected))
 
 
+class Times:
+    """A noise that is no dataclass and is not registered: to JAX and Flax an object."""
+
+    variational = True
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def draw_mask(self, rng: jax.Array, shape: Any, dtype: Any) -> jax.Array:
+        return jnp.full(shape, self.factor, dtype)
+
+    def apply(self, mask: Any, value: jax.Array, previous: Any = None) -> jax.Array:
+        return value * mask
+
+    def expected(self, value: jax.Array, previous: Any = None) -> jax.Array:
+        return value
+
+
+def test_noises_that_are_gone_leave_no_program_behind() -> None:
+    """A new object may be where an old one was, with its id."""
+    layer = nn.jit(fdc.linen.RNN)
+    for factor in (2.0, 3.0, 4.0, 5.0):
+        spec = fdc.RecurrentDropout(output=Times(factor))
+        ys = layer(Echo(), spec).apply({}, XS, rngs=RNGS)
+        np.testing.assert_array_equal(ys, factor * XS)
+        del spec
+
+
 def test_a_wrappers_array_is_refused_by_name() -> None:
     """A field that is an array itself gives Flax nothing to hash."""
     text = r"output_keep_prob of RNNCellDropoutWrapper is an array, float32\[\]. Give a number, use"

@@ -27,7 +27,7 @@ class ConstantFields:
 
 def _refuse_arrays(module: Any) -> None:
     for field in dataclasses.fields(module):
-        if field.name == "cell":  # Reading it would bind it.
+        if field.name in ("parent", "name", "cell"):
             continue
         value = getattr(module, field.name)
         if is_array(value):
