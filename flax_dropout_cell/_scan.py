@@ -1,7 +1,8 @@
 """A whole sequence under dropout: `jax.lax.scan` with the masks drawn where they belong."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from ._disturb import Disturbance
 from ._inside import Cell
 from ._leaky import family_of, place_state
 from ._random.keys import as_rng
+from ._rows import Rows
 from ._sequence_step import At, Running, SequenceStep, check_batch_dims, disturb_once
-from ._sequences import RowMasks, check_reset_carry, plan_sequences
+from ._sequences import RowMasks, Sequences, check_reset_carry, plan_sequences
 from ._shown import shown
 from ._sites import (
     Masks,
@@ -119,55 +121,76 @@ def dropout_scan(
     if seq_lengths is not None:
         seq_lengths = check_seq_lengths(seq_lengths)
         check_batch_dims("carry", carry, seq_lengths.shape, "seq_lengths")
-    sequences, ids = None, sequence_ids
-    if resets is not None:
-        sequences = plan_sequences(resets, sequence_ids, steps, reverse=reverse)
-        check_batch_dims("carry", carry, sequences.begins.shape[1:], "resets")
-        reset_carry = check_reset_carry(reset_carry, carry)
-        ids = None if ids is None else sequences.names[-1 if reverse else 0]
-    elif reset_carry is not None:
-        raise ValueError("reset_carry was given without resets, which say where it goes.")
+    plan = _plan(carry, steps, resets, reset_carry, sequence_ids, reverse=reverse)
     dropout = place_state(dropout, carry, family_of(cell))
-    rows, row_masks = as_rows(ids), None
+    rows, row_masks = as_rows(plan.ids), None
     if rng is not None:
         values = _values_at_a_step(params, carry, xs, cell, dropout)
         drawn = draw_sites(dropout, values, rng, rows)
         masks = drawn if masks is None else _fill_in(masks, drawn)
-        if sequences is not None:
-            row_masks = RowMasks(
-                masks,
-                lambda rows: draw_sites(dropout, values, rng, rows, rows_alone=True),
-                sequences.names[0],
-                by_id=sequence_ids is not None,
-                start=start,
-            )
-    elif sequences is not None and masks is not None and _draws_for_rows(dropout):
+        row_masks = plan.row_masks(
+            masks, lambda rows: draw_sites(dropout, values, rng, rows, rows_alone=True), start
+        )
+    elif plan.sequences is not None and masks is not None and _draws_for_rows(dropout):
         raise ValueError("a reset draws new variational masks, so it needs rng; got rng=None.")
     disturbance = Disturbance(dropout, masks, rng, rows)
-    step = SequenceStep(
-        cell,
-        disturb_once(disturbance, params),
-        disturbance,
-        start,
-        seq_lengths,
-        reset_carry,
-        row_masks,
-        by_id=sequence_ids is not None,
-    )
-    running = Running(carry)
-    if sequences is not None:
-        names = jnp.full_like(sequences.names[0], -1) if ids is None else jnp.asarray(ids)
-        running = Running(carry, None if row_masks is None else row_masks.first, names)
+    weights = disturb_once(disturbance, params)
     running, ys = _checkpointed_scan.scan(
-        step,
-        running,
-        At(jnp.arange(steps, dtype=jnp.uint32), xs, sequences),
+        SequenceStep(
+            cell, weights, disturbance, start, seq_lengths, plan.reset_carry, row_masks, plan.by_id
+        ),
+        plan.begin(carry, row_masks),
+        At(jnp.arange(steps, dtype=jnp.uint32), xs, plan.sequences),
         steps=steps,
         reverse=reverse,
         unroll=unroll,
         checkpoint_every=_check_every(checkpoint_every),
     )
     return running.carry, ys
+
+
+class _Plan(NamedTuple):
+    """Which sequences the rows are in.
+
+    Attributes:
+      sequences: what happens to each row at each step; None where no row starts anew.
+      ids: the ids of the rows as the scan begins; None where rows draw by place.
+      reset_carry: the carry of a new sequence.
+    """
+
+    sequences: Sequences | None
+    ids: Any
+    reset_carry: PyTree
+
+    @property
+    def by_id(self) -> bool:
+        return self.ids is not None
+
+    def row_masks(self, masks: Masks, draw: Callable[[Rows], Masks], start: Any) -> RowMasks | None:
+        """How rows get new masks; None where they need none."""
+        if self.sequences is None:
+            return None
+        return RowMasks(masks, draw, self.sequences.names[0], by_id=self.by_id, start=start)
+
+    def begin(self, carry: PyTree, row_masks: RowMasks | None) -> Running:
+        """What the first step takes over."""
+        if self.sequences is None:
+            return Running(carry)
+        names = jnp.asarray(self.ids) if self.by_id else jnp.full_like(self.sequences.names[0], -1)
+        return Running(carry, None if row_masks is None else row_masks.first, names)
+
+
+def _plan(
+    carry: PyTree, steps: int, resets: Any, reset_carry: PyTree, ids: Any, *, reverse: bool
+) -> _Plan:
+    if resets is None:
+        if reset_carry is not None:
+            raise ValueError("reset_carry was given without resets, which say where it goes.")
+        return _Plan(None, ids, None)
+    sequences = plan_sequences(resets, ids, steps, reverse=reverse)
+    check_batch_dims("carry", carry, sequences.begins.shape[1:], "resets")
+    first_ids = None if ids is None else sequences.names[-1 if reverse else 0]
+    return _Plan(sequences, first_ids, check_reset_carry(reset_carry, carry))
 
 
 def _values_at_a_step(
