@@ -8,11 +8,8 @@ after the loop, with none, and as the library's rule has it. A ratio is the medi
 of the first program's time divided by the second's; below 1 it pays to wait.
 """
 
-import argparse
 import functools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from cells import title_of
 from cells_programs import functional, spec_of
-from compare import describe, positive_int
+from compare import describe
 from jax_programs import versions
 from program import Config
-from rounds import time_in_turn
+from rounds import parser_of, store, time_in_turn
 from tqdm import tqdm
 
 import flax_dropout_cell as fdc
@@ -113,23 +110,16 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, None, "9")
     parser.add_argument("--quick", action="store_true", help="two sizes, three rounds")
-    parser.add_argument("--rounds", type=positive_int, help="default: 9")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="default: results")
     options = parser.parse_args()
     rounds = options.rounds or (3 if options.quick else 9)
     pairs = [(cell, size) for size in SIZES[: 2 if options.quick else None] for cell in CELLS]
     rows = [measure(*pair, rounds) for pair in tqdm(pairs, desc="programs", leave=False)]
     result = describe([versions()], SIZES[0]) | {"rule": RULE, "rounds": rounds, "rows": rows}
     del result["config"]
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "hoisting.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(format_table(result))
-    print(f"the rule costs {max(map(cost, rows)):.2f} at worst")
-    print(f"wrote {options.out / 'hoisting.json'}")
+    worst = f"the rule costs {max(map(cost, rows)):.2f} at worst"
+    store(result, options.out / "hoisting.json", format_table(result), worst)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,19 @@ so that whatever else the machine does meets all of them; a ratio is the median 
 wall-clock time and of the CPU time of all threads, which a busy machine disturbs less.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compare import describe, positive_int
+from compare import describe
 from flax import nnx
 from jax_programs import versions
 from program import Config
+from rounds import parser_of, store
 from tqdm import tqdm
 
 import flax_dropout_cell as fdc
@@ -147,17 +145,9 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=positive_int, default=20, help="default: 20")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="default: results")
-    options = parser.parse_args()
+    options = parser_of(__doc__, 20).parse_args()
     result = describe([versions()], CONFIG) | {"resets": RESETS, "seconds": measure(options.rounds)}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "layers_and_resets.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(format_table(result))
-    print(f"wrote {options.out / 'layers_and_resets.json'}")
+    store(result, options.out / "layers_and_resets.json", format_table(result))
 
 
 if __name__ == "__main__":

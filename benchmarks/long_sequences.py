@@ -7,19 +7,16 @@ An LSTM, batch 8, 128 features, per-step dropout at the inputs, h and the output
 `checkpoint_every` is the square root of the length.
 """
 
-import argparse
 import functools
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from compare import describe, positive_int
+from compare import describe
 from jax_programs import spec_of, versions
 from program import Config
-from rounds import time_in_turn
+from rounds import parser_of, store, time_in_turn
 from tqdm import tqdm
 
 import flax_dropout_cell as fdc
@@ -67,21 +64,14 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, 5)
     parser.add_argument("--quick", action="store_true", help="short sequences")
-    parser.add_argument("--rounds", type=positive_int, default=5, help="default: 5")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="default: results")
     options = parser.parse_args()
     lengths = LENGTHS[:2] if options.quick else LENGTHS
     bar = tqdm(lengths, desc="lengths", leave=False, file=sys.stderr)
     rows = [measure_length(length, options.rounds) for length in bar]
     result = describe([versions()], Config(batch=BATCH, features=FEATURES)) | {"rows": rows}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "long_sequences.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(format_table(result))
-    print(f"wrote {options.out / 'long_sequences.json'}")
+    store(result, options.out / "long_sequences.json", format_table(result))
 
 
 if __name__ == "__main__":

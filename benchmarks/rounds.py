@@ -1,14 +1,21 @@
-"""Programs that are timed in turn, so that whatever else the machine does meets all of them."""
+"""What benchmarks share: programs timed in turn, the options of that, and where results go."""
 
+import argparse
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
+from compare import positive_int
 
 
 def time_in_turn(programs: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
-    """The seconds of each program in each round; a round before them warms up."""
+    """The seconds of each program in each round; a round before them warms up.
+
+    In turn, so that whatever else the machine does meets all of them.
+    """
     seconds: dict[Any, list[float]] = {name: [] for name in programs}
     for number in range(rounds + 1):
         for name, program in programs.items():
@@ -17,3 +24,21 @@ def time_in_turn(programs: dict[Any, Callable[[], Any]], rounds: int) -> dict[An
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def parser_of(doc: str | None, rounds: int | None, default: str = "") -> argparse.ArgumentParser:
+    """A parser with `--rounds` and `--out`, described by a program's own docstring."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shown = f"default: {default or rounds}"
+    parser.add_argument("--rounds", type=positive_int, default=rounds, help=shown)
+    parser.add_argument("--out", type=Path, default=Path("results"), help="default: results")
+    return parser
+
+
+def store(result: dict[str, Any], path: Path, *shown: str) -> None:
+    """Writes the JSON, and prints what is to be seen of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(*shown, f"wrote {path}", sep="\n")

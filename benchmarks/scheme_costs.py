@@ -7,20 +7,17 @@ It times the gradient of one batch, whatever the data are. Within a round each p
 ratio is the median over the rounds of a scheme's time divided by the bare one's in the same round.
 """
 
-import argparse
 import functools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compare import describe, positive_int
+from compare import describe
 from jax_programs import versions
 from program import Config
-from rounds import time_in_turn
+from rounds import parser_of, store, time_in_turn
 from scheme_noises import COMPARED, SCHEMES
 from scheme_tables import format_row
 from scheme_tasks import Split, Task, all_steps
@@ -79,17 +76,10 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What each scheme costs in training.")
-    parser.add_argument("--rounds", type=positive_int, default=41)
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    options = parser.parse_args()
+    options = parser_of(__doc__, 41).parse_args()
     config = Config(time=STEPS, batch=BATCH, features=FEATURES)
     result = describe([versions()], config) | {"seconds": measure(options.rounds)}
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "scheme_costs.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(format_table(result))
-    print(f"wrote {path}")
+    store(result, options.out / "scheme_costs.json", format_table(result))
 
 
 if __name__ == "__main__":

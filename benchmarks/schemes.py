@@ -45,7 +45,6 @@ class Config:
     max_grad_norm: float = 1.0
     seeds: int = 5
     mc_samples: int = 20
-    unroll: int = 1
 
 
 # One run -----------------------------------------------------------------------------------------
@@ -86,7 +85,6 @@ class Model(NamedTuple):
             cell=fdc.lstm_cell if lstm else fdc.gru_cell,
             dropout=spec,
             seq_lengths=split.lengths,
-            unroll=self.config.unroll,
         )
         return ys.swapaxes(0, 1) @ params["kernel"] + params["bias"]
 

@@ -7,19 +7,16 @@ Within a round each program runs once, so that whatever else the machine does me
 ratio is the median over the rounds of a program's time divided by the tied one's in the same round.
 """
 
-import argparse
 import functools
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compare import describe, positive_int
+from compare import describe
 from jax_programs import versions
 from program import Config
-from rounds import time_in_turn
+from rounds import parser_of, store, time_in_turn
 
 import flax_dropout_cell as fdc
 
@@ -77,16 +74,10 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What masks for each gate cost.")
-    parser.add_argument("--rounds", type=positive_int, default=31)
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    options = parser.parse_args()
+    options = parser_of(__doc__, 31).parse_args()
     config = Config(time=STEPS, batch=BATCH, features=FEATURES)
     result = describe([versions()], config) | {"seconds": measure(options.rounds)}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "untied.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(format_table(result))
-    print(f"wrote {options.out / 'untied.json'}")
+    store(result, options.out / "untied.json", format_table(result))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,23 @@ def test_the_papers_table(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+def test_what_the_page_says_of_zaremba_small() -> None:
+    stored = json.loads((ROOT / "docs/results/ptb_zaremba-small.json").read_text())
+    page = " ".join((ROOT / "docs/which_scheme.md").read_text().split())
+    assert stored["best_epoch"] == 6 and "overfits from its sixth epoch on" in page
+    valid = stored["curves"]["valid"]
+    assert min(valid[6:]) > valid[5]
+    assert f"took {stored['seconds'] / 3600:.1f} hours on two cores of a CPU" in page
+    assert stored["test_perplexity"] < 117
+
+
+def test_stored_commands_name_no_machines_paths() -> None:
+    for path in (ROOT / "docs/results").glob("*.json"):
+        report = json.loads(path.read_text())
+        for run in (report, *report.get("rows", ())):
+            assert " /" not in run.get("command", ""), path.name
+
+
 def rows_of(task: str, cell: str) -> dict[str, dict[str, Any]]:
     report = json.loads((ROOT / f"docs/results/schemes_{task}.json").read_text())
     return {row["scheme"]: row for row in report["rows"] if row["cell"] == cell}
