@@ -8,7 +8,7 @@ Dropout has a catch in reinforcement learning. PPO divides the learner's probabi
 the actor's, so both must have the same masks, though the learner sees rows in another order, and
 episodes that were cut where a rollout ended. Here every episode has an id, and its masks depend on
 a key and that id alone (`sequence_ids`). Before the first update of each iteration all ratios are
-then 1: on CPUs to the bit, elsewhere to rounding. The program stops where they are not.
+then 1, up to rounding. The program stops where they are not.
 
     python examples/recurrent_ppo.py --keep-prob 0.5 --iterations 100
 

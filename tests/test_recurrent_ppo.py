@@ -2,19 +2,19 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_examples import EXAMPLES, PNG_SIGNATURE, load_example
+
+import flax_dropout_cell as fdc
 
 PROGRAM = EXAMPLES / "recurrent_ppo.py"
 STORED = EXAMPLES.parent / "docs/results/recurrent_ppo.json"
@@ -34,29 +34,40 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     return {result["model"]: result for result in json.loads(path.read_text())["results"]}
 
 
-TRAINING = """
-import json, recurrent_ppo as ppo
-config = ppo.Config(units=32, mazes=10, steps=24, epochs=1, iterations=3, keep_prob=0.5)
-learned = ppo.train(config, "memory, dropout")
-print(json.dumps([(each.ratio_error, each.mean_return) for each in learned]))
-"""
+class Halves(fdc.linen.LSTMCell):
+    """Sums and halves alone: no CPU rounds them, whatever the shape of an array."""
+
+    def __call__(self, carry: Any, inputs: Any, *, disturb: Any = lambda _, value: value) -> Any:
+        c, h = carry
+        h = (disturb("recurrent", h) + inputs.sum(-1, keepdims=True) + 1) / 2
+        return (c, h), h
 
 
-def test_the_first_ratios_are_exactly_one() -> None:
-    """Episodes run on between the rollouts, and the learner has some of the rows, permuted."""
-    # Compiled as users compile it: at the suite's level of optimization XLA rounds the logits of
-    # one of the two programs otherwise, by an ulp.
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINING],
-        cwd=EXAMPLES,
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(EXAMPLES.parent)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    errors, returns = zip(*json.loads(done.stdout), strict=True)
-    assert errors == (0.0, 0.0, 0.0)
-    assert len(set(returns)) == 3
+class FirstUnits(nn.Module):
+    """In place of a `Dense`: as many of the units, each times a weight."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, hs: jax.Array) -> jax.Array:
+        weights = self.param("weights", nn.initializers.ones, (self.features,))
+        return weights[None, None] * hs[..., : self.features]
+
+
+def test_actor_and_learner_have_the_same_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit: episodes run on between the rollouts, and the learner's rows are permuted."""
+    monkeypatch.setattr(ppo.fdc.linen, "LSTMCell", Halves)
+    monkeypatch.setattr(ppo.nn, "Dense", FirstUnits)
+    learned = list(ppo.train(dataclasses.replace(SMALL, keep_prob=0.5), "memory, dropout"))
+    assert [each.ratio_error for each in learned] == [0.0, 0.0, 0.0]
+    assert len({each.mean_return for each in learned}) == 3
+
+
+def test_the_first_ratios_are_one_up_to_rounding() -> None:
+    """XLA picks a matrix product by its shape, so the last bits may differ on some CPUs."""
+    learned = list(ppo.train(dataclasses.replace(SMALL, keep_prob=0.5), "memory, dropout"))
+    assert max(each.ratio_error for each in learned) < 1e-6
+    assert len({each.mean_return for each in learned}) == 3
 
 
 def test_masks_by_place_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +171,7 @@ def test_the_stored_run() -> None:
     assert config == dataclasses.asdict(ppo.Config())
     results = read_results(STORED)
     assert [*results] == list(ppo.MODELS)
-    assert {result["ratio_error"] for result in results.values()} == {0.0}
+    assert max(result["ratio_error"] for result in results.values()) < 1e-6
     assert abs(results["no memory"]["return"]) < 0.15
     assert results["memory"]["return"] > 0.98
     assert results["memory, dropout"]["return"] > 0.98
