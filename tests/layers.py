@@ -111,7 +111,7 @@ class Framework(NamedTuple):
     """What a framework's layer is made of."""
 
     layer: Callable[..., Layer]
-    lstm: Callable[[], Any]
+    lstm: Callable[..., Any]
     stock_lstm: Callable[[], Any]
     gru: Callable[[], Any]
     probe: Callable[[], Any]
@@ -121,7 +121,7 @@ class Framework(NamedTuple):
 FRAMEWORKS = {
     "linen": Framework(
         linen_layer,
-        lambda: fdc.linen.LSTMCell(UNITS),
+        lambda **functions: fdc.linen.LSTMCell(UNITS, **functions),
         lambda: nn.OptimizedLSTMCell(UNITS),
         lambda: nn.GRUCell(UNITS),
         probes.LinenProbe,
@@ -129,7 +129,7 @@ FRAMEWORKS = {
     ),
     "nnx": Framework(
         nnx_layer,
-        lambda: fdc.nnx.LSTMCell(FEATURES, UNITS, rngs=nnx.Rngs(0)),
+        lambda **functions: fdc.nnx.LSTMCell(FEATURES, UNITS, rngs=nnx.Rngs(0), **functions),
         lambda: nnx.LSTMCell(FEATURES, UNITS, rngs=nnx.Rngs(0)),
         lambda: nnx.GRUCell(FEATURES, UNITS, rngs=nnx.Rngs(0)),
         NNXProbe,

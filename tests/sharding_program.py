@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import exact_lstm
 import flax.linen as nn
 import hosts
 import jax
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 from compiled import called_by, computations, scans
+from exact_lstm import integers
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -90,12 +92,8 @@ def gradient_of(scheme: str, cell: fdc.Cell = exact_cell, masks: Any = None) -> 
 def numbers() -> Any:
     """Weights `[units]`, a carry, inputs and what the outputs weigh in the loss."""
     draw = np.random.default_rng(0)
-
-    def integers(*shape: int) -> np.ndarray:
-        return draw.integers(-2, 3, shape).astype(np.float32)
-
-    row, sequence = (BATCH, UNITS), (STEPS, BATCH, UNITS)
-    return integers(1, UNITS), integers(*row), integers(*sequence), integers(*sequence)
+    shapes = ((1, UNITS), (BATCH, UNITS), (STEPS, BATCH, UNITS), (STEPS, BATCH, UNITS))
+    return tuple(integers(draw, *shape) for shape in shapes)
 
 
 def ones() -> np.ndarray:
@@ -213,11 +211,11 @@ def gradient_under_checkpoint(what: str, scheme: str) -> None:
 
 
 def scan_of(spec: fdc.RecurrentDropout) -> Callable[..., Any]:
-    return functools.partial(fdc.dropout_scan, cell=fdc.lstm_cell, dropout=spec)
+    return functools.partial(fdc.dropout_scan, cell=exact_lstm.lstm_cell, dropout=spec)
 
 
 def linen_layer_of(spec: fdc.RecurrentDropout) -> Callable[..., Any]:
-    cell = fdc.linen.LSTMCell(UNITS)
+    cell = fdc.linen.LSTMCell(UNITS, **exact_lstm.FUNCTIONS)
     layer = fdc.linen.RNN(cell, spec, time_major=True, return_carry=True)
 
     def run(params: Any, carry: Any, xs: Any, rng: Any, **given: Any) -> Any:
@@ -229,7 +227,7 @@ def linen_layer_of(spec: fdc.RecurrentDropout) -> Callable[..., Any]:
 
 def nnx_layer_of(spec: fdc.RecurrentDropout) -> Callable[..., Any]:
     def run(params: Any, carry: Any, xs: Any, rng: Any, **given: Any) -> Any:
-        cell = fdc.nnx.LSTMCell(UNITS, UNITS, rngs=nnx.Rngs(0))
+        cell = fdc.nnx.LSTMCell(UNITS, UNITS, rngs=nnx.Rngs(0), **exact_lstm.FUNCTIONS)
         nnx.update(cell, fdc.nnx.cell_params(params, cell))
         layer: Any = fdc.nnx.RNN(cell, spec, time_major=True, return_carry=True)
         return layer(xs, rngs=rng, initial_carry=carry, **given)
@@ -254,11 +252,10 @@ def an_actor_on_one_device_and_a_learner_on_eight(host: str) -> None:
     layer = WITH_IDS[host](spec)
     rng, draw = key(host.split(", ")[1]), np.random.default_rng(0)
 
-    def normal(*shape: int) -> np.ndarray:
-        return draw.normal(0, 0.1, shape).astype(np.float32)
-
-    weights: Any = normal(UNITS, 4 * UNITS), normal(UNITS, 4 * UNITS), normal(4 * UNITS)
-    params, xs = fdc.LSTMParams(*weights), 10 * normal(STEPS, BATCH, UNITS)
+    shapes = ((UNITS, 4 * UNITS), (UNITS, 4 * UNITS), (4 * UNITS,))
+    weights: Any = (integers(draw, *shape) for shape in shapes)
+    params = fdc.LSTMParams(*weights)
+    xs = integers(draw, STEPS, BATCH, UNITS)
     resets = draw.random((STEPS, BATCH)) < 0.3
     ids = (np.arange(BATCH) + BATCH * resets.cumsum(0)).astype(np.int32)
     zeros = np.zeros((BATCH, UNITS), np.float32)

@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import exact_lstm
 import flax.linen as nn
 import hosts
 import jax
@@ -11,6 +12,7 @@ import linen_cells
 import numpy as np
 import probes
 import pytest
+from exact_lstm import integers
 from flax import nnx
 from layers import (
     BATCH,
@@ -215,12 +217,15 @@ def test_one_noise_for_an_lstms_state_means_h(framework: Framework) -> None:
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_an_actor_and_a_learner_see_the_same_masks(framework: Framework, impl: str) -> None:
     """Two rollouts step by step, the second one learned whole with its rows permuted: same bits."""
-    rng, recurrent = jax.random.key(3, impl=impl), {"recurrent": VARIATIONAL}
-    spec = fdc.RecurrentDropout(input=VARIATIONAL, state=PER_STEP, inside=recurrent)
-    layer = framework.layer(framework.lstm(), spec, XS, return_carry=True)
+    rng, draw = jax.random.key(3, impl=impl), np.random.default_rng(0)
+    once, fresh = (fdc.Dropout(keep_prob=0.5, variational=frozen) for frozen in (True, False))
+    spec = fdc.RecurrentDropout(input=once, state=fresh, inside={"recurrent": once})
+    cell = framework.lstm(**exact_lstm.FUNCTIONS)
+    layer = framework.layer(cell, spec, XS, return_carry=True)
+    params = jax.tree.map(lambda leaf: integers(draw, *leaf.shape), layer.params)
     done = jax.random.bernoulli(jax.random.key(3), 0.3, (BATCH, 2 * STEPS)).at[:, STEPS].set(False)
     ids = jnp.arange(BATCH)[:, None] + BATCH * done.astype(int).cumsum(1)
-    xs = jax.random.normal(jax.random.key(5), (BATCH, 2 * STEPS, FEATURES))
+    xs = jnp.asarray(integers(draw, BATCH, 2 * STEPS, FEATURES))
 
     @jax.jit
     def run(params: Any, carry: Any, window: Any, start: jax.Array) -> Any:
@@ -232,16 +237,17 @@ def test_an_actor_and_a_learner_see_the_same_masks(framework: Framework, impl: s
     for t in range(2 * STEPS):
         half = carry if t == STEPS else half
         now = slice(t, t + 1)
-        carry, y = run(layer.params, carry, (xs[:, now], done[:, now], ids[:, now]), t)
+        carry, y = run(params, carry, (xs[:, now], done[:, now], ids[:, now]), t)
         acted.append(y)
     order, late = jnp.array([2, 0, 1]), slice(STEPS, None)
     _, learned = run(
-        layer.params,
+        params,
         jax.tree.map(lambda leaf: leaf[order], half),
         (xs[order, late], done[order, late], ids[order, late]),
         STEPS,
     )
     assert_same(learned, jnp.concatenate(acted, 1)[order, late])
+    assert len(np.unique(learned)) > 3
 
 
 @frameworks
