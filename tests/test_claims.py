@@ -58,14 +58,28 @@ def test_the_papers_table(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-def test_what_the_page_says_of_zaremba_small() -> None:
-    stored = json.loads((ROOT / "docs/results/ptb_zaremba-small.json").read_text())
+def read_ptb(name: str) -> tuple[dict[str, Any], str]:
+    """A stored run of a configuration, and what the page says."""
+    stored = json.loads((ROOT / f"docs/results/ptb_{name}.json").read_text())
     page = " ".join((ROOT / "docs/which_scheme.md").read_text().split())
+    assert f"took {stored['seconds'] / 3600:.1f} hours on two cores of a CPU" in page
+    return stored, page
+
+
+def test_what_the_page_says_of_zaremba_small() -> None:
+    stored, page = read_ptb("zaremba-small")
     assert stored["best_epoch"] == 6 and "overfits from its sixth epoch on" in page
     valid = stored["curves"]["valid"]
     assert min(valid[6:]) > valid[5]
-    assert f"took {stored['seconds'] / 3600:.1f} hours on two cores of a CPU" in page
     assert stored["test_perplexity"] < 117
+
+
+def test_what_the_page_says_of_inan_small() -> None:
+    stored, page = read_ptb("inan-small")
+    assert stored["best_epoch"] == stored["epochs"] and "still learns in its last epoch" in page
+    worse = stored["mc_test_perplexity"] - stored["test_perplexity"]
+    assert f"the average over samples is worse by {worse:.1f}" in page
+    assert stored["test_perplexity"] < 87.3
 
 
 def test_stored_commands_name_no_machines_paths() -> None:
