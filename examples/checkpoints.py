@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -57,7 +58,8 @@ class Checkpoints(NamedTuple):
             return state
         target = ocp.checkpoint_utils.construct_restore_args(state)
         args = ocp.args.Composite(state=ocp.args.PyTreeRestore(state, restore_args=target))
-        return self.manager.restore(self.newest, args=args)["state"]
+        restored = self.manager.restore(self.newest, args=args)["state"]
+        return jax.tree.map(committed_as, state, restored)
 
     def save(self, step: int, state: Any, last: bool) -> None:
         """Saves the state after `step` steps, if it is the turn of these or they were the last.
@@ -86,6 +88,14 @@ class Checkpoints(NamedTuple):
             half_written = folder / f"{CHECKSUMS}.tmp"
             half_written.write_text(json.dumps(compute_checksums(folder), indent=2) + "\n")
             half_written.replace(folder / CHECKSUMS)
+
+
+def committed_as(given: jax.Array, restored: jax.Array) -> jax.Array:
+    """Restored arrays are committed to devices. Where the given one was not, its copy is not.
+
+    Otherwise a training that goes on would compile all its programs anew, cached or not.
+    """
+    return restored if given.committed else jnp.asarray(np.asarray(restored))
 
 
 def open_checkpoints(folder: Path, settings: Mapping[str, Any], every: int) -> Checkpoints:

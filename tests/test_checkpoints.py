@@ -283,6 +283,18 @@ def test_the_newest_is_gone_on_from(
     assert saved(folder) == [4, 5, 6]
 
 
+def test_what_is_restored_is_committed_as_what_was_given(folder: Path) -> None:
+    """Else a training that goes on compiles its programs anew."""
+    given = make_state(1)
+    given["small"] = jax.device_put(given["small"], jax.devices()[0])
+    restored = open_saved(folder).restore(given)
+    assert {name: leaf.committed for name, leaf in restored.items()} == {
+        "step": False,
+        "large": False,
+        "small": True,
+    }
+
+
 def test_an_empty_folder_is_the_beginning(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
