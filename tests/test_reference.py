@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick_prng import quick_key
 
 import flax_dropout_cell as fdc
 
@@ -113,7 +114,7 @@ def test_one_step(data: Any, params: Any, carry: Any, x: Any) -> None:
         state=named_leaf_by_leaf(data.draw(prefixes(carry)), carry),
         output={"x": data.draw(prefixes(x)), "carry": data.draw(prefixes(carry))},
     )
-    rng = jax.random.key(data.draw(st.integers(0, 100)))
+    rng = quick_key(data.draw(st.integers(0, 100)))
     frozen = jax.tree.map(
         lambda noise: fdc.Dropout(
             keep_prob=noise.keep_prob, variational=True, broadcast_dims=noise.broadcast_dims

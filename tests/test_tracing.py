@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick_prng import quick_key
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell.linen import DropoutCell
@@ -178,14 +179,14 @@ def test_no_retrace_over_training_steps(variational) -> None:
 
     state = optimizer.init(params)
     for step in range(3):
-        rng = jax.random.fold_in(jax.random.key(0), step)
+        rng = jax.random.fold_in(quick_key(0), step)
         params, state = train_step(params, state, rng, 0.9 - 0.1 * step, step * T)
 
 
 def test_no_retrace_in_nn_rnn() -> None:
     run, params, _ = linen_program(spec_of(variational=False))
     apply = jax.jit(chex.assert_max_traces(run, n=1))
-    ys = [apply(params, jax.random.key(seed)) for seed in range(3)]
+    ys = [apply(params, quick_key(seed)) for seed in range(3)]
     assert (ys[0] != ys[1]).any() and (ys[1] != ys[2]).any()
 
 
@@ -198,7 +199,7 @@ def test_a_schedule_of_keep_probs_in_nn_rnn() -> None:
     def apply(keep_prob):
         noise = fdc.Dropout(keep_prob=keep_prob, variational=True)
         rnn = nn.RNN(DropoutCell(nn.LSTMCell(H), fdc.RecurrentDropout(output=noise)))
-        return rnn.apply(variables, XS, rngs={"dropout": jax.random.key(0)})
+        return rnn.apply(variables, XS, rngs={"dropout": quick_key(0)})
 
     assert 0 < (apply(0.3) == 0).mean() - (apply(0.9) == 0).mean()
     assert (apply(1.0) != 0).all()
@@ -222,7 +223,7 @@ def test_dtypes_stay(dtype) -> None:
     params, carry, xs = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, carry, XS))
     for variational in (True, False):
         out = fdc.dropout_scan(
-            params, carry, xs, jax.random.key(0), cell=cell.apply, dropout=spec_of(variational)
+            params, carry, xs, quick_key(0), cell=cell.apply, dropout=spec_of(variational)
         )
         assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype(dtype)}
         assert not any(jnp.isnan(leaf).any() for leaf in jax.tree.leaves(out))
@@ -249,7 +250,7 @@ def test_checkpointing_redraws_the_same_masks() -> None:
 
     def loss(params, cell):
         carry = (jnp.ones((B, F)), jnp.ones((B, F)))
-        _, ys = fdc.dropout_scan(params, carry, XS, jax.random.key(0), cell=cell, dropout=spec)
+        _, ys = fdc.dropout_scan(params, carry, XS, quick_key(0), cell=cell, dropout=spec)
         return ys.sum()
 
     params = jnp.full((1, F), 0.5)
