@@ -11,8 +11,8 @@ import pytest
 from long_runs import watched
 
 # Tests compile a great deal and compute very little. Level 0 halves the time to compile, the preset
-# takes off another tenth, and with a cache the workers of one run, and the programs that tests
-# start, compile the same program once.
+# takes some more off, and with a cache the workers of one run, and the programs that tests start,
+# compile the same program once.
 LEVEL, CACHE = "--xla_backend_optimization_level", "JAX_COMPILATION_CACHE_DIR"
 if LEVEL not in os.environ.get("XLA_FLAGS", ""):
     flags = [os.environ.get("XLA_FLAGS", ""), f"{LEVEL}=0"]

@@ -1,8 +1,8 @@
 """An LSTM that computes with small integers, so sums are exact in whatever order they are taken.
 
-A CPU picks a matrix product by its shape and rounds accordingly. A test that compares programs of
-several shapes bit for bit gives `gate` and `activation` to the LSTM of this library that it
-compares, integers for weights and inputs, and keep_prob 0.5 to its noises.
+XLA picks a kernel for a matrix product by its shape and by the CPU, and each kernel rounds in its
+own way. Tests that compare programs of several shapes bit for bit use this LSTM, with integers for
+weights and inputs, and noises that keep a half.
 """
 
 from typing import Any

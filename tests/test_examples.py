@@ -60,7 +60,7 @@ def run_example(
     path: Path, *arguments: object, trains_long: bool = False
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(path), *map(str, arguments)]
-    # The suite compiles in a hurry, which a long training pays for; the default pays more yet.
+    # At the suite's level 0 a long training is slow; at the default level it is slow to compile.
     env = ENVIRONMENT | ({"XLA_FLAGS": "--xla_backend_optimization_level=1"} if trains_long else {})
     return subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
 
