@@ -93,7 +93,7 @@ class Checkpoints(NamedTuple):
 def committed_as(given: jax.Array, restored: jax.Array) -> jax.Array:
     """Restored arrays are committed to devices. Where the given one was not, its copy is not.
 
-    Otherwise a training that goes on would compile all its programs anew, cached or not.
+    Otherwise a training that goes on would compile its programs anew, cached or not.
     """
     return restored if given.committed else jnp.asarray(np.asarray(restored))
 

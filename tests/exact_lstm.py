@@ -2,7 +2,7 @@
 
 XLA picks a kernel for a matrix product by its shape and by the CPU, and each kernel rounds in its
 own way. Tests that compare programs of several shapes bit for bit use this LSTM, with integers for
-weights and inputs, and noises that keep a half.
+weights and inputs, and noises that do not scale, or by a power of two.
 """
 
 from typing import Any

@@ -76,6 +76,11 @@ def test_what_the_page_says_of_zaremba_small() -> None:
 
 def test_what_the_page_says_of_inan_small() -> None:
     stored, page = read_ptb("inan-small")
+    settings, others = stored["settings"], read_ptb("zaremba-small")[0]["settings"]
+    assert settings["scheme"] == "variational" and settings["tied"]
+    assert all(
+        settings[size] == others[size] for size in ("hidden_size", "embedding_size", "layers")
+    )
     assert stored["best_epoch"] == stored["epochs"] and "still learns in its last epoch" in page
     worse = stored["mc_test_perplexity"] - stored["test_perplexity"]
     assert f"the average over samples is worse by {worse:.1f}" in page

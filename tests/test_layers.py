@@ -1,5 +1,6 @@
 """`RNN` in linen and NNX: the stock layer's weights and numbers, and the core's masks."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -12,7 +13,6 @@ import linen_cells
 import numpy as np
 import probes
 import pytest
-from exact_lstm import integers
 from flax import nnx
 from layers import (
     BATCH,
@@ -218,14 +218,14 @@ def test_one_noise_for_an_lstms_state_means_h(framework: Framework) -> None:
 def test_an_actor_and_a_learner_see_the_same_masks(framework: Framework, impl: str) -> None:
     """Two rollouts step by step, the second one learned whole with its rows permuted: same bits."""
     rng, draw = jax.random.key(3, impl=impl), np.random.default_rng(0)
-    once, fresh = (fdc.Dropout(keep_prob=0.5, variational=frozen) for frozen in (True, False))
+    once, fresh = (dataclasses.replace(noise, scale=False) for noise in (VARIATIONAL, PER_STEP))
     spec = fdc.RecurrentDropout(input=once, state=fresh, inside={"recurrent": once})
     cell = framework.lstm(**exact_lstm.FUNCTIONS)
     layer = framework.layer(cell, spec, XS, return_carry=True)
-    params = jax.tree.map(lambda leaf: integers(draw, *leaf.shape), layer.params)
+    params = jax.tree.map(lambda leaf: exact_lstm.integers(draw, *leaf.shape), layer.params)
     done = jax.random.bernoulli(jax.random.key(3), 0.3, (BATCH, 2 * STEPS)).at[:, STEPS].set(False)
     ids = jnp.arange(BATCH)[:, None] + BATCH * done.astype(int).cumsum(1)
-    xs = jnp.asarray(integers(draw, BATCH, 2 * STEPS, FEATURES))
+    xs = jnp.asarray(exact_lstm.integers(draw, BATCH, 2 * STEPS, FEATURES))
 
     @jax.jit
     def run(params: Any, carry: Any, window: Any, start: jax.Array) -> Any:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact_lstm import integers
 from quick_prng import quick_key
 
 import flax_dropout_cell as fdc
@@ -151,15 +150,15 @@ def test_an_actor_and_a_learner_see_the_same_masks(impl) -> None:
     The learner sees them whole, rows permuted, and gets the same bits.
     """
     rng, draw = jax.random.key(21, impl=impl), np.random.default_rng(0)
-    once, fresh = (fdc.Dropout(keep_prob=0.5, variational=frozen) for frozen in (True, False))
+    once, fresh = (dataclasses.replace(noise, scale=False) for noise in NOISES.values())
     output = {"h": None, "inside": None, "state": None, "out": fresh}
     state = {"h": fresh, "seen": once}
     spec = dataclasses.replace(spec_of(once), output=output, state=state)
-    params = {name: integers(draw, *leaf.shape) for name, leaf in PARAMS.items()}
+    params = {name: exact_lstm.integers(draw, *leaf.shape) for name, leaf in PARAMS.items()}
     done = jax.random.bernoulli(jax.random.key(3), 0.2, (2 * T, B))
     done = done.at[T].set(False)  # episodes run on between the rollouts
     ids = jnp.arange(B)[None] + B * done.astype(int).cumsum(0)
-    observations = integers(draw, 2 * T, B, D)
+    observations = exact_lstm.integers(draw, 2 * T, B, D)
     exact_cell = functools.partial(cell, activation=exact_lstm.activation)
     options: Any = {"cell": exact_cell, "dropout": spec}
     zeros = jax.tree.map(jnp.zeros_like, first_carry())
