@@ -57,7 +57,7 @@ def float64() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _long_runs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What a snippet scans is scanned for 1,000 steps too, and stays bounded."""
+    """Runs each scan of a snippet for 1,000 steps too; it must stay bounded."""
     if isinstance(request.node, pytest.DoctestItem):
         with watched():
             yield

@@ -147,8 +147,10 @@ def main() -> None:
     print(format_table(result))
     for reason in result["left_out"]:
         print(f"left out: {reason}")
-    plots.draw_bars(*summarize(result), result, options.out / "cells.png")
-    print(f"wrote {options.out / 'cells.json'} and .png")
+    print(f"wrote {options.out / 'cells.json'}")
+    if not options.scan_only:  # the bars are of layers
+        plots.draw_bars(*summarize(result), result, options.out / "cells.png")
+        print(f"wrote {options.out / 'cells.png'}")
 
 
 if __name__ == "__main__":

@@ -61,8 +61,9 @@ def make_scan(name: str, config: Config, *, bare: bool = False) -> Compiled:
     return compile_program(config, params, run_bare if bare else run)
 
 
-def make_linen(name: str, config: Config, *, bare: bool = False) -> Compiled:
-    cell = getattr(nn, name)(config.features)
+def make_linen(name: str, config: Config, *, bare: bool = False, dtype: Any = None) -> Compiled:
+    """Half precision is that of the cell; its weights and the inputs stay float32."""
+    cell = getattr(nn, name)(config.features, dtype=dtype)
     rnn: Any = nn.RNN(cell, time_major=True)
     if not bare:
         rnn = fdc.linen.RNN(cell, spec_of(name), time_major=True)
@@ -100,3 +101,9 @@ for name in FLAX_CELLS:
         f"{name}: nnx.RNN": functools.partial(make_nnx, name, bare=True),
         f"{name}: fdc.nnx.RNN": functools.partial(make_nnx, name),
     }
+
+HALF = functools.partial(make_linen, "OptimizedLSTMCell", dtype=jnp.bfloat16)
+PROGRAMS |= {
+    "OptimizedLSTMCell in bfloat16: nn.RNN": functools.partial(HALF, bare=True),
+    "OptimizedLSTMCell in bfloat16: fdc.linen.RNN": HALF,
+}

@@ -24,7 +24,7 @@ from rounds import parser_of, store, time_in_turn
 from tqdm import tqdm
 
 import flax_dropout_cell as fdc
-from flax_dropout_cell import _linear_sites
+from flax_dropout_cell._hoist import weight_products
 
 # None of these is a size that the rule was made from.
 SIZES = (
@@ -42,7 +42,7 @@ SIZES = (
     Config(time=20, batch=32, features=1000),
 )
 CELLS = ("six-line LSTM", "LSTMCell", "GRUCell", "untied LSTM")
-RULE = {name: getattr(_linear_sites, name) for name in ("WORTHWHILE", "WORTHWHILE_BATCHED")}
+RULE = {name: getattr(weight_products, name) for name in ("WORTHWHILE", "WORTHWHILE_BATCHED")}
 ALWAYS, NEVER = dict.fromkeys(RULE, 0.0), dict.fromkeys(RULE, float("inf"))
 
 
@@ -69,7 +69,7 @@ def build_gradient(cell: str, config: Config) -> tuple[Callable[..., Any], tuple
 def lower(cell: str, config: Config, rule: dict[str, float]) -> tuple[Any, tuple[Any, ...]]:
     """A gradient under a rule: its lowered program, and its arguments."""
     for name, share in rule.items():
-        setattr(_linear_sites, name, share)
+        setattr(weight_products, name, share)
     jax.clear_caches()
     run, args = build_gradient(cell, config)
     return jax.jit(run).lower(*args), args

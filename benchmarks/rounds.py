@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +39,18 @@ def parser_of(doc: str | None, rounds: int | None, default: str = "") -> argpars
     return parser
 
 
+def command_of(arguments: list[str]) -> str:
+    """The command line, without the folder that results go to."""
+    parts = [f"benchmarks/{Path(arguments[0]).name}", *arguments[1:]]
+    if "--out" in parts:
+        at = parts.index("--out")
+        del parts[at : at + 2]
+    return shlex.join(["python", *parts])
+
+
 def store(result: dict[str, Any], path: Path, *shown: str) -> None:
-    """Writes the JSON, and prints what is to be seen of it."""
+    """Writes the JSON, with the command that made it, and prints what is to be seen of it."""
+    result = result | {"command": command_of(sys.argv)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(*shown, f"wrote {path}", sep="\n")

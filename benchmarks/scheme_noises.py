@@ -60,6 +60,32 @@ def weight_noise(stddev: Any, _: Any, cell: str) -> fdc.RecurrentDropout:
     return fdc.RecurrentDropout(params=fdc.GaussianNoise(stddev=stddev, variational=True))
 
 
+def linear_dropout(keep: Any, before: Any, cell: str) -> fdc.RecurrentDropout:
+    """Gal's tied masks without the one on h, for no product reads h."""
+    return fdc.RecurrentDropout(
+        input=fdc.Dropout(keep_prob=before, variational=True),
+        output=fdc.Dropout(keep_prob=keep, variational=True),
+    )
+
+
+def linear_candidate(keep: Any, before: Any, cell: str) -> fdc.RecurrentDropout:
+    candidate = fdc.Dropout(keep_prob=keep)
+    return dataclasses.replace(linear_dropout(keep, before, cell), inside={"candidate": candidate})
+
+
+def linear_zoneout(prob: Any, _: Any, cell: str) -> fdc.RecurrentDropout:
+    return fdc.RecurrentDropout(inside={"hidden": fdc.Zoneout(prob=prob)})
+
+
+def linear_weight_drop(keep: Any, before: Any, cell: str) -> fdc.RecurrentDropout:
+    """DropConnect on the kernels: B and C of an LRU, those of a minGRU's gates."""
+    noise = fdc.Dropout(keep_prob=keep, variational=True)
+    kernels = ("input_kernel", "output_kernel") if cell == "lru" else ("input_kernel",)
+    return dataclasses.replace(
+        linear_dropout(keep, before, cell), params=fdc.at_paths(noise, *kernels)
+    )
+
+
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
@@ -72,9 +98,26 @@ SCHEMES = {
         Scheme("zoneout", zoneout, ZONED_OUT),
         Scheme("weight-drop", weight_drop, KEPT),
         Scheme("weight noise", weight_noise, STDDEVS),
+        Scheme("input and output", linear_dropout, KEPT),
+        Scheme("candidate", linear_candidate, KEPT),
+        Scheme("state zoneout", linear_zoneout, ZONED_OUT),
+        Scheme("kernel weight-drop", linear_weight_drop, KEPT),
     )
 }
 COMPARED = {
-    "lstm": tuple(SCHEMES),
+    "lstm": (
+        "none",
+        "Zaremba",
+        "Gal, tied",
+        "Gal, tied, Monte Carlo",
+        "Gal, untied",
+        "Semeniuta",
+        "zoneout",
+        "weight-drop",
+        "weight noise",
+    ),
     "gru": ("none", "Zaremba", "Gal, tied", "zoneout", "weight-drop"),
 }
+# Cells that are linear in their state have sites, and so schemes, of their own.
+LINEAR = ("none", "input and output", "candidate", "state zoneout", "kernel weight-drop")
+COMPARED |= {"lru": LINEAR, "min_gru": LINEAR}

@@ -79,23 +79,35 @@ def format_verdict(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# Each cell's marker, how far it is from the middle of its scheme's row, and its name.
+MARKERS = {
+    "lstm": ("o", -0.24, "dot: LSTM"),
+    "gru": ("s", -0.08, "square: GRU"),
+    "lru": ("^", 0.08, "triangle: LRU"),
+    "min_gru": ("D", 0.24, "diamond: minGRU"),
+}
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Each scheme's test over the seeds, and its mean validation over the epochs."""
+    """Each scheme's test over the seeds, and the first cell's mean validation over the epochs."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     tests, curves = figure.subplots(1, 2, width_ratios=(2, 3))
     names = [*dict.fromkeys(row["scheme"] for row in report["rows"])]
+    cells = [*dict.fromkeys(row["cell"] for row in report["rows"])]
     colors = {name: f"C{index}" if index else "black" for index, name in enumerate(names)}
     for row in report["rows"]:
-        lstm, nlls = row["cell"] == "lstm", np.array(row["test_nll"])
-        style = {"color": colors[row["scheme"]], "mfc": None if lstm else "white"}
-        place = names.index(row["scheme"]) + (-0.15 if lstm else 0.15)
-        tests.errorbar(nlls.mean(), place, xerr=nlls.std(ddof=1), fmt="o" if lstm else "s", **style)
-        if lstm and "Monte Carlo" not in row["scheme"]:
+        first, nlls = row["cell"] == cells[0], np.array(row["test_nll"])
+        marker, beside, _ = MARKERS[row["cell"]]
+        style = {"color": colors[row["scheme"]], "mfc": None if first else "white"}
+        place = names.index(row["scheme"]) + beside
+        tests.errorbar(nlls.mean(), place, xerr=nlls.std(ddof=1), fmt=marker, **style)
+        if first and "Monte Carlo" not in row["scheme"]:
             valid = np.array(row["curves"])[:, :, 1].mean(0)
             curves.plot(1 + np.arange(len(valid)), valid, label=row["scheme"], color=style["color"])
     tests.set_yticks(range(len(names)), names)
     tests.invert_yaxis()
-    tests.set_xlabel(f"test, nats per {report['unit']} (dot: LSTM, square: GRU)")
+    legend = ", ".join(MARKERS[cell][2] for cell in cells)
+    tests.set_xlabel(f"test, nats per {report['unit']} ({legend})")
     lowest = min(line.get_ydata().min() for line in curves.get_lines())
     bare = curves.get_lines()[0].get_ydata()
     curves.set_ylim(lowest - 0.05 * abs(lowest), 1.6 * bare.min() - 0.6 * lowest + 0.1 * bare.min())

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from compare import positive_int
+from scheme_cells import CELLS
 from scheme_noises import COMPARED, SCHEMES, Scheme
 from scheme_tables import draw, format_table
 from scheme_tasks import TASKS, Split, Task
@@ -51,7 +52,7 @@ class Config:
 
 
 class Model(NamedTuple):
-    """One layer, and what reads its outputs."""
+    """The layers, and the readout of their outputs."""
 
     cell_name: str
     task: Task
@@ -61,9 +62,12 @@ class Model(NamedTuple):
         cell_rng, kernel_rng, embedding_rng = jax.random.split(rng, 3)
         units, outputs, words = self.config.units, self.task.outputs, self.task.words
         inputs = self.task.splits[0].inputs.shape[-1] if words is None else units
-        init_cell = fdc.init_lstm if self.cell_name == "lstm" else fdc.init_gru
+        layers = CELLS[self.cell_name]
         params = {
-            "cell": init_cell(cell_rng, inputs, units),
+            "layers": [
+                layers.init(rng, units if at else inputs, units)
+                for at, rng in enumerate(layer_keys(cell_rng, layers.count))
+            ],
             "kernel": jax.nn.initializers.lecun_normal()(kernel_rng, (units, outputs)),
             "bias": jnp.zeros(outputs),
         }
@@ -72,34 +76,39 @@ class Model(NamedTuple):
             params["embedding"] = normal(embedding_rng, (words, units))
         return params
 
-    def predict(self, params: Any, split: Split, rng: Any, spec: Any) -> jax.Array:
-        """The outputs at each step, `[batch, time, outputs]`."""
-        zeros = jnp.zeros((split.inputs.shape[0], self.config.units))
-        lstm = self.cell_name == "lstm"
+    def predict(
+        self, params: Any, split: Split, rng: Any, specs: list[fdc.RecurrentDropout]
+    ) -> jax.Array:
+        """The outputs at each step, `[batch, time, outputs]`; `specs` has one for each layer."""
+        layers, rows = CELLS[self.cell_name], split.inputs.shape[0]
         xs = split.inputs if self.task.words is None else params["embedding"][split.inputs]
-        _, ys = fdc.dropout_scan(
-            params["cell"],
-            fdc.LSTMState(zeros, zeros) if lstm else zeros,
-            xs.swapaxes(0, 1),
-            rng,
-            cell=fdc.lstm_cell if lstm else fdc.gru_cell,
-            dropout=spec,
-            seq_lengths=split.lengths,
-        )
+        ys = xs.swapaxes(0, 1)
+        keys = layer_keys(rng, layers.count)
+        for weights, spec, rng in zip(params["layers"], specs, keys, strict=True):
+            _, ys = fdc.dropout_scan(
+                weights,
+                layers.first_carry(rows, self.config.units),
+                ys,
+                rng,
+                cell=layers.cell,
+                dropout=spec,
+                seq_lengths=split.lengths,
+                parallel=layers.parallel,
+            )
         return ys.swapaxes(0, 1) @ params["kernel"] + params["bias"]
 
-    def loss(self, params: Any, split: Split, rng: Any, spec: Any) -> jax.Array:
-        nlls = self.task.nlls(self.predict(params, split, rng, spec), split.targets)
+    def loss(self, params: Any, split: Split, rng: Any, specs: Any) -> jax.Array:
+        nlls = self.task.nlls(self.predict(params, split, rng, specs), split.targets)
         return self._mean(nlls, split)
 
-    def evaluate(self, params: Any, split: Split, rng: Any, spec: Any, samples: int) -> jax.Array:
+    def evaluate(self, params: Any, split: Split, rng: Any, specs: Any, samples: int) -> jax.Array:
         """The negative log-likelihood and the score of averaged predictions, or nan for no score.
 
         `samples=0` predicts once, with the noises' expectations.
         """
 
         def sample(rng: Any) -> tuple[jax.Array, ...]:
-            outputs = self.predict(params, split, rng, spec)
+            outputs = self.predict(params, split, rng, specs)
             nlls = self.task.nlls(outputs, split.targets)
             score = self.task.score
             return (nlls,) if score is None else (nlls, score.probabilities(outputs, split.targets))
@@ -122,6 +131,13 @@ class Model(NamedTuple):
         return (weights * values).sum() / weights.sum()
 
 
+def layer_keys(rng: Any, count: int) -> list[Any]:
+    """A key for each layer; None for each in evaluation."""
+    if rng is None or count == 1:
+        return [rng] * count
+    return list(jax.random.split(rng, count))
+
+
 def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Callable[..., Any]:
     """A whole training as a function of its key and the scheme's strength.
 
@@ -136,7 +152,9 @@ def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Cal
     samples = config.mc_samples if scheme.monte_carlo else 0
 
     def run(rng: jax.Array, strength: jax.Array) -> Any:
-        spec = scheme.noise(strength, strength if task.drops_inputs else 1.0, cell_name)
+        # A layer's outputs are the next one's inputs, which are not dropped twice.
+        before = [strength if task.drops_inputs else 1.0] + [1.0] * (CELLS[cell_name].count - 1)
+        specs = [scheme.noise(strength, keep, cell_name) for keep in before]
         init_rng, rng = jax.random.split(rng)
         params = model.init(init_rng)
 
@@ -144,7 +162,7 @@ def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Cal
             params, opt_state = state
             rows, rng = at
             batch = Split(*(part[rows] for part in train))
-            loss, grads = jax.value_and_grad(model.loss)(params, batch, rng, spec)
+            loss, grads = jax.value_and_grad(model.loss)(params, batch, rng, specs)
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), loss
 
@@ -155,7 +173,7 @@ def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Cal
             rows = order[: batches * config.batch].reshape(batches, config.batch)
             keys = jax.random.split(rng, batches)
             (params, opt_state), losses = jax.lax.scan(learn, (params, opt_state), (rows, keys))
-            loss = model.loss(params, valid, None, spec)
+            loss = model.loss(params, valid, None, specs)
             best = jax.tree.map(
                 lambda new, old: jnp.where(loss < best_loss, new, old), params, best
             )
@@ -165,7 +183,7 @@ def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Cal
         state = (params, optimizer.init(params), params, jnp.float32(jnp.inf))
         keys = jax.random.split(rng, config.epochs)
         (*_, best, _), curve = jax.lax.scan(run_epoch, state, keys)
-        results = [model.evaluate(best, split, rng, spec, samples) for split in (valid, test)]
+        results = [model.evaluate(best, split, rng, specs, samples) for split in (valid, test)]
         return *results, 1 + curve[:, 1].argmin(), curve
 
     return jax.jit(jax.vmap(jax.vmap(run, (0, None)), (None, 0)))

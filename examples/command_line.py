@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from configs import CONFIGS, SCHEMES, Config
-from corpus import Corpus, InputError, fingerprint, lay_out, load_corpus
+from corpus import Corpus, InputError, lay_out, load_corpus, nn_jit_hash
 from evaluation import build_evaluate, build_mc_evaluate
 from flags import Parser, count, keep_prob, positive, seed
 from report import (
@@ -71,7 +71,7 @@ def open_checkpoints(
 ) -> "list[Checkpoints]":
     import checkpoints  # Not at the top: this brings Orbax, which takes half a second.
 
-    settings = dataclasses.asdict(config) | {"text": fingerprint(corpus)}
+    settings = dataclasses.asdict(config) | {"text": nn_jit_hash(corpus)}
     try:
         return [checkpoints.open_checkpoints(folder, settings, every) for folder in folders]
     except checkpoints.CheckpointError as error:

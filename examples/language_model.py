@@ -70,6 +70,7 @@ class LanguageModel(nn.Module):
         *,
         lengths: jax.Array | None = None,
         start: int | jax.Array = 0,
+        sequence_ids: jax.Array | None = None,
         keep_words: bool = False,
     ) -> tuple[jax.Array, Carry, tuple[jax.Array, jax.Array]]:
         """Predicts the words that follow.
@@ -79,6 +80,7 @@ class LanguageModel(nn.Module):
           carry: the end of the window before.
           lengths: `[batch]`, of windows that are padded.
           start: the step at which the window starts.
+          sequence_ids: `[batch, window]`; a new id brings new masks, and the carry goes on.
           keep_words: True drops no word types.
 
         Returns:
@@ -94,11 +96,18 @@ class LanguageModel(nn.Module):
             deterministic=self.deterministic or keep_words,
         )
         x, ends = embed(words), []
+        resets = None if sequence_ids is None else jnp.zeros(words.shape, bool)
         for size, dropout, begin in zip(config.sizes, build_dropouts(config), carry, strict=True):
             cell = fdc.linen.LSTMCell(size)
             rnn = fdc.linen.RNN(cell, dropout, self.deterministic, unroll=config.unroll)
             end, x = rnn(
-                x, initial_carry=begin, seq_lengths=lengths, start=start, return_carry=True
+                x,
+                initial_carry=begin,
+                seq_lengths=lengths,
+                start=start,
+                resets=resets,
+                sequence_ids=sequence_ids,
+                return_carry=True,
             )
             ends.append(end)
         raw = x

@@ -20,7 +20,7 @@ with a table of returns, and writes `recurrent_ppo.json` and `recurrent_ppo.png`
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -82,16 +82,34 @@ def look(mazes: Mazes) -> jax.Array:
     return jnp.stack([*signs, junction], axis=-1).astype(jnp.float32)
 
 
-def walk(mazes: Mazes, action: jax.Array, rng: jax.Array) -> tuple[Mazes, jax.Array, jax.Array]:
+def walk(
+    mazes: Mazes,
+    action: jax.Array,
+    rng: jax.Array,
+    build: Callable[..., Mazes] = build_mazes,
+    patience: int = PATIENCE,
+) -> tuple[Mazes, jax.Array, jax.Array]:
     """The mazes after a step, new ones where an episode is over; rewards; and where it is over."""
     junction = mazes.place == mazes.length
     turns, walks = junction & (action != ON), ~junction & (action == ON)
     turned = jnp.where(action == mazes.sign, 1.0, -1.0)
     reward = jnp.where(turns, turned, jnp.where(walks, 0.0, -0.1))  # -0.1 for a walk into a wall
-    done = turns | (mazes.clock + 1 == PATIENCE)
+    done = turns | (mazes.clock + 1 == patience)
     same = mazes._replace(place=mazes.place + walks, clock=mazes.clock + 1)
-    new = build_mazes(rng, mazes.episode + len(done))
+    new = build(rng, mazes.episode + len(done))
     return jax.tree.map(lambda new, same: jnp.where(done, new, same), new, same), reward, done
+
+
+class Task(NamedTuple):
+    """Environments side by side, whose state has a `clock` and an `episode`, as mazes have."""
+
+    build: Callable[..., Any]
+    look: Callable[..., jax.Array]
+    walk: Callable[..., tuple[Any, jax.Array, jax.Array]]
+    actions: int
+
+
+MAZES = Task(build_mazes, look, walk, actions=3)
 
 
 class Window(NamedTuple):
@@ -102,9 +120,9 @@ class Window(NamedTuple):
     episode: jax.Array
 
 
-def window_of(mazes: Mazes) -> Window:
+def window_of(mazes: Any, task: Task = MAZES) -> Window:
     """One step, as a window."""
-    window = Window(look(mazes), mazes.clock == 0, mazes.episode)
+    window = Window(task.look(mazes), mazes.clock == 0, mazes.episode)
     return jax.tree.map(lambda leaf: leaf[:, None], window)
 
 
@@ -114,19 +132,23 @@ class Policy(nn.Module):
     units: int
     dropout: fdc.RecurrentDropout
     remembers: bool
+    actions: int = MAZES.actions
 
     @nn.compact
-    def __call__(self, carry: Any, window: Window, key: jax.Array | None) -> Any:
+    def __call__(
+        self, carry: Any, window: Window, key: jax.Array | None, start: int | jax.Array = 0
+    ) -> Any:
         rnn = fdc.linen.RNN(fdc.linen.LSTMCell(self.units), self.dropout, return_carry=True)
         carry, hs = rnn(
             window.seen,
             initial_carry=carry,
             resets=window.first if self.remembers else jnp.ones_like(window.first),
             sequence_ids=window.episode,
+            start=start,  # per-step noises depend on the step in the rollout
             rng=key,
             deterministic=key is None,
         )
-        return carry, nn.Dense(3)(hs), nn.Dense(1)(hs)[..., 0]
+        return carry, nn.Dense(self.actions)(hs), nn.Dense(1)(hs)[..., 0]
 
 
 # Acting and learning -----------------------------------------------------------------------------
@@ -137,7 +159,7 @@ class Agent(NamedTuple):
 
     params: Any
     opt_state: Any
-    mazes: Mazes
+    mazes: Any
     carry: Any
 
 
@@ -153,26 +175,34 @@ class Rollout(NamedTuple):
     done: jax.Array
 
 
-def act(policy: Policy, agent: Agent, rng: jax.Array, steps: int, key: jax.Array | None) -> Any:
+def act(
+    policy: Policy,
+    agent: Agent,
+    rng: jax.Array,
+    steps: int,
+    key: jax.Array | None,
+    task: Task = MAZES,
+) -> Any:
     """Walks step by step: the agent after it, the rollout, and the value of where it is then."""
 
-    def run(mazes: Mazes, carry: Any) -> Any:
-        window = window_of(mazes)
-        carry, *heads = cast(Any, policy.apply(agent.params, carry, window, key))
+    def run(mazes: Any, carry: Any, start: int | jax.Array) -> Any:
+        window = window_of(mazes, task)
+        carry, *heads = cast(Any, policy.apply(agent.params, carry, window, key, start))
         return carry, *jax.tree.map(lambda leaf: leaf[:, 0], (window, *heads))
 
-    def step(state: tuple[Mazes, Any], rng: jax.Array) -> Any:
-        action_rng, maze_rng = jax.random.split(rng)
-        carry, window, logits, value = run(*state)
+    def step(state: tuple[Any, Any], at: tuple[jax.Array, jax.Array]) -> Any:
+        action_rng, maze_rng = jax.random.split(at[0])
+        carry, window, logits, value = run(*state, at[1])
         action = jax.random.categorical(action_rng, logits)
-        mazes, reward, done = walk(state[0], action, maze_rng)
+        mazes, reward, done = task.walk(state[0], action, maze_rng)
         return (mazes, carry), (window, action, logits, value, reward, done)
 
     state = (agent.mazes, agent.carry)
-    (mazes, carry), steps_taken = jax.lax.scan(step, state, jax.random.split(rng, steps))
+    each = (jax.random.split(rng, steps), jnp.arange(steps))
+    (mazes, carry), steps_taken = jax.lax.scan(step, state, each)
     seen = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), steps_taken)
     rollout = Rollout(agent.carry, *seen)
-    return agent._replace(mazes=mazes, carry=carry), rollout, run(mazes, carry)[-1]
+    return agent._replace(mazes=mazes, carry=carry), rollout, run(mazes, carry, steps)[-1]
 
 
 def advantages_of(rollout: Rollout, last_value: jax.Array) -> jax.Array:
@@ -189,7 +219,7 @@ def advantages_of(rollout: Rollout, last_value: jax.Array) -> jax.Array:
 
 
 def loss_of(params: Any, policy: Policy, rows: Any, key: jax.Array) -> Any:
-    """PPO's clipped loss (Schulman et al. 2017, arXiv:1707.06347), and how far off ratios are."""
+    """PPO's clipped loss (Schulman et al. 2017, arXiv:1707.06347), and each ratio's error."""
     rollout, advantage = rows
     _, logits, value = cast(Any, policy.apply(params, rollout.carry, rollout.window, key))
     # Both in one array, so that they are rounded alike: from equal logits a ratio is exactly 1.
@@ -201,7 +231,55 @@ def loss_of(params: Any, policy: Policy, rows: Any, key: jax.Array) -> Any:
     gain = jnp.minimum(ratio * scaled, jnp.clip(ratio, 1 - CLIP, 1 + CLIP) * scaled)
     entropy = -(jnp.exp(log_probs[0]) * log_probs[0]).sum(axis=-1)
     error = (value - rollout.value - advantage) ** 2
-    return (error / 2 - gain - ENTROPY * entropy).mean(), jnp.abs(ratio - 1).max()
+    return (error / 2 - gain - ENTROPY * entropy).mean(), jnp.abs(ratio - 1)
+
+
+def iterate(
+    policy: Policy,
+    opt: optax.GradientTransformation,
+    config: Config,
+    agent: Agent,
+    rng: jax.Array,
+    key: jax.Array,
+    task: Task = MAZES,
+    learner_rng: jax.Array | None = None,
+) -> tuple[Agent, Rollout, jax.Array]:
+    """Acts and learns: the agent after it, the rollout, and how far off the first ratios were.
+
+    With `learner_rng` the actor drops nothing, and the learner has new masks in each update.
+    """
+    rollout_rng, *epoch_rngs = jax.random.split(rng, 1 + config.epochs)
+    actor_key = key if learner_rng is None else None
+    agent, rollout, last_value = act(policy, agent, rollout_rng, config.steps, actor_key, task)
+    batch = (rollout, advantages_of(rollout, last_value))
+
+    def update(agent: Agent, at: tuple[jax.Array, jax.Array | None]) -> tuple[Agent, jax.Array]:
+        rows, own_key = at
+        some = jax.tree.map(lambda leaf: leaf[rows], batch)
+        learner_key = key if own_key is None else own_key
+        grads, off = jax.grad(loss_of, has_aux=True)(agent.params, policy, some, learner_key)
+        updates, opt_state = opt.update(grads, agent.opt_state)
+        params = optax.apply_updates(agent.params, updates)
+        return agent._replace(params=params, opt_state=opt_state), off
+
+    size = -(-config.mazes // MINIBATCHES)
+    orders = [jax.random.permutation(rng, config.mazes) for rng in epoch_rngs]
+    rows = jnp.stack(orders)[:, : config.mazes - config.mazes % size].reshape(-1, size)
+    own_keys = None if learner_rng is None else jax.random.split(learner_rng, len(rows))
+    agent, off = jax.lax.scan(update, agent, (rows, own_keys))
+    return agent, rollout, off[0]
+
+
+def begin(
+    config: Config, policy: Policy, rng: jax.Array, task: Task = MAZES
+) -> tuple[Agent, optax.GradientTransformation, jax.Array, jax.Array]:
+    """An agent that has learned nothing, its optimizer, and keys: of all acting, of all masks."""
+    opt = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(config.learning_rate))
+    init_rng, maze_rng, act_rng, key = jax.random.split(rng, 4)
+    mazes = task.build(maze_rng, jnp.arange(config.mazes))
+    carry = (jnp.zeros((config.mazes, config.units)),) * 2
+    params = jax.jit(policy.init)(init_rng, carry, window_of(mazes, task), None)
+    return Agent(params, opt.init(params), mazes, carry), opt, act_rng, key
 
 
 class Learned(NamedTuple):
@@ -216,34 +294,16 @@ def train(config: Config, name: str) -> Iterator[Learned]:
     # Not on the input: a sign that is dropped is a sign that nobody has seen.
     spec = fdc.recipes.gal2016(input_keep_prob=1.0, recurrent_keep_prob=kept, output_keep_prob=kept)
     policy = Policy(config.units, spec, remembers=name != "no memory")
-    opt = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(config.learning_rate))
-    init_rng, maze_rng, act_rng, key = jax.random.split(jax.random.key(config.seed), 4)
-    mazes = build_mazes(maze_rng, jnp.arange(config.mazes))
-    carry = (jnp.zeros((config.mazes, config.units)),) * 2
-    params = jax.jit(policy.init)(init_rng, carry, window_of(mazes), None)
-    agent = Agent(params, opt.init(params), mazes, carry)
+    agent, opt, act_rng, key = begin(config, policy, jax.random.key(config.seed))
 
     @jax.jit
-    def iterate(agent: Agent, rng: jax.Array) -> tuple[Agent, Learned]:
-        rollout_rng, *epoch_rngs = jax.random.split(rng, 1 + config.epochs)
-        agent, rollout, last_value = act(policy, agent, rollout_rng, config.steps, key)
-        batch = (rollout, advantages_of(rollout, last_value))
-
-        def update(agent: Agent, rows: jax.Array) -> tuple[Agent, jax.Array]:
-            some = jax.tree.map(lambda leaf: leaf[rows], batch)
-            grads, off = jax.grad(loss_of, has_aux=True)(agent.params, policy, some, key)
-            updates, opt_state = opt.update(grads, agent.opt_state)
-            params = optax.apply_updates(agent.params, updates)
-            return agent._replace(params=params, opt_state=opt_state), off
-
-        size = -(-config.mazes // MINIBATCHES)
-        orders = [jax.random.permutation(rng, config.mazes) for rng in epoch_rngs]
-        rows = jnp.stack(orders)[:, : config.mazes - config.mazes % size].reshape(-1, size)
-        agent, off = jax.lax.scan(update, agent, rows)
-        return agent, Learned(rollout.reward.sum() / jnp.maximum(rollout.done.sum(), 1), off[0])
+    def run(agent: Agent, rng: jax.Array) -> tuple[Agent, Learned]:
+        agent, rollout, off = iterate(policy, opt, config, agent, rng, key)
+        mean_return = rollout.reward.sum() / jnp.maximum(rollout.done.sum(), 1)
+        return agent, Learned(mean_return, off.max())
 
     for index in tqdm(range(config.iterations), desc=name, disable=None, leave=False):
-        agent, learned = iterate(agent, jax.random.fold_in(act_rng, index))
+        agent, learned = run(agent, jax.random.fold_in(act_rng, index))
         learned = Learned(*map(float, learned))
         if not learned.ratio_error < 1e-3:
             raise AssertionError(f"actor and learner differ: a ratio is off by {learned[1]}")

@@ -22,6 +22,7 @@ no model can know that, and even the bands with dropout hold somewhat less than 
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -106,9 +107,14 @@ def train_step(
     return loss
 
 
-def train(config: Config, windows: Windows, name: str) -> Forecaster:
+def train(
+    config: Config,
+    windows: Windows,
+    name: str,
+    build: Callable[[Config, str], Any] = build_models,
+) -> Any:
     """Trains all members of a model at once."""
-    models = build_models(config, name)
+    models = build(config, name)
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     optimizers = nnx.vmap(lambda model: nnx.Optimizer(model, tx, wrt=nnx.Param))(models)

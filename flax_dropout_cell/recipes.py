@@ -1,19 +1,25 @@
-"""The published schemes: one layer of a stack each, as its paper has it.
+"""Published schemes. A recipe is the `RecurrentDropout` of one layer of a stack.
 
-A layer's output is the next one's input, one wire: so `input_keep_prob` is for every layer and
-`output_keep_prob` for the last, whose output goes to what is no layer. The schemes with sites
-inside need a cell that has them, such as `lstm_cell` and the `LSTMCell` of `linen` and `nnx`.
+A layer's output is the next layer's input, so give `input_keep_prob` to every layer and
+`output_keep_prob` to the last one only. Recipes that use sites inside the cell need a cell that
+has them, such as `lstm_cell`, or `LSTMCell` of `linen` and `nnx`.
 """
 
 from typing import Any
 
 import jax
 
-from ._paths import recurrent_kernels
-from ._sites import RecurrentDropout
+from ._spec.recurrent_dropout import RecurrentDropout
+from ._spec.weight_paths import recurrent_kernels
 from .noises import Dropout, Zoneout
 
 Probability = float | jax.Array
+
+__all__ = ["gal2016", "krueger2016", "merity2017", "semeniuta2016", "zaremba2014"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def zaremba2014(
@@ -21,15 +27,14 @@ def zaremba2014(
 ) -> RecurrentDropout:
     """Dropout between layers, none between steps: Zaremba et al. 2014, arXiv:1409.2329.
 
-    Their equation for the gates reads `D(h_t^{l-1})` and `h_{t-1}^l`, where D is drawn at each
-    step. The paper has several configurations (keep probabilities of 0.5 and 0.35), so there is
-    no default.
+    The gates read `D(h_t^{l-1})` and `h_{t-1}^l`; D draws a fresh mask at each step. There is no
+    default because the paper has several configurations (keep probabilities of 0.5 and 0.35).
 
-    Not in the spec: the dropout on the embedding is the `input` of the first layer, that before
-    the softmax the `output` of the last; the initial range, the clipping and the schedule.
+    Dropout on the embedding is the `input` of the first layer, and dropout before the softmax is
+    the `output` of the last. Not in the spec: the initial range, the clipping and the schedule.
 
     Args:
-      input_keep_prob: for what each layer reads from below, in [0, 1].
+      input_keep_prob: for each layer's input, in [0, 1].
       output_keep_prob: for the last layer's output only.
 
     Returns:
@@ -58,14 +63,14 @@ def gal2016(
 ) -> RecurrentDropout:
     """Variational dropout: Gal and Ghahramani 2016, arXiv:1512.05287, section 4.
 
-    One mask per sequence and row on what the gates read of x, and another on what they read of
-    h. Tied (equation 7 there) all gates read one `x z_x` and one `h z_h`; untied (equation 5)
-    each gate reads its own, so masks are `[*batch, gates, size]`. The paper searches for its
-    probabilities, so there is no default.
+    Each sequence and row has one mask for the gates' view of x and another for their view of h.
+    If tied (equation 7), all gates read the same `x z_x` and `h z_h`. If untied (equation 5), each
+    gate has masks of its own, `[*batch, gates, size]`. There is no default because the paper
+    searches for its probabilities.
 
     Not in the spec: dropout of whole word types (`embedding_dropout`), weight decay, and averaging
     over samples at test time (`mc_samples`). The paper's code draws new masks for each window of
-    35 steps while the state goes on: so does every call of a layer.
+    35 steps while the state is carried on; each call of a layer does the same.
 
     Args:
       input_keep_prob: for x, in [0, 1].
@@ -103,16 +108,16 @@ def semeniuta2016(
 ) -> RecurrentDropout:
     """Recurrent dropout without memory loss: Semeniuta et al. 2016, arXiv:1603.05118, section 3.
 
-    Dropout on what is added to the memory, and not on the memory: an LSTM's
-    `c' = f c + i D(g)`, a GRU's `h' = (1 - z) D(n) + z h`, where D is drawn at each step, as the
-    paper advises. It compares several probabilities, so there is no default.
+    Dropout on the update of the memory, not on the memory itself: `c' = f c + i D(g)` in an LSTM,
+    `h' = (1 - z) D(n) + z h` in a GRU. D draws a fresh mask at each step, as the paper advises.
+    There is no default because the paper compares several probabilities.
 
-    Not in the spec: the paper's masks that are shared by the steps of a sequence, which are
+    Not in the spec: the paper's variant with one mask per sequence. Write it as
     `RecurrentDropout(inside={"candidate": Dropout(keep_prob=.., variational=True)})`.
 
     Args:
       candidate_keep_prob: for the candidate, g or n after its tanh, in [0, 1].
-      input_keep_prob: for what each layer reads from below, at each step.
+      input_keep_prob: for each layer's input, at each step.
       output_keep_prob: for the last layer's output only.
 
     Returns:
@@ -136,13 +141,14 @@ def krueger2016(
 ) -> RecurrentDropout:
     """Zoneout of an LSTM: Krueger et al. 2016, arXiv:1606.01305, section 3.
 
-    At each step a unit of c keeps its old value with probability `cell_prob`, and one of h with
-    `hidden_prob`; the output gate reads the new c, zoned out or not, and h is emitted as it is
-    carried on. Evaluation mixes old and new by these probabilities. The defaults are those of
-    the paper's character models; 0.15 and 0.15 are what it has for permuted MNIST.
+    At each step a unit of c keeps its old value with probability `cell_prob`, and a unit of h
+    with probability `hidden_prob`. The output gate reads the new c before zoneout; the h that is
+    emitted is the h that is carried on. Evaluation mixes old and new values by these
+    probabilities. The defaults are those of the paper's character models; for permuted MNIST it
+    uses 0.15 for both.
 
     Not in the spec: the recurrent batch normalization of the paper's best MNIST result, and the
-    dropout on the output that it adds for some. A GRU has one state, its h:
+    output dropout of some of its models. A GRU has one state, its h:
     `RecurrentDropout(inside={"hidden": Zoneout(prob=..)})`.
 
     Args:
@@ -168,11 +174,10 @@ def merity2017(
 ) -> RecurrentDropout:
     """Weight-drop, as in AWD-LSTM: Merity et al. 2017, arXiv:1708.02182, section 2.
 
-    DropConnect on the recurrent kernels, `M U / keep_prob`, with one mask for all rows and steps
-    of a call, drawn element by element; and one mask per sequence and row on what a layer reads
-    from below (their locked dropout, section 4.2). The default is the paper's for Penn Treebank and
-    WikiText-2; `input_keep_prob` differs from layer to layer there: 0.6 before the first one,
-    0.75 between them.
+    DropConnect on the recurrent kernels, `M U / keep_prob`: M has an element for each weight, and
+    is the same for all rows and steps of a call. Each layer's input has one mask per sequence and
+    row (their locked dropout, section 4.2). The default is the paper's for Penn Treebank and
+    WikiText-2. The paper's `input_keep_prob` is 0.6 for the first layer and 0.75 for the others.
 
     Not in the spec: the locked dropout on the last layer's output (0.6 kept there), dropout of
     whole word types (`embedding_dropout`, 0.9 kept), AR and TAR
@@ -180,10 +185,10 @@ def merity2017(
 
     Args:
       weight_keep_prob: for each element of the recurrent kernels, in [0, 1].
-      input_keep_prob: for what each layer reads from below.
+      input_keep_prob: for each layer's input.
 
     Returns:
-      A `RecurrentDropout` for a cell whose recurrent kernels `recurrent_kernels` knows.
+      A `RecurrentDropout` for a cell whose recurrent kernels `recurrent_kernels` can find.
 
     Example:
       >>> import flax_dropout_cell as fdc

@@ -1,1 +1,1 @@
-"""What the linen and NNX wrappers share."""
+"""Shared by `linen` and `nnx`: the adapter of a framework, the layer and the wrappers."""

@@ -2,16 +2,29 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from .._inside import Cell
 from .._random.keys import as_rng, fold_in
-from .._sites import Masks, PyTree, RecurrentDropout, draws_at_each_step
-from .._step import draw_sites, dropout_cell
-from .outline import Outline, check_outline, fixed_arrays, outline_of, with_fixed_arrays
+from .._spec.recurrent_dropout import (
+    Masks,
+    PyTree,
+    RecurrentDropout,
+    active_noises,
+    draws_at_each_step,
+)
+from .._step.call_cell import Cell
+from .._step.draw_masks import draw_sites
+from .._step.dropout_cell import dropout_cell
+from .spec_fingerprint import (
+    SpecFingerprint,
+    check_fingerprint,
+    fingerprint_of,
+    fixed_arrays,
+    with_fixed_arrays,
+)
 
 
 class StepRng(NamedTuple):
@@ -31,46 +44,29 @@ class _Fields(NamedTuple):
     masks: Masks | None
     rng: StepRng | None
     arrays: Any = None
-    outline: Outline | None = None
+    fingerprint: SpecFingerprint | None = None
 
 
 class DropoutCarry(_Fields):
     """The carry of `DropoutCell`: the cell's own, and the randomness of the running sequence.
 
-    It is a NamedTuple of arrays, which `flax.serialization` and Orbax save. Handed on to a next
-    window it goes on as one long sequence that was cut. To start new masks on an old state, see
-    `redraw_masks` of the wrapper.
+    It is a NamedTuple of arrays, which `flax.serialization` and Orbax save. Passed to the next
+    window, it continues the sequence, as if one long sequence had been cut. To start new masks on
+    an old state, see `redraw_masks` of the wrapper.
 
     Take the cell's own carry by its name: `c, h = carry.cell_carry`. Rows count by their place:
     a part of a carry (a microbatch, a shard) draws the per-step masks of the first rows. For parts
     with masks of their own use the layer `RNN` with `sequence_ids`.
 
     Attributes:
-      cell_carry: what the wrapped cell carries, such as an LSTM's `(c, h)`.
+      cell_carry: the wrapped cell's carry, such as an LSTM's `(c, h)`.
       masks: the variational masks of this sequence; None in evaluation.
-      rng: where the per-step masks come from; None where there are none.
+      rng: the key and step of the per-step masks; None if there are none.
       arrays: the arrays that the masks were drawn with, such as a scheduled keep_prob.
-      outline: the noises that the masks were drawn for, in words.
+      fingerprint: the spec that the masks were drawn for, as text.
     """
 
     __slots__ = ()
-
-    def __iter__(self) -> NoReturn:
-        raise TypeError(
-            "a DropoutCarry holds the cell's carry and the sequence's masks, and is not unpacked: "
-            "take the cell's own carry by its name, such as `c, h = carry.cell_carry`."
-        )
-
-    # What NamedTuple makes by iterating over itself.
-
-    def _asdict(self) -> dict[str, Any]:  # type: ignore[override]
-        return {name: getattr(self, name) for name in self._fields}
-
-    def _replace(self, **fields: Any) -> "DropoutCarry":  # type: ignore[override]
-        return DropoutCarry(**{**self._asdict(), **fields})
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return tuple(self._asdict().values())
 
 
 def start_sequence(
@@ -87,14 +83,14 @@ def start_sequence(
         step_rng = StepRng(jax.random.key_data(key)[None], jnp.zeros((1,), jnp.int32))
     arrays = tuple(jnp.asarray(array)[None] for array in fixed_arrays(dropout))
     inputs = tuple(str(leaf.dtype) for leaf in jax.tree.leaves(values.input))
-    outline = Outline(outline_of(dropout), inputs, jax.random.key_impl(key))
-    return DropoutCarry(cell_carry, masks, step_rng, arrays or None, outline)
+    fingerprint = SpecFingerprint(fingerprint_of(dropout), inputs, jax.random.key_impl(key))
+    return DropoutCarry(cell_carry, masks, step_rng, arrays or None, fingerprint)
 
 
 def inner_rng(rng: jax.Array) -> jax.Array:
-    """The key for what lies inside a cell that draws its own masks from `rng`.
+    """The key for the parts of a cell, when the cell itself draws its masks from `rng`.
 
-    The number is none that a step, or a site's leaf, folds in.
+    No step and no leaf of a site folds in this number.
     """
     key = as_rng(rng)
     assert key is not None
@@ -119,9 +115,9 @@ def run_step(
       x: the input.
       cell: the wrapped cell, `cell(params, carry, x) -> (carry, y)`.
       params: its weights.
-      dropout: which noise sits where.
-      deterministic: True is evaluation.
-      disturb_params: False where the weights are not there yet.
+      dropout: the noise at each site.
+      deterministic: if True, this is evaluation.
+      disturb_params: False if the weights do not exist yet.
       values: each site's shapes and dtypes for an input.
 
     Returns:
@@ -129,15 +125,12 @@ def run_step(
     """
     check_carry(carry)
     spec = dropout if disturb_params else dataclasses.replace(dropout, params=None)
-    if deterministic:
+    if deterministic or (carry.masks is None and not active_noises(dropout)):
         cell_carry, y = dropout_cell(params, carry.cell_carry, x, None, cell=cell, dropout=spec)
         return carry._replace(cell_carry=cell_carry), y
     if carry.masks is None:
-        raise ValueError(
-            "the carry was made in evaluation and has no masks: call redraw_masks to train on "
-            "from it."
-        )
-    check_outline(carry.outline, dropout)
+        raise ValueError("the carry was made in evaluation and has no masks: call redraw_masks.")
+    check_fingerprint(carry.fingerprint, dropout)
     if carry.arrays is not None:
         spec = with_fixed_arrays(spec, [_first(array) for array in carry.arrays])
     masks = carry.masks
@@ -145,10 +138,9 @@ def run_step(
     masks = masks._replace(params=weights)
     rng, step, next_rng = None, None, carry.rng
     if carry.rng is not None:
-        prng = carry.outline.prng if isinstance(carry.outline, Outline) else None
+        prng = carry.fingerprint.prng if isinstance(carry.fingerprint, SpecFingerprint) else None
         rng = jax.random.wrap_key_data(_first(carry.rng.key), impl=prng)
-        # Where rows are at different steps, the furthest sets the pace: no row then sees a mask
-        # for a second time.
+        # If rows are at different steps, the furthest counts, so that no row sees a mask twice.
         step = jnp.max(carry.rng.step)
         next_rng = carry.rng._replace(step=jnp.full_like(carry.rng.step, step + 1))
         if values is not None and _drawn_for_other_inputs(carry, x):
@@ -160,20 +152,17 @@ def run_step(
 
 
 def check_carry(carry: Any) -> None:
-    """Refuses what is no wrapper's carry."""
+    """Raises if a carry is not a wrapper's."""
     if not isinstance(carry, DropoutCarry):
-        raise TypeError(
-            f"the carry must be a DropoutCarry, got {type(carry).__name__}: start with "
-            f"initialize_carry, or with redraw_masks to go on from a cell's own carry."
-        )
+        got = f"{type(carry).__name__}: start with initialize_carry or redraw_masks"
+        raise TypeError(f"the carry must be a DropoutCarry, got {got}.")
 
 
 def _first(leaf: jax.Array) -> jax.Array:
     if leaf.shape[0] == 0:
         raise ValueError(
-            "a DropoutCarry was sliced: the sequence's key and the masks of weights are shared by "
-            "all rows, along an axis of length 1. For parts of a batch that draw by the row, use "
-            "the layer fdc.linen.RNN or fdc.nnx.RNN with sequence_ids."
+            "a DropoutCarry was sliced, but its rows share a key and the masks of weights. For "
+            "parts of a batch use the layer RNN with sequence_ids."
         )
     return leaf[0]
 
@@ -189,14 +178,14 @@ def _for_a_dtype(masks: Masks) -> bool:
 
 
 def _drawn_for_other_inputs(carry: DropoutCarry, x: PyTree) -> bool:
-    if not isinstance(carry.outline, Outline) or carry.masks is None:
+    if not isinstance(carry.fingerprint, SpecFingerprint) or carry.masks is None:
         return False
     here = tuple(str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(x))
-    return here != carry.outline.inputs and _for_a_dtype(carry.masks)
+    return here != carry.fingerprint.inputs and _for_a_dtype(carry.masks)
 
 
 def _redraw(masks: Masks, dropout: RecurrentDropout, values: Masks, rng: jax.Array) -> Masks:
-    """Draws once more what was drawn for inputs of another dtype: the same bits at every step."""
+    """Draws masks again for inputs of another dtype than at the start, with the same bits."""
     unknown = dataclasses.replace(dropout, params=None, state=None)
     drawn = draw_sites(unknown, values._replace(params=None, state=None), rng)
     return masks._replace(input=drawn.input, output=drawn.output, inside=drawn.inside)

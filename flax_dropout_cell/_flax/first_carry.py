@@ -1,4 +1,4 @@
-"""The carry that a layer is given to start from, where it does not fit."""
+"""An error for an `initial_carry` that does not fit the cell."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -7,20 +7,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._shown import shown_tree
-from .._sites import PyTree
+from .._messages import short_tree_repr
+from .._spec.recurrent_dropout import PyTree
 
 
 @contextlib.contextmanager
-def naming_carry(
-    carry: PyTree, make_carry: Callable[[], PyTree], shape: tuple[int, ...]
-) -> Iterator[None]:
-    """Names `initial_carry` where a run fails on one that is not such as the cell makes.
+def naming_carry(carry: PyTree, make_carry: Callable[[], PyTree], shape: PyTree) -> Iterator[None]:
+    """Blames `initial_carry` if its structure caused the failure.
 
-    It compares only once the run has failed, so no carry that works is refused.
+    It compares only after a failure, so a carry that works is never refused.
 
     Args:
-      carry: what the layer runs on.
+      carry: the layer's first carry.
       make_carry: makes the cell's own first carry.
       shape: the shape of the inputs, for the message.
 
@@ -31,11 +29,12 @@ def naming_carry(
         yield
     except Exception as error:
         wanted = make_carry()
+        # The user's error is shown as it is if the carry is not to blame.
         if _layout(carry) == _layout(wanted):
             raise
         raise ValueError(
-            f"initial_carry is {shown_tree(carry)}, but for inputs of shape {shape} the cell's "
-            f"carry is {shown_tree(wanted)}. Give one like it, or leave initial_carry out."
+            f"initial_carry is {short_tree_repr(carry)}, but for inputs of shape {shape} the "
+            f"cell's carry is {short_tree_repr(wanted)}."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What linen's and NNX's layers share: where time is, what came with it, and the scan itself."""
+"""Shared by linen's and NNX's layers: the layout of inputs, call options, and the scan."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,100 +6,131 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.tree_util import keystr, tree_leaves_with_path
 
-from .._describe import Description, describe
-from .._leaky import Family, place_state
-from .._scan import check_seq_lengths, dropout_scan
-from .._shown import shown
-from .._sites import PyTree, RecurrentDropout
+from .._inspect.describe import Description, describe
+from .._inspect.plot_masks import plot_masks
+from .._messages import short_tree_repr
+from .._sequence.dropout_scan import at_a_step, dropout_scan
+from .._sequence.padding import check_lengths
+from .._sharding import place_rows
+from .._spec.prefixes import as_ints
+from .._spec.recurrent_dropout import PyTree, RecurrentDropout, active_noises, draws_at_each_step
+from .call import call_or_default
 from .carry import DropoutCarry
 from .first_carry import naming_carry
+from .framework import Framework
 
 
 class Layout(NamedTuple):
-    """How a layer reads its inputs.
+    """The layout of a layer's inputs.
 
     Attributes:
-      xs: the inputs, time first.
+      xs: the inputs, a pytree of arrays, time first.
       batch: the batch dims.
-      time_axis: where time is in the inputs.
-      step_shape: the shape of the inputs at a step, `[*batch, *features]`.
+      time_axis: the axis of time in the caller's inputs.
     """
 
-    xs: jax.Array
+    xs: PyTree
     batch: tuple[int, ...]
     time_axis: int
-    step_shape: tuple[int, ...]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the inputs as they came."""
-        shape = list(self.step_shape)
-        shape.insert(self.time_axis, self.xs.shape[0])
-        return tuple(shape)
+    def steps(self) -> int:
+        """The number of steps."""
+        return jax.tree.leaves(self.xs)[0].shape[0]
 
+    @property
+    def outer(self) -> tuple[int, ...]:
+        """The axes of batch and time, in the order of the inputs."""
+        return (*self.batch[: self.time_axis], self.steps, *self.batch[self.time_axis :])
 
-_OF_LAYERS = tuple("time_major return_carry reverse keep_order unroll checkpoint_every".split())
+    @property
+    def shape(self) -> PyTree:
+        """The shape of the inputs as they came, for each array of them."""
+        outer = self.outer
+        return jax.tree.map(lambda x: (*outer, *x.shape[len(outer) :]), self.xs)
 
+    def place(self, carry: PyTree) -> PyTree:
+        """A cell's first carry, whose rows are sharded as the inputs' are on explicit axes."""
+        return place_rows(carry, self.batch, at_a_step(jax.tree.leaves(self.xs)[0]))
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """What a layer's call was given beside its inputs, with the layer's own where it was not."""
+    @property
+    def step_shape(self) -> PyTree:
+        """The shape of the inputs at a step, `[*batch, *features]`, for each array of them."""
+        return jax.tree.map(lambda x: x.shape[1:], self.xs)
 
-    time_major: bool
-    return_carry: bool
-    reverse: bool
-    keep_order: bool
-    unroll: int
-    checkpoint_every: int | None
-    start: Any
-    seq_lengths: Any
-    resets: Any
-    sequence_ids: Any
-
-    @classmethod
-    def of(cls, layer: Any, **given: Any) -> "Call":
-        """What the call was given, or the layer has where that is None."""
-        own = {name: choose(given.pop(name, None), getattr(layer, name)) for name in _OF_LAYERS}
-        return cls(**own, **given)
-
-
-def choose(given: Any, own: Any) -> Any:
-    """What was given at the call wins over what the layer has."""
-    return own if given is None else given
-
-
-def check_layer_dropout(dropout: Any) -> None:
-    """Refuses what is no `RecurrentDropout`."""
-    if not isinstance(dropout, RecurrentDropout):
-        raise TypeError(
-            f"RNN needs a RecurrentDropout beside its cell, such as "
-            f"RNN(cell, RecurrentDropout(input=Dropout(keep_prob=0.8))), got {shown(dropout)}."
+    @property
+    def first(self) -> PyTree:
+        """The inputs of the first step; zeros if there is none."""
+        return jax.tree.map(
+            lambda x: x[0] if self.steps else jnp.zeros(x.shape[1:], x.dtype), self.xs
         )
 
 
-def refuse_wrapper(cell: Any, part: Any) -> None:
-    """Refuses a cell that is, or holds, a wrapper with dropout of its own."""
-    holds = "" if part is cell else f"{type(cell).__name__} holds "
-    raise TypeError(
-        f"RNN does the work of {type(part).__name__}, so its cell must be bare; got {holds}"
-        f"a {type(part).__name__}. Write RNN(cell, dropout) around the bare cell, or put the "
-        f"{type(part).__name__} into the stock RNN of Flax."
-    )
+class ScanOptions(NamedTuple):
+    """The options of a call that `dropout_scan` takes as they are.
+
+    A new one that `dropout_scan` has is a field here and an argument of each layer. One that goes
+    on to the loop also passes through `_hoist/checkpointed_scan.py` and `_hoist/hoisted_scan.py`.
+    """
+
+    reverse: bool
+    unroll: int
+    checkpoint_every: int | None
+    parallel: bool | None
 
 
-def refuse_as_cell() -> TypeError:
-    """What a host gets that takes the layer for a cell."""
-    return TypeError(
-        "RNN of flax_dropout_cell is a layer that runs over whole sequences, and no cell: call it "
-        "on the inputs as it is, or put DropoutCell(cell, dropout) into the stock RNN of Flax."
-    )
+class Call(NamedTuple):
+    """A call's options, with the layer's own settings for those that it leaves out.
+
+    A new one is a field here, an argument of each layer, and its use in `run_layer`.
+    """
+
+    time_major: bool
+    return_carry: bool
+    keep_order: bool
+    start: Any
+    seq_lengths: Any
+    valid: Any
+    resets: Any
+    reset_carry: Any
+    sequence_ids: Any
+    scan: ScanOptions
+
+    @classmethod
+    def of(cls, layer: Any, arguments: dict[str, Any]) -> "Call":
+        """The options in a call's arguments, by name; the layer's own for those that are None."""
+
+        def given(name: str) -> Any:
+            return call_or_default(arguments.get(name), getattr(layer, name, None))
+
+        scan = ScanOptions(*map(given, ScanOptions._fields))
+        return cls(*map(given, cls._fields[:-1]), scan=scan)
+
+
+def check_one_step(layer: Any, call: "Call", layout: Layout, carry: PyTree, rng: Any) -> None:
+    """Raises if a loop of calls of one step each would have the same per-step masks at all steps.
+
+    Such a loop passes the carry on and gives each call the sequence's key: only `start` then says
+    which step it is.
+    """
+    loops = layout.steps == 1 and carry is not None and isinstance(rng, jax.Array)
+    if loops and call.start is None and draws_at_each_step(layer.dropout):
+        raise ValueError(
+            "a call of one step that goes on from initial_carry needs start=, the index of the "
+            "step: with one key, per-step masks would be the same at all steps. With a new key at "
+            "each step pass start=0."
+        )
+
+
+def needs_key(layer: Any, deterministic: bool | None) -> bool:
+    """Whether a call of a layer draws: it trains, and some noise does something."""
+    evaluates = call_or_default(deterministic, layer.deterministic)
+    return not evaluates and bool(active_noises(layer.dropout))
 
 
 def refuse_state(cell: Any, what: str) -> TypeError:
-    """What a cell gets that a pure function of its weights cannot stand for."""
+    """The error for a cell that is not a pure function of its weights."""
     return TypeError(
         f"{type(cell).__name__} {what} at each step; RNN runs its cell as a pure function of its "
         f"weights. Use the stock RNN of Flax, which has arguments for that, around "
@@ -108,18 +139,27 @@ def refuse_state(cell: Any, what: str) -> TypeError:
 
 
 def read_layout(inputs: Any, num_feature_axes: int, time_major: bool) -> Layout:
-    """Finds time and batch in the inputs."""
-    inputs = jnp.asarray(inputs)
-    if inputs.ndim < num_feature_axes + 1:
+    """Finds time and batch in the inputs.
+
+    Of several arrays the one with most axes has the cell's feature axes. The others, such as a
+    time that goes with each x, start with the same axes of batch and time.
+    """
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    arrays = jax.tree.leaves(inputs)
+    ndim = max((array.ndim for array in arrays), default=0) - num_feature_axes
+    if ndim < 1:
         dims = ["time", "*batch"] if time_major else ["*batch", "time"]
         features = "features" if num_feature_axes == 1 else f"{num_feature_axes} feature axes"
-        raise ValueError(
-            f"the inputs must be [{', '.join([*dims, features])}], got shape {inputs.shape}."
-        )
-    time_axis = 0 if time_major else inputs.ndim - num_feature_axes - 1
-    xs = jnp.moveaxis(inputs, time_axis, 0)
-    batch = xs.shape[1 : xs.ndim - num_feature_axes]
-    return Layout(xs, batch, time_axis, xs.shape[1:])
+        got = f"shape {arrays[0].shape}" if len(arrays) == 1 else short_tree_repr(inputs)
+        raise ValueError(f"the inputs must be [{', '.join([*dims, features])}], got {got}.")
+    if len({array.shape[:ndim] for array in arrays}) > 1:
+        wanted = f"start with the same {ndim} axes, batch and time"
+        raise ValueError(f"the inputs must {wanted}, got {short_tree_repr(inputs)}.")
+    time_axis = 0 if time_major else ndim - 1
+    batch = list(arrays[0].shape[:ndim])
+    del batch[time_axis]
+    xs = jax.tree.map(lambda array: jnp.moveaxis(array, time_axis, 0), inputs)
+    return Layout(xs, tuple(batch), time_axis)
 
 
 def run_layer(
@@ -130,9 +170,9 @@ def run_layer(
     *,
     cell: Callable[..., Any],
     dropout: RecurrentDropout,
-    family: Family,
     make_carry: Callable[[], PyTree],
     call: Call,
+    collect: Callable[[PyTree], None] | None = None,
 ) -> Any:
     """Runs `dropout_scan` over inputs that are laid out as Flax's layers have it.
 
@@ -142,21 +182,27 @@ def run_layer(
       layout: the inputs.
       rng: the call's key; None is evaluation.
       cell: the cell as a pure function of its weights.
-      dropout: which noise sits where.
-      family: what is known of the cell.
+      dropout: the noise at each site.
       make_carry: makes the carry of a new sequence, for resets.
-      call: what else the call was given.
+      call: the other options of the call.
+      collect: if given, the cell's output is `(y, others)`, and this takes the others of all
+        steps, time first, in the order of the inputs.
 
     Returns:
       The outputs, or `(carry, outputs)`, as the stock layer has it.
     """
-    carry = _check_carry(carry, layout, call)
+    _check_carry(carry)
     lengths = _check_lengths(call, layout)
+    valid = _time_first("valid", call.valid, layout, call, timed=True)
     resets = _time_first("resets", call.resets, layout, call, timed=True)
     ids = _time_first("sequence_ids", call.sequence_ids, layout, call, timed=resets is not None)
-    options: dict[str, Any] = {}
-    if call.checkpoint_every is not None:
-        options["checkpoint_every"] = call.checkpoint_every
+    reset_carry = call.reset_carry
+    if reset_carry is None and resets is not None:
+        reset_carry = make_carry()
+    # The output is then a pair, and noise belongs to its first part.
+    if collect is not None and dropout.output is not None:
+        dropout = dataclasses.replace(dropout, output=(dropout.output, None))
+    # Only a failure asks for the cell's own carry: to make one may draw or write.
     with naming_carry(carry, make_carry, layout.shape):
         carry, ys = dropout_scan(
             params,
@@ -164,17 +210,19 @@ def run_layer(
             layout.xs,
             rng,
             cell=cell,
-            dropout=place_state(dropout, carry, family),
+            dropout=dropout,
             seq_lengths=lengths,
+            valid=valid,
             resets=resets,
-            reset_carry=None if resets is None else make_carry(),
+            reset_carry=reset_carry,
             sequence_ids=ids,
-            reverse=call.reverse,
-            start=call.start,
-            unroll=call.unroll,
-            **options,
+            start=0 if call.start is None else call.start,
+            **call.scan._asdict(),
         )
-    if call.reverse and not call.keep_order:
+    if collect is not None:
+        ys, others = ys
+        collect(others)
+    if call.scan.reverse and not call.keep_order:
         ys = jax.tree.map(lambda y: _flip(y, lengths), ys)
     ys = jax.tree.map(lambda y: jnp.moveaxis(y, 0, layout.time_axis), ys)
     return (carry, ys) if call.return_carry else ys
@@ -185,92 +233,93 @@ def _flip(y: jax.Array, lengths: jax.Array | None) -> jax.Array:
     if lengths is None:
         return jnp.flip(y, 0)
     steps = jnp.arange(y.shape[0]).reshape((-1,) + (1,) * lengths.ndim)
+    # Each row's own steps are turned. The rest, modulo the length, are steps of its padding.
     at = (lengths[None] - 1 - steps) % y.shape[0]
     return jnp.take_along_axis(y, at.reshape(at.shape + (1,) * (y.ndim - at.ndim)), 0)
 
 
 def describe_layer(
-    params: PyTree,
-    carry: PyTree,
-    layout: Layout,
-    *,
-    cell: Callable[..., Any],
-    dropout: RecurrentDropout,
-    family: Family,
+    layer: Any, framework: Framework, inputs: Any, time_major: bool | None
 ) -> Description:
-    """`fdc.describe` for a layer's cell, as `run_layer` runs it."""
-    x = jax.ShapeDtypeStruct(layout.step_shape, layout.xs.dtype)
-    placed = place_state(dropout, carry, family)
-    return describe(params, carry, x, cell=cell, dropout=placed)
+    """`fdc.describe` for the cell of a layer, which needs no weights."""
+    traced = _trace_layer(layer, framework, inputs, time_major)
+    x = at_a_step(traced.xs)
+    return describe(traced.params, traced.carry, x, cell=traced.cell, dropout=traced.dropout)
 
 
-def _check_carry(carry: PyTree, layout: Layout, call: Call) -> PyTree:
+def plot_layer(
+    layer: Any,
+    framework: Framework,
+    inputs: Any,
+    rng: jax.Array,
+    time_major: bool | None,
+    **options: Any,
+) -> Any:
+    """`fdc.plot_masks` for the cell of a layer, which needs no weights."""
+    traced = _trace_layer(layer, framework, inputs, time_major)
+    options |= {"cell": traced.cell, "dropout": traced.dropout}
+    return plot_masks(traced.params, traced.carry, traced.xs, rng, **options)
+
+
+class _Traced(NamedTuple):
+    """A layer as the functions that look at a cell take it: shapes in place of arrays."""
+
+    params: PyTree
+    carry: PyTree
+    xs: PyTree
+    cell: Callable[..., Any]
+    dropout: RecurrentDropout
+
+
+def _trace_layer(layer: Any, framework: Framework, inputs: Any, time_major: bool | None) -> _Traced:
+    cell = layer.cell
+
+    def time_first(inputs: Any) -> Any:
+        leads = call_or_default(time_major, layer.time_major)
+        return read_layout(inputs, framework.num_feature_axes(cell), leads).xs
+
+    xs = jax.eval_shape(time_first, inputs)
+    carry = framework.carry_shapes(cell, jax.tree.map(lambda leaf: leaf.shape[1:], xs))
+    params = framework.params_shapes(cell, carry, at_a_step(xs))
+    dropout = framework.place(layer.dropout, cell, carry)
+    return _Traced(params, carry, xs, framework.traceable(cell), dropout)
+
+
+def _check_carry(carry: PyTree) -> None:
     if isinstance(carry, DropoutCarry):
-        raise TypeError(
-            "initial_carry is a DropoutCarry, but the carry of RNN is the cell's own, as the call "
-            "draws its own masks: give initial_carry=carry.cell_carry."
-        )
-    swapped = _swapped(layout, call)
-    for path, leaf in tree_leaves_with_path(carry):
-        dims = np.shape(leaf)[: len(layout.batch)]
-        if dims != layout.batch and dims == swapped:
-            raise ValueError(
-                f"initial_carry{keystr(path)} has shape {np.shape(leaf)}, but the batch is "
-                f"{layout.batch}.{_reading(layout, call)}"
-            )
-    return carry
+        raise TypeError("initial_carry is a DropoutCarry: give initial_carry=carry.cell_carry.")
 
 
 def _check_lengths(call: Call, layout: Layout) -> jax.Array | None:
     if call.seq_lengths is None:
         return None
-    lengths = check_seq_lengths(call.seq_lengths)
+    lengths = check_lengths(call.seq_lengths, layout.steps)
     if lengths.shape != layout.batch:
-        hint = _reading(layout, call) if lengths.shape == _swapped(layout, call) else ""
-        raise ValueError(
-            f"seq_lengths must have the batch dims of the inputs, {layout.batch}, got shape "
-            f"{lengths.shape}.{hint}"
-        )
+        wanted = f"the batch dims of the inputs, {layout.batch}"
+        raise ValueError(f"seq_lengths must have {wanted}, got shape {lengths.shape}.")
     return lengths
 
 
-def _time_first(
-    name: str, value: Any, layout: Layout, call: Call, *, timed: bool
-) -> jax.Array | None:
-    """Checks `resets` or `sequence_ids`, and puts time first, as the core has it."""
+def _time_first(name: str, value: Any, layout: Layout, call: Call, *, timed: bool) -> Any:
+    """Checks bools or ids of a shape like the inputs', and puts time first, as the core has it."""
     if value is None:
         return None
-    value = jnp.asarray(value)
-    wanted = jnp.bool_ if name == "resets" else jnp.integer
-    if not jnp.issubdtype(value.dtype, wanted):
-        kind = "bools" if name == "resets" else "ints"
-        raise TypeError(f"{name} must be {kind}, got {value.dtype}.")
-    expected, dims = list(layout.batch), "*batch"
-    if timed:
-        expected.insert(layout.time_axis, layout.xs.shape[0])
-        dims = "time, *batch" if call.time_major else "*batch, time"
-    if value.shape != tuple(expected):
-        beside = f" {'beside' if timed else 'without'} resets" if name != "resets" else ""
-        swapped = tuple(expected[::-1]) if timed else _swapped(layout, call)
-        hint = _reading(layout, call) if value.shape == swapped else ""
-        raise ValueError(
-            f"{name}{beside} must be [{dims}], as the inputs have it: {tuple(expected)}, got "
-            f"shape {value.shape}.{hint}"
-        )
-    return jnp.moveaxis(value, layout.time_axis, 0) if timed else value
-
-
-def _swapped(layout: Layout, call: Call) -> tuple[int, ...]:
-    """The batch dims if time were at the other end of them."""
-    steps = layout.xs.shape[0]
-    if call.time_major:
-        return (steps, *layout.batch[:-1])
-    return (*layout.batch[1:], steps)
-
-
-def _reading(layout: Layout, call: Call) -> str:
-    """Says which axis was read as time, where what came fits another reading."""
-    return (
-        f" Axis {layout.time_axis} of the inputs {layout.shape} was read as time; where it is at "
-        f"the other end of the batch dims, pass time_major={not call.time_major}."
-    )
+    if name == "sequence_ids":
+        value = as_ints(name, value)
+    else:
+        value = jnp.asarray(value)
+        if value.dtype != bool:
+            raise TypeError(f"{name} must be bools, got {value.dtype}.")
+    expected = layout.outer if timed else layout.batch
+    if value.shape != expected:
+        dims = "*batch"
+        if timed:
+            dims = "time, *batch" if call.time_major else "*batch, time"
+        beside = f" {'beside' if timed else 'without'} resets" if name == "sequence_ids" else ""
+        wanted = f"[{dims}], as the inputs have it: {expected}"
+        raise ValueError(f"{name}{beside} must be {wanted}, got shape {value.shape}.")
+    if not timed:
+        return value
+    axes = list(range(value.ndim))
+    axes.insert(0, axes.pop(layout.time_axis))
+    return value.transpose(axes)  # in NumPy if it came so: JAX would cut its ids to 32 bits

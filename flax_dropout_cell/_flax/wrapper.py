@@ -1,4 +1,4 @@
-"""What linen's and NNX's wrappers share: how a sequence starts, and where its noise sits."""
+"""Shared by linen's and NNX's wrappers: the start of a sequence, and its steps."""
 
 import dataclasses
 import itertools
@@ -7,44 +7,106 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
-from .._disturb import inside_names
-from .._leaky import Family, is_flax_gru, place_state
-from .._sites import Masks, PyTree, RecurrentDropout, draws_once
-from .._trees import shape_of
-from .carry import DropoutCarry, start_sequence
+from .._inspect.describe import Description, describe
+from .._spec.prefixes import shape_of
+from .._spec.recurrent_dropout import Masks, PyTree, RecurrentDropout, active_noises, draws_once
+from .._step.call_cell import trace_cell
+from .._step.draw_masks import inside_names
+from .call import call_or_default
+from .carry import DropoutCarry, check_carry, run_step, start_sequence
+from .framework import Framework
 
 
 class CellWrapper:
-    """What linen's and NNX's wrappers share: how a sequence starts, and where its noise sits.
-
-    A framework's wrapper says which cells are LSTMs, and what shapes a cell's weights and outputs
-    have.
-    """
+    """Shared by linen's and NNX's wrappers: the start of a sequence, and its steps."""
 
     cell: Any
-    _lstm_cells: ClassVar[tuple[type, ...]]
+    deterministic: bool
+    _framework: ClassVar[Framework]
 
     def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
         raise NotImplementedError
 
     def _params_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
-        raise NotImplementedError
+        shapes = self._framework.params_shapes(self.cell, cell_carry, x)
+        return self._framework.check_weights(self.cell, shapes)
 
     def _output_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
-        raise NotImplementedError
+        return self._trace(cell_carry, x, frozenset())[0]
 
     def _trace(
         self, cell_carry: PyTree, x: PyTree, names: frozenset[str]
     ) -> tuple[PyTree, dict[str, PyTree]]:
-        """The shapes of the cell's output, and of what stands at its sites `names`."""
-        del names
-        return self._output_shapes(cell_carry, x), {}
+        """The shapes of the cell's output, and of the values at its sites `names`."""
+        return trace_cell(self._framework.traceable(self.cell), None, cell_carry, x, names)
+
+    def _step(
+        self,
+        carry: DropoutCarry,
+        inputs: PyTree,
+        deterministic: bool | None,
+        *,
+        initializing: bool = False,
+    ) -> tuple[DropoutCarry, PyTree]:
+        """One step. While `initializing`, there are no weights yet, and the cell runs once."""
+        check_carry(carry)
+        evaluates = call_or_default(deterministic, self.deterministic)
+        dropout = self._dropout(carry.cell_carry)
+        params = None
+        if active_noises(dropout.params) and not initializing:
+            weights = self._framework.weights(self.cell)
+            params = self._framework.check_weights(self.cell, weights)
+            if carry.masks is not None and carry.masks.params is not None:
+                params = _restrict(params, carry.masks.params)
+
+        wrapped, is_wrapper = self.cell, isinstance(self.cell, CellWrapper)
+
+        def cell(params: PyTree, carry: PyTree, x: PyTree, **options: Any) -> tuple[PyTree, PyTree]:
+            if is_wrapper:
+                options["deterministic"] = deterministic
+            # Weights that are not disturbed stay where the framework has them.
+            if params is None:
+                return wrapped(carry, x, **options)
+            return self._framework.run_on(wrapped, params, carry, x, **options)
+
+        return run_step(
+            carry,
+            inputs,
+            cell=cell,
+            params=params,
+            dropout=dropout,
+            deterministic=evaluates or (initializing and carry.masks is None),
+            disturb_params=params is not None,
+            values=lambda x: self._values(dropout, carry.cell_carry, jax.tree.map(shape_of, x)),
+        )
+
+    def describe(self, inputs: Any) -> Description:
+        """Describes the noise of the wrapper, as a table; needs no weights and no keys.
+
+        Args:
+          inputs: the input of one step, `[*batch, *features]`, or its `jax.ShapeDtypeStruct`.
+
+        Returns:
+          A `Description`, as `fdc.describe` gives it for the wrapped cell.
+        """
+        x = jax.tree.map(shape_of, inputs)
+        shapes = jax.tree.map(lambda leaf: leaf.shape, x)
+        carry = self._framework.carry_shapes(self.cell, shapes)
+        params = self._framework.params_shapes(self.cell, carry, x)
+        run = self._framework.traceable(self.cell)
+        return describe(params, carry, x, cell=run, dropout=self._dropout(carry))
 
     @property
     def num_feature_axes(self) -> int:
         """The number of feature axes of the wrapped cell's inputs."""
         return self.cell.num_feature_axes
+
+    def _evaluates(self, cell_carry: PyTree, deterministic: bool | None) -> bool:
+        """Whether a sequence needs no key: it evaluates, or its noises do nothing."""
+        evaluates = call_or_default(deterministic, self.deterministic)
+        return evaluates or not active_noises(self._dropout(cell_carry))
 
     def _start(self, rng: jax.Array | None, cell_carry: PyTree, inputs: Any) -> DropoutCarry:
         """The carry of a new sequence; without a key, of one that runs without dropout.
@@ -64,6 +126,7 @@ class CellWrapper:
         for_params = draws_once(dropout.params)
         for_cell = draws_once(dropout.output) or draws_once(dropout.inside)
         failed = None
+        # Hosts tell the inputs' shape and not their dtype, so likely ones are tried.
         for x in guesses(inputs, cell_carry):
             try:
                 params = self._params_shapes(cell_carry, x) if for_params else None
@@ -78,7 +141,7 @@ class CellWrapper:
         raise failed
 
     def _place(self, dropout: RecurrentDropout, cell_carry: PyTree) -> RecurrentDropout:
-        """Places what the user gave for `state` on the carry of the cell."""
+        """Resolves the noise at `state` for the carry of the cell."""
         if isinstance(self.cell, CellWrapper):
             if isinstance(cell_carry, DropoutCarry):
                 cell_carry = cell_carry.cell_carry
@@ -86,17 +149,33 @@ class CellWrapper:
             if placed.state is None:
                 return placed
             return dataclasses.replace(placed, state=DropoutCarry(placed.state, None, None))
-        family: Family = "gru" if is_flax_gru(self.cell) else None
-        if isinstance(self.cell, self._lstm_cells):
-            family = "lstm"
-        return place_state(dropout, cell_carry, family)
+        return self._framework.place(dropout, self.cell, cell_carry)
+
+
+def check_bare(framework: Framework, cell: Any) -> None:
+    """Raises if a layer's cell is not a cell, or holds a wrapper with dropout of its own."""
+    framework.check_cell(cell)
+    for part in framework.parts(cell):
+        if isinstance(part, CellWrapper):
+            holds = "" if part is cell else f"{type(cell).__name__} holds "
+            raise TypeError(
+                f"the cell of RNN must be bare; got {holds}a {type(part).__name__}. Write "
+                f"RNN(cell, dropout), or put the {type(part).__name__} into the stock RNN of Flax."
+            )
+
+
+def _restrict(tree: PyTree, masks: PyTree) -> PyTree:
+    """The part of a tree of weights that has masks."""
+    if not isinstance(tree, dict) or not isinstance(masks, dict):
+        return tree
+    return {name: _restrict(tree[name], mask) for name, mask in masks.items() if name in tree}
 
 
 def guesses(inputs: Any, cell_carry: PyTree) -> Iterable[PyTree]:
     """The inputs of a step, as far as they are known before they come, the likeliest first.
 
     Nobody says their dtype. Most often it is the carry's; tokens are ints. A mask that depends on
-    it is drawn once more where the inputs are something else.
+    it is drawn again if the inputs have another dtype.
     """
     leaves, structure = jax.tree.flatten(inputs, is_leaf=is_shape)
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(cell_carry) if hasattr(leaf, "dtype")]
@@ -120,4 +199,6 @@ def input_shapes(inputs: Any, cell_carry: PyTree) -> PyTree:
 
 def is_shape(node: Any) -> bool:
     """Tells a shape such as `(4, 20)` from a tuple of shapes."""
-    return isinstance(node, tuple) and all(isinstance(dim, int) for dim in node)
+    return isinstance(node, tuple) and all(
+        isinstance(dim, int) or export.is_symbolic_dim(dim) for dim in node
+    )

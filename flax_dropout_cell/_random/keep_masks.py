@@ -25,7 +25,7 @@ def draw_keep_mask(
 
     Args:
       rng: a typed or raw key.
-      keep_prob: the probability of True, a number or a scalar array.
+      keep_prob: the probability of True, a number or an array that broadcasts to `shape`.
       shape: the mask's shape.
 
     Returns:
@@ -33,11 +33,12 @@ def draw_keep_mask(
     """
     if isinstance(keep_prob, Number) and keep_prob in (0, 1):
         return jnp.full(shape, bool(keep_prob))
-    bits = _bits_per_unit(keep_prob)
+    bits = bits_per_unit(keep_prob)
     if bits < 8:
         limit = jnp.uint32(float(keep_prob) * 2**bits)
     else:
         limit = drop_prob_in_24_bits(keep_prob)
+        limit = _limits_of_bytes(limit, shape) if limit.ndim else limit
     return _draw(as_typed(rng), limit, bits, tuple(shape))
 
 
@@ -48,13 +49,14 @@ def _draw(rng: jax.Array, limit: jax.Array, bits: int, shape: tuple[int, ...]) -
     if bits < 8:
         mask = _split_words(draw_words(rng, words_shape), bits) < limit
     else:
-        words = draw_words(rng, words_shape, lambda words: _mark_dropped(words, limit))
+        words = draw_words(rng, words_shape, _mark_dropped, limit)
         mask = _bytes(words) == 0
     # No -1: a batch may have no rows.
     return mask.reshape(*rows, words_shape[-1] * 32 // bits)[..., :units].reshape(shape)
 
 
-def _bits_per_unit(keep_prob: Number | jax.Array) -> int:
+def bits_per_unit(keep_prob: Number | jax.Array) -> int:
+    """The number of random bits of a unit."""
     if isinstance(keep_prob, Number):
         for bits in (1, 2, 4):
             if (float(keep_prob) * 2**bits).is_integer():
@@ -75,14 +77,14 @@ def _bytes(words: jax.Array) -> jax.Array:
     """The four bytes of each word, lowest first, along an axis of their own."""
     if all(isinstance(dim, int) for dim in words.shape):
         return jax.lax.bitcast_convert_type(words, jnp.uint8)
-    # JAX exports no bitcast of a symbolic shape.
+    # JAX cannot export a bitcast of a symbolic shape.
     places = jax.lax.broadcasted_iota(jnp.uint32, (*words.shape, 4), words.ndim)
     return (words[..., None] >> (places * 8)) & 0xFF
 
 
 def drop_prob_in_24_bits(keep_prob: Number | jax.Array) -> jax.Array:
     """`1 - keep_prob` in units of `2**-24`, from 0 to `2**24`."""
-    # Through float32 for numbers too, so that a number and its traced value give one mask.
+    # Numbers are rounded to float32 too, so that a number and a traced array give the same mask.
     if isinstance(keep_prob, Number):
         keep = np.round(np.float32(keep_prob) * np.float32(2**24))
         return jnp.uint32(2**24 - int(keep))
@@ -90,19 +92,36 @@ def drop_prob_in_24_bits(keep_prob: Number | jax.Array) -> jax.Array:
     return jnp.uint32(2**24) - jnp.clip(keep, 0, 2**24).astype(jnp.uint32)
 
 
+def _limits_of_bytes(limits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Limits that broadcast to a mask's shape, for the bytes of its words: `[..., words, 4]`."""
+    limits = limits.reshape((1,) * (len(shape) - limits.ndim) + limits.shape)
+    limits = jnp.broadcast_to(limits, (*limits.shape[:-1], shape[-1]))
+    padding = [(0, 0)] * (limits.ndim - 1) + [(0, -shape[-1] % 4)]
+    return jnp.pad(limits, padding).reshape(*limits.shape[:-1], -1, 4)
+
+
 def _mark_dropped(words: jax.Array, drop: jax.Array) -> jax.Array:
     """Sets each byte of `words` to 1 with probability `drop / 2**24`, and to 0 otherwise.
 
-    A byte is dropped where adding `drop` to the number of three bytes that it starts carries out.
-    Two bytes of a word are computed at a time, each with a byte of room above it.
+    `drop` is one number for all bytes, or has one for each, `[..., words, 4]`.
+    Each byte starts a number of three bytes, and is dropped if adding `drop` to that number
+    overflows. Two bytes of a word are computed at a time, each with a byte of room above it.
     """
     second, third = _later_digits(words)
     digits = ((third, drop & 0xFF), (second, (drop >> 8) & 0xFF), (words, drop >> 16))
 
+    def pair(summand: jax.Array, shift: int) -> jax.Array:
+        """The summands of the two bytes of a word that are `shift` and `shift + 16` bits up."""
+        if summand.ndim == 0:
+            return summand * 0x00010001
+        both = summand[..., shift // 8] | (summand[..., shift // 8 + 2] << 16)
+        # Under `jax.vmap` the words of many keys come at once, with dims in front.
+        return both.reshape((1,) * (words.ndim - both.ndim) + both.shape)
+
     def carry_out(shift: int) -> jax.Array:
         carry = jnp.zeros_like(words)
         for digit, summand in digits:
-            total = ((digit >> shift) & 0x00FF00FF) + summand * 0x00010001 + carry
+            total = ((digit >> shift) & 0x00FF00FF) + pair(summand, shift) + carry
             carry = (total >> 8) & 0x00010001
         return carry
 
@@ -112,9 +131,10 @@ def _mark_dropped(words: jax.Array, drop: jax.Array) -> jax.Array:
 def _later_digits(words: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The second and third digit, in base 256, of the numbers that the bytes of a word start.
 
-    They matter only where the first leaves it open, once in 256 times, and so may be made of the
-    word's other bytes: byte i starts the number `(b[i], b[i+1] ^ b[i+2], b[i+1] ^ b[i+3])`, with
-    indices mod 4. Each number is uniform, and the first two digits of any two are independent.
+    They matter only if the first digit does not decide, once in 256 times, so they may be made of
+    the word's other bytes: byte i starts the number `(b[i], b[i+1] ^ b[i+2], b[i+1] ^ b[i+3])`,
+    with indices mod 4. Each number is uniform, and the first two digits of any two are
+    independent.
     """
     return _rotate(words, 8) ^ _rotate(words, 16), _rotate(words, 8) ^ _rotate(words, 24)
 

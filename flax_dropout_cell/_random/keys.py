@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._shown import shown
+from .._messages import must_be
 from .threefry import threefry_2x32
 
 # Steps stay below the first site, so a mask for the sequence never shares a key with one for a
@@ -37,12 +37,12 @@ def leaf_rng(rng: jax.Array, site: str, index: int, *, inside: str | None = None
 
 
 def name_hash(name: str) -> int:
-    """What a site inside a cell is numbered by: the same on every machine."""
+    """The number of a site inside a cell: a hash of its name, the same on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 def nested_rng(rng: jax.Array, depth: int) -> jax.Array:
-    """A wrapper's own key, where wrappers in one another are given equal ones: by those inside."""
+    """A wrapper's own key, by the number of wrappers inside it: nested ones get equal keys."""
     return rng if depth == 0 else fold_in(rng, np.uint32(_FIRST_SITE + _NESTED * 2**28 + depth))
 
 
@@ -52,12 +52,12 @@ def step_rng(rng: jax.Array, step: int | np.integer | jax.Array) -> jax.Array:
 
 
 def as_rng(rng: Any) -> jax.Array | None:
-    """Checks and types a key, once, at the door: None stays None.
+    """Checks a key and gives it a type; None stays None.
 
-    To be done outside of a `jit`, which forgets which PRNG is the default.
+    Call it outside of `jit`: a raw key inside a jitted function no longer knows the default PRNG.
 
     Raises:
-      TypeError: it is neither one key, typed or raw, nor None.
+      TypeError: if it is neither one key, typed or raw, nor None.
     """
     if rng is None:
         return None
@@ -67,10 +67,7 @@ def as_rng(rng: Any) -> jax.Array | None:
     else:
         is_key = dtype == jnp.uint32 and shape in ((2,), (4,))
     if not is_key:
-        raise TypeError(
-            f"rng must be one key, such as jax.random.key(0), or None for evaluation; "
-            f"got {shown(rng)}."
-        )
+        raise TypeError(must_be("rng", "one key, such as jax.random.key(0), or None", rng))
     return as_typed(rng)
 
 

@@ -8,9 +8,14 @@ _PARITY = 0x1BD11BDA
 
 
 def threefry_2x32(key: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds (Salmon et al. 2011) of the blocks `(0, counts)`."""
-    keys = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))
-    left, right = jnp.full_like(counts, keys[0]), counts + keys[1]
+    """Threefry-2x32 with 20 rounds (Salmon et al. 2011) of the blocks `(0, counts)`.
+
+    Many keys, `[.., 2]`, broadcast against the counts.
+    """
+    first, second = key[..., 0], key[..., 1]
+    # The third key is not zero even if both words are.
+    keys = (first, second, first ^ second ^ jnp.uint32(_PARITY))
+    left, right = jnp.zeros_like(counts) + first, counts + second
     for group in range(5):
         for rotation in _ROTATIONS[group % 2]:
             left += right

@@ -5,16 +5,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._inside import active, undisturbed
+from .disturb import active, undisturbed
+from .family import CellSite, Family
 from .gates import (
     Activation,
     Disturb,
     add_bias,
     check_shapes,
-    copy_per_gate,
+    gates_matmul,
     init_kernels,
-    read_apart,
-    read_together,
     row,
 )
 
@@ -23,8 +22,8 @@ class GRUParams(NamedTuple):
     """A GRU's weights. Gates stand side by side in the order r, z, n.
 
     Attributes:
-      input_kernel: `[in_features, 3 * features]`, what the gates read x with.
-      recurrent_kernel: `[features, 3 * features]`, what they read h with.
+      input_kernel: `[in_features, 3 * features]`, multiplied with x.
+      recurrent_kernel: `[features, 3 * features]`, multiplied with h.
       bias: `[3 * features]`.
       recurrent_bias: `[features]`, a second bias of n, which the reset gate scales along with
         what n reads of h; None for a GRU without, such as `nnx.GRUCell`.
@@ -80,21 +79,21 @@ def gru_cell(
     - `candidate`: n, after its tanh.
     - `hidden`: `h'`, emitted and carried on; `previous` is h.
 
-    A step is one matrix product for x and one for h, for the reset gate stands between the two;
-    each is batched over the gates where its `*_per_gate` site has noise.
+    A step has two matrix products for x and two for h: one for r and z, and one for n, because the
+    reset gate scales n's product with h. If a `*_per_gate` site has noise, each gate has its own.
 
     Args:
       params: `GRUParams`.
       carry: h, `[*batch, features]`, with any number of batch dims.
       x: `[*batch, in_features]`.
-      disturb: what is called at each site, `disturb(site, value, previous=None) -> value`.
+      disturb: called at each site, `disturb(site, value, previous=None) -> value`.
 
     Returns:
       `(h, y)`: the new h, twice, with the dtype of the old.
 
     Raises:
-      TypeError: the carry is no array.
-      ValueError: the shapes of weights, carry and x do not fit together.
+      TypeError: if the carry is not an array.
+      ValueError: if the shapes of weights, carry and x do not fit together.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -116,26 +115,56 @@ def gru_step(
     activation_fn: Activation,
 ) -> tuple[jax.Array, jax.Array]:
     """`gru_cell` with any activations, as Flax's cells have them."""
-    if not hasattr(carry, "shape"):
-        raise TypeError(f"gru_cell carries h alone, an array, got {type(carry).__name__}.")
     h = carry
     check_shapes("gru_cell", params, h, x, 3)
     read_h = disturb("recurrent", h.astype(x.dtype))
-    of_x = _read("input_per_gate", x, params.input_kernel, disturb)
-    of_h = _read("recurrent_per_gate", read_h, params.recurrent_kernel, disturb)
-    x_r, x_z, x_n = add_bias(of_x, params.bias)
-    h_r, h_z, h_n = of_h
+    r, z, x_n, h_n = _read(params, x, read_h, disturb)
     if params.recurrent_bias is not None:
         h_n = h_n + row(params.recurrent_bias, h_n)
-    n = disturb("candidate", activation_fn(x_n + gate_fn(x_r + h_r) * h_n))
-    # The carry keeps its dtype, as a scan needs, where weights and inputs are narrower.
-    z, n = gate_fn(x_z + h_z).astype(h.dtype), n.astype(h.dtype)
+    n = disturb("candidate", activation_fn(x_n + gate_fn(r) * h_n))
+    # A scan needs a carry that keeps its dtype, even if weights and inputs are narrower.
+    z, n = gate_fn(z).astype(h.dtype), n.astype(h.dtype)
     new_h = disturb("hidden", (1 - z) * n + z * h, h)
     return new_h, new_h
 
 
-def _read(site: str, value: jax.Array, kernel: jax.Array, disturb: Disturb) -> list[jax.Array]:
-    """What the three gates read of x, or of h."""
-    if active(disturb, site):
-        return read_apart([copy_per_gate(disturb, site, value, 3)], [kernel], 3)
-    return read_together(value, kernel, 3)
+def _read(params: GRUParams, x: jax.Array, h: jax.Array, disturb: Disturb) -> list[jax.Array]:
+    """The sums for r and z, and n's products with x and with h, before the activations."""
+    # Both are asked, so that whoever lists a cell's sites sees both.
+    sites = [active(disturb, site) for site in ("input_per_gate", "recurrent_per_gate")]
+    if any(sites):
+        of_x = gates_matmul(disturb, "input_per_gate", x, params.input_kernel, 3)
+        of_h = gates_matmul(disturb, "recurrent_per_gate", h, params.recurrent_kernel, 3)
+        (x_r, x_z, x_n), (h_r, h_z, h_n) = add_bias(of_x, params.bias), of_h
+        return [x_r + h_r, x_z + h_z, x_n, h_n]
+    # Products that are added up are computed together, and no others: a loop then keeps their
+    # cotangent once, and of `h @ recurrent_kernel` only n's part for the gradient.
+    both = 2 * h.shape[-1]
+    (x_kernel, x_kernel_n), (h_kernel, h_kernel_n), (bias, bias_n) = (
+        jnp.split(weights, [both], axis=-1) for weights in params[:3]
+    )
+    gates = x @ x_kernel + h @ h_kernel
+    r, z = jnp.split(gates + row(bias, gates), 2, axis=-1)
+    x_n = x @ x_kernel_n
+    return [r, z, x_n + row(bias_n, x_n), h @ h_kernel_n]
+
+
+GRU = Family(
+    "a GRU",
+    cell=gru_cell,
+    sites=(
+        CellSite("recurrent"),
+        CellSite("input_per_gate"),
+        CellSite("recurrent_per_gate"),
+        CellSite("candidate"),
+        CellSite("hidden", carried=True, leaky=True),
+    ),
+    modules=("GRUCell",),
+)
+
+MGU = Family(
+    "an MGU",
+    cell=None,
+    sites=(CellSite("hidden", carried=True, leaky=True),),
+    modules=("MGUCell",),
+)

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._inside import active, undisturbed
+from .disturb import active, undisturbed
+from .family import CellSite, Family
 from .gates import (
     Activation,
     Disturb,
     add_bias,
     check_shapes,
-    copy_per_gate,
+    gates_matmul,
     init_kernels,
-    read_apart,
-    read_together,
+    row,
 )
 
 
@@ -23,8 +23,8 @@ class LSTMParams(NamedTuple):
     """An LSTM's weights. Gates stand side by side in the order i, f, g, o.
 
     Attributes:
-      input_kernel: `[in_features, 4 * features]`, what the gates read x with.
-      recurrent_kernel: `[features, 4 * features]`, what they read h with.
+      input_kernel: `[in_features, 4 * features]`, multiplied with x.
+      recurrent_kernel: `[features, 4 * features]`, multiplied with h.
       bias: `[4 * features]`.
     """
 
@@ -34,10 +34,10 @@ class LSTMParams(NamedTuple):
 
 
 class LSTMState(NamedTuple):
-    """An LSTM's carry, in Flax's order; a plain `(c, h)` does as well.
+    """An LSTM's carry, in Flax's order; a plain `(c, h)` works too.
 
     Attributes:
-      c: the memory, `[*batch, features]`.
+      c: the cell state, or memory, `[*batch, features]`.
       h: the last output, `[*batch, features]`.
     """
 
@@ -89,22 +89,22 @@ def lstm_cell(
     - `memory`: `c'`, before the output gate reads it, and carried on; `previous` is c.
     - `hidden`: `h'`, emitted and carried on; `previous` is h.
 
-    A step is one matrix product, or one batched over the gates where a `*_per_gate` site has
-    noise.
+    A step has one matrix product for x and one for h. If a `*_per_gate` site has noise, each gate
+    has its own.
 
     Args:
       params: `LSTMParams`.
       carry: `LSTMState(c, h)` or a plain `(c, h)`, each `[*batch, features]`, with any number of
         batch dims.
       x: `[*batch, in_features]`.
-      disturb: what is called at each site, `disturb(site, value, previous=None) -> value`.
+      disturb: called at each site, `disturb(site, value, previous=None) -> value`.
 
     Returns:
       `(carry, y)`: the carry as it came, LSTMState or tuple, with its dtypes; y is the new h.
 
     Raises:
-      TypeError: the carry is no `(c, h)`.
-      ValueError: the shapes of weights, carry and x do not fit together.
+      TypeError: if the carry is not a `(c, h)`.
+      ValueError: if the shapes of weights, carry and x do not fit together.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -131,7 +131,7 @@ def lstm_step(
     check_shapes("lstm_cell", params, h, x, 4)
     i, f, g, o = _read(params, x, h.astype(x.dtype), disturb)
     g = disturb("candidate", activation_fn(g))
-    # The carry keeps its dtype, as a scan needs, where weights and inputs are narrower.
+    # A scan needs a carry that keeps its dtype, even if weights and inputs are narrower.
     i, f, g = (part.astype(c.dtype) for part in (gate_fn(i), gate_fn(f), g))
     new_c = disturb("memory", f * c + i * g, c)
     new_h = (gate_fn(o).astype(c.dtype) * activation_fn(new_c)).astype(h.dtype)
@@ -141,17 +141,18 @@ def lstm_step(
 
 
 def _read(params: LSTMParams, x: jax.Array, h: jax.Array, disturb: Disturb) -> list[jax.Array]:
-    """What the four gates read, before their activations."""
+    """The sums of the four gates, before their activations."""
     h = disturb("recurrent", h)
-    kernels = params.input_kernel, params.recurrent_kernel
     # Both are asked, so that whoever lists a cell's sites sees both.
     sites = [active(disturb, site) for site in ("input_per_gate", "recurrent_per_gate")]
     if any(sites):
-        x = copy_per_gate(disturb, "input_per_gate", x, 4)
-        h = copy_per_gate(disturb, "recurrent_per_gate", h, 4)
-        return add_bias(read_apart([x, h], kernels, 4), params.bias)
-    read = read_together(jnp.concatenate([x, h], axis=-1), jnp.concatenate(kernels), 4)
-    return add_bias(read, params.bias)
+        of_x = gates_matmul(disturb, "input_per_gate", x, params.input_kernel, 4)
+        of_h = gates_matmul(disturb, "recurrent_per_gate", h, params.recurrent_kernel, 4)
+        return add_bias([a + b for a, b in zip(of_x, of_h, strict=True)], params.bias)
+    # One product of [x, h] would compute the gradient of x along with that of h, even if nobody
+    # wants it. One sum, bias included, gives all three weights the same cotangent to wait for.
+    read = x @ params.input_kernel + h @ params.recurrent_kernel
+    return jnp.split(read + row(params.bias, read), 4, axis=-1)
 
 
 def _check_carry(carry: Any) -> tuple[jax.Array, jax.Array]:
@@ -159,13 +160,23 @@ def _check_carry(carry: Any) -> tuple[jax.Array, jax.Array]:
         c, h = carry
         if np.shape(c) == np.shape(h):
             return c, h
-        raise ValueError(
-            f"lstm_cell wants c and h of one shape, got {list(np.shape(c))} and "
-            f"{list(np.shape(h))}."
-        )
+        got = f"{list(np.shape(c))} and {list(np.shape(h))}"
+        raise ValueError(f"lstm_cell takes c and h of one shape, got {got}.")
     # Another NamedTuple may well hold (h, c), as Haiku's does.
     got = f"an array {list(np.shape(carry))}" if hasattr(carry, "shape") else type(carry).__name__
-    raise TypeError(
-        f"lstm_cell carries LSTMState(c, h) or a plain (c, h), got {got}; write "
-        f"LSTMState(c=.., h=..)."
-    )
+    raise TypeError(f"lstm_cell carries LSTMState(c=.., h=..) or a plain (c, h), got {got}.")
+
+
+LSTM = Family(
+    "an LSTM",
+    cell=lstm_cell,
+    sites=(
+        CellSite("recurrent"),
+        CellSite("input_per_gate"),
+        CellSite("recurrent_per_gate"),
+        CellSite("candidate"),
+        CellSite("memory", carried=True, leaky=True),
+        CellSite("hidden", carried=True),
+    ),
+    modules=("LSTMCell", "OptimizedLSTMCell", "ConvLSTMCell"),
+)

@@ -9,12 +9,22 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 
-from .._inside import undisturbed
+from .._flax.linear_cells import (
+    LinearParams,
+    check_params,
+    has_no_weights,
+    params_of,
+    wrong_variables,
+    wrong_weights,
+)
+from ..cells.disturb import undisturbed
 from ..cells.gates import Disturb
 from ..cells.gru import GRUParams, gru_step
 from ..cells.lstm import LSTMParams, lstm_step
+from .linear_cells import LinearCell
 
 PyTree = Any
+Params = LSTMParams | GRUParams | LinearParams
 
 
 class _Weights(nn.Module):
@@ -37,8 +47,8 @@ class LSTMCell(nn.OptimizedLSTMCell):
     """`nn.LSTMCell` with sites inside: `lstm_cell` under Flax's names.
 
     Weights of `nn.LSTMCell` and `nn.OptimizedLSTMCell` load as they are, and `init` makes the
-    same ones from the same key. A step is one matrix product. It draws nothing of its own: noise
-    at its sites comes from `RecurrentDropout(inside={site: ..})`; `fdc.lstm_cell` lists them.
+    same ones from the same key. It draws nothing of its own: noise at its sites comes from
+    `RecurrentDropout(inside={site: ..})`; `fdc.lstm_cell` lists them.
 
     Args:
       features: the size of c and h. The other fields are those of `nn.OptimizedLSTMCell`:
@@ -65,12 +75,13 @@ class LSTMCell(nn.OptimizedLSTMCell):
         Args:
           carry: `(c, h)`, or `LSTMState(c, h)`, each `[*batch, features]`.
           inputs: `[*batch, in_features]`.
-          disturb: what is called at each site inside.
+          disturb: called at each site inside.
 
         Returns:
           `(carry, y)`: the carry as it came; y is the new h.
         """
         in_features, features = jnp.shape(inputs)[-1], self.features
+        # One after the other, as Flax makes them, for then the same key gives the same weights.
         kernels, recurrent_kernels, biases = [], [], []
         for gate in "ifgo":
             kernel, _ = _weights(self, f"i{gate}", in_features, self.kernel_init, None)
@@ -90,8 +101,8 @@ class GRUCell(nn.GRUCell):
     """`nn.GRUCell` with sites inside: `gru_cell` under Flax's names.
 
     Weights of `nn.GRUCell` load as they are, and `init` makes the same ones from the same key.
-    A step is one matrix product for x and one for h. It draws nothing of its own: noise at its
-    sites comes from `RecurrentDropout(inside={site: ..})`; `fdc.gru_cell` lists them.
+    It draws nothing of its own: noise at its sites comes from
+    `RecurrentDropout(inside={site: ..})`; `fdc.gru_cell` lists them.
 
     Args:
       features: the size of h. The other fields are those of `nn.GRUCell`: gate_fn,
@@ -118,7 +129,7 @@ class GRUCell(nn.GRUCell):
         Args:
           carry: h, `[*batch, features]`.
           inputs: `[*batch, in_features]`.
-          disturb: what is called at each site inside.
+          disturb: called at each site inside.
 
         Returns:
           `(h, y)`: the new h, twice.
@@ -150,12 +161,12 @@ def _weights(
     return _Weights(shape, kernel_init, bias_init, cell.param_dtype, name=name)()
 
 
-def cell_params(params: LSTMParams | GRUParams, cell: nn.RNNCellBase) -> dict[str, Any]:
+def cell_params(params: Params, cell: nn.RNNCellBase) -> dict[str, Any]:
     """Converts this library's weights to a linen cell's variables.
 
     Args:
-      params: `LSTMParams` or `GRUParams`.
-      cell: an `LSTMCell` or `GRUCell` of this library or of Flax, or `nn.OptimizedLSTMCell`.
+      params: `LSTMParams`, `GRUParams`, or those of a linear cell.
+      cell: a cell of this library, an `LSTMCell` or `GRUCell` of Flax, or `nn.OptimizedLSTMCell`.
 
     Returns:
       The variables, `{"params": {..}}`, for `cell.apply`.
@@ -173,18 +184,15 @@ def cell_params(params: LSTMParams | GRUParams, cell: nn.RNNCellBase) -> dict[st
       >>> variables["params"]["ii"]["kernel"].shape
       (3, 8)
     """
+    if isinstance(cell, LinearCell):
+        check_params(params, cell.shapes(params.input_kernel.shape[0]), cell)
+        return {"params": params._asdict()}
     wanted = _kind(cell)
     if not isinstance(params, wanted):
-        raise TypeError(
-            f"the weights of {type(cell).__name__} are {wanted.__name__}, "
-            f"got {type(params).__name__}."
-        )
+        raise wrong_weights(cell, wanted, params)
     features = params.recurrent_kernel.shape[0]
     if features != cell.features:
-        raise ValueError(
-            f"the cell has {cell.features} features, but recurrent_kernel "
-            f"{list(params.recurrent_kernel.shape)} is for {features}."
-        )
+        raise ValueError(f"the cell has {cell.features} features, but the weights {features}.")
     gates = "ifgo" if wanted is LSTMParams else "rzn"
     inputs = jnp.split(params.input_kernel, len(gates), -1)
     recurrent = jnp.split(params.recurrent_kernel, len(gates), -1)
@@ -199,19 +207,19 @@ def cell_params(params: LSTMParams | GRUParams, cell: nn.RNNCellBase) -> dict[st
     return {"params": found}
 
 
-def core_params(variables: Mapping[str, Any], cell: nn.RNNCellBase) -> LSTMParams | GRUParams:
+def core_params(variables: Mapping[str, Any], cell: nn.RNNCellBase) -> Params:
     """Converts a linen cell's variables to this library's weights; undoes `cell_params`.
 
     Args:
       variables: the cell's variables, `{"params": {..}}`.
-      cell: an `LSTMCell` or `GRUCell` of this library or of Flax, or `nn.OptimizedLSTMCell`.
+      cell: a cell of this library, an `LSTMCell` or `GRUCell` of Flax, or `nn.OptimizedLSTMCell`.
 
     Returns:
-      `LSTMParams` or `GRUParams`. `lstm_cell` and `gru_cell` have Flax's default activations,
-      whatever the cell's are.
+      `LSTMParams`, `GRUParams`, or those of a linear cell. `lstm_cell` and `gru_cell` have Flax's
+      default activations, whatever the cell's are.
 
     Raises:
-      TypeError: there are no such weights for the cell.
+      TypeError: if the weights are not of the cell's kind.
       ValueError: the variables are not this cell's.
 
     Example:
@@ -224,15 +232,14 @@ def core_params(variables: Mapping[str, Any], cell: nn.RNNCellBase) -> LSTMParam
       >>> params.input_kernel.shape, params.recurrent_bias.shape
       ((3, 24), (8,))
     """
+    params = nn.unbox(variables).get("params", {})
+    if isinstance(cell, LinearCell):
+        return params_of(params, cell.shapes(1), cell)
     kind = _kind(cell)
     gates = "ifgo" if kind is LSTMParams else "rzn"
     names = [side + gate for side in "ih" for gate in gates]
-    params = nn.unbox(variables).get("params", {})
     if not set(names) <= set(params):
-        raise ValueError(
-            f"{type(cell).__name__} has the weights {', '.join(names)}; variables['params'] has "
-            f"{', '.join(params) or 'none'}."
-        )
+        raise wrong_variables(cell, names, params)
 
     def join(side: str, leaf: str) -> jax.Array:
         return jnp.concatenate([params[side + gate][leaf] for gate in gates], axis=-1)
@@ -248,7 +255,4 @@ def _kind(cell: nn.RNNCellBase) -> type[LSTMParams] | type[GRUParams]:
         return LSTMParams
     if isinstance(cell, nn.GRUCell):
         return GRUParams
-    raise TypeError(
-        f"only LSTMCell, OptimizedLSTMCell and GRUCell have such weights, "
-        f"got {type(cell).__name__}."
-    )
+    raise has_no_weights(cell)

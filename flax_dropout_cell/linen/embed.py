@@ -1,4 +1,4 @@
-"""`Embed`: linen's embedding, from which whole word types are dropped."""
+"""`Embed`: linen's embedding with dropout of whole word types."""
 
 from typing import Any
 
@@ -7,24 +7,27 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from .._embedding import check_embed, embedding_dropout
-from .constant_fields import ConstantFields
+from .._flax.call import call_or_default
+from .._flax.compat import ConstantFields
+from .._training.embedding import check_embed, embedding_dropout
+from ..noises.dropout import Dropout
+from .streams import dropout_key
 
 
 class Embed(nn.Module):
-    """`nn.Embed` with `flax_dropout_cell.embedding_dropout`: whole word types are dropped.
+    """`nn.Embed` with dropout of whole word types, as `fdc.embedding_dropout` does it.
 
     In training a call reads the `dropout` stream once, for all of its ids; `init` and evaluation
-    need none. To make windows of one sequence agree, give their calls one key as `rng`. The table
-    has the name that it has in `nn.Embed`, so its weights load as they are.
+    need no stream. Windows of one sequence agree if their calls get the same key as `rng`. The
+    table has the same name as in `nn.Embed`, so checkpoints load unchanged.
 
     Args:
       num_embeddings: the number of word types.
       features: the size of an embedding.
       keep_prob: the probability that a type is kept, as in `embedding_dropout`.
-      per_example: each row of the ids drops types of its own, instead of the same for all rows.
-      deterministic: True is evaluation. What is given at the call wins.
-      dtype: the dtype of the result; None is the table's. Only rows are cast, not the table.
+      per_example: if True, each row of the ids drops types of its own.
+      deterministic: if True, this is evaluation. The argument at the call takes precedence.
+      dtype: the dtype of the result; the table's if None. Only the rows are cast, not the table.
       param_dtype: the dtype of the table.
       embedding_init: how the table is initialized; the default is that of `nn.Embed`.
 
@@ -63,27 +66,28 @@ class Embed(nn.Module):
         deterministic: bool | None = None,
         rng: jax.Array | None = None,
     ) -> jax.Array:
-        """Looks ids up, in training with dropout.
+        """Looks up ids, with dropout in training.
 
         Args:
-          inputs: integers of any shape, `[batch, ...]` where `per_example`.
-          deterministic: True is evaluation; None is as the module has it.
+          inputs: integers of any shape; `[batch, ...]` with `per_example`.
+          deterministic: if True, this is evaluation. None uses the module's own setting.
           rng: the key to draw from, instead of the `dropout` stream.
 
         Returns:
           `[*inputs.shape, features]`.
 
         Raises:
-          ValueError: neither `rng` nor a `dropout` stream, and this is neither evaluation nor
-            `init`.
+          ValueError: in training, if there is neither `rng` nor a `dropout` stream.
         """
         if self.num_embeddings == 1:  # as nn.Embed has it: any id is the only type
             inputs = jnp.zeros_like(inputs)
-        evaluate = self.deterministic if deterministic is None else deterministic
+        # A keep_prob of 1 needs no stream, as a spec whose noises do nothing needs none.
+        evaluate = call_or_default(deterministic, self.deterministic)
+        evaluate = evaluate or Dropout(keep_prob=self.keep_prob).is_identity
         rows = embedding_dropout(
             self.embedding,
             inputs,
-            None if evaluate else self._call_rng(rng),
+            None if evaluate else dropout_key(self, rng, "Embed"),
             keep_prob=self.keep_prob,
             per_example=self.per_example,
         )
@@ -100,15 +104,3 @@ class Embed(nn.Module):
         """
         query, table = promote_dtype(query, self.embedding, dtype=self.dtype)
         return jnp.dot(query, table.T)
-
-    def _call_rng(self, rng: jax.Array | None) -> jax.Array | None:
-        if rng is not None:
-            return rng
-        if self.has_rng("dropout"):
-            return self.make_rng("dropout")
-        if self.is_initializing():
-            return None
-        raise ValueError(
-            "Embed needs a 'dropout' stream in training: pass rngs={'dropout': key} to apply or "
-            "rng=key at the call, or evaluate with deterministic=True."
-        )

@@ -5,27 +5,93 @@ from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
+import jax
 from flax import errors, serialization, traverse_util
+from flax.core import unfreeze
 
+from .._flax.compat import copy_into, has_drawn, scope_at
 from .._flax.layer import refuse_state
-from .._sites import PyTree
+from .._spec.recurrent_dropout import PyTree
 
 
-def pure_cell(cell: nn.RNNCellBase) -> tuple[PyTree, Any]:
-    """A bound cell's weights, and the cell as a function of them."""
-    free, _ = cell.unbind()
-    variables = nn.unbox(_variables(cell, {}))
-    params = variables.pop("params", {})
+class LinenPureCell:
+    """A bound cell as a function of its weights.
 
-    def run(params: PyTree, carry: PyTree, x: PyTree, **options: Any) -> tuple[PyTree, PyTree]:
+    It runs in a scope with the path and the streams of the cell's own scope, so that errors, tables
+    and captured values show the cell's path. The weights are its argument. Other effects of the
+    cell cannot be part of a pure function: drawing and writing raise, and sown values are
+    collected.
+
+    Attributes:
+      params: the cell's weights.
+    """
+
+    def __init__(self, cell: nn.RNNCellBase) -> None:
+        self._cell = cell
+        self._scope: Any = cell.scope
+        self._free, _ = cell.unbind()
+        variables = nn.unbox(_variables(cell, {}))
+        self.params: PyTree = variables.pop("params", {})
+        self._variables = {
+            name: tree for name, tree in variables.items() if not _is_sown(name, tree)
+        }
+
+    @property
+    def collects(self) -> bool:
+        """Whether the call's `mutable` may ask for values that the cell sows."""
+        return self._scope.mutable is not False and not self._cell.is_initializing()
+
+    def __call__(
+        self, params: PyTree, carry: PyTree, x: PyTree, **options: Any
+    ) -> tuple[PyTree, PyTree]:
+        """One step; with `collects`, the output is `(y, sown)`."""
+        cell, variables = self._cell, {"params": params, **self._variables}
+        mutable = self._scope.mutable if self.collects else False
         try:
-            return free.apply({"params": params, **variables}, carry, x, **options)
+            with scope_at(self._scope, variables, mutable).temporary() as scope:
+                free = copy_into(scope, self._free)
+                carry, y = free(carry, x, **options)
+                drew, written = has_drawn(scope), scope.mutable_variables()
         except errors.InvalidRngError:
-            raise refuse_state(cell, "draws from an rng stream") from None
+            carry, y, drew, written = None, None, True, {}
         except errors.ModifyScopeVariableError:
             raise refuse_state(cell, "writes a variable") from None
+        if drew:
+            # A key from outside of the scan would be the same at every step.
+            raise refuse_state(cell, "draws from an rng stream")
+        return carry, (y, _sown(cell, variables, written)) if self.collects else y
 
-    return params, run
+    def put_back(self, sown: PyTree) -> None:
+        """Gives sown values to the cell's own scope, each stacked over time."""
+        for collection, tree in sown.items():
+            for name, new in tree.items():
+                old = self._scope.get_variable(collection, name, {})
+                self._scope.put_variable(collection, name, _appended(unfreeze(old), new))
+
+
+def _is_sown(collection: str, tree: PyTree) -> bool:
+    """Whether a collection holds sown values: tuples, to which each `sow` appends."""
+    entries = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, tuple))
+    return collection == "intermediates" or all(isinstance(entry, tuple) for entry in entries)
+
+
+def _sown(cell: nn.RNNCellBase, before: PyTree, written: PyTree) -> PyTree:
+    """The collections that a step has sown; raises if it has written any other."""
+    sown = {}
+    for collection, tree in unfreeze(written).items():
+        old = jax.tree.leaves(before.get(collection, {}))
+        if list(map(id, jax.tree.leaves(tree))) == list(map(id, old)):
+            continue
+        if not _is_sown(collection, tree):
+            raise refuse_state(cell, "writes a variable")
+        sown[collection] = tree
+    return sown
+
+
+def _appended(old: PyTree, new: PyTree) -> PyTree:
+    if isinstance(new, dict):
+        return {**old, **{name: _appended(old.get(name, {}), tree) for name, tree in new.items()}}
+    return (*(old or ()), *new)
 
 
 def _variables(module: nn.Module, seen: dict[int, None]) -> dict[str, Any]:

@@ -1,46 +1,48 @@
 """`RNN`: a linen cell over whole sequences, under recurrent dropout."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 
-from .._describe import Description
 from .._flax.first_carry import naming_carry
 from .._flax.layer import (
     Call,
-    check_layer_dropout,
-    choose,
+    check_one_step,
     describe_layer,
+    needs_key,
+    plot_layer,
     read_layout,
-    refuse_as_cell,
-    refuse_wrapper,
     run_layer,
 )
-from .._flax.wrapper import CellWrapper
-from .._leaky import Family
+from .._flax.wrapper import check_bare
+from .._inspect.describe import Description
 from .._random.keys import as_rng
-from .._sites import PyTree, RecurrentDropout
-from .dropout_cell import check_cell
-from .functional import parts_of, pure_cell
+from .._spec.recurrent_dropout import PyTree, RecurrentDropout
+from .._step.checks import check_dropout
+from .framework import LINEN
+from .streams import dropout_key
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class RNN(nn.Module):
     """`nn.RNN` under recurrent dropout: any cell over whole sequences.
 
     In training a call reads the `dropout` stream once, or takes `rng`; from that key variational
-    masks are drawn once and per-step masks at each step. `init` and evaluation need no key. A
-    call is a window: it draws new masks, on whatever carry it starts from (Gal and Ghahramani
-    2016, arXiv:1512.05287, section 4).
+    masks are drawn once and per-step masks at each step. `init` and evaluation need no key. Each
+    call draws new masks, whichever carry it starts from (Gal and Ghahramani 2016,
+    arXiv:1512.05287, section 4).
 
-    The weights have the names that they have in `nn.RNN(cell)`, so its checkpoints load as they
-    are. The carry is the cell's own. Outputs on padding are zero, unlike in `nn.RNN`. It goes into
+    Parameters have the same names as in `nn.RNN(cell)`, so its checkpoints load unchanged. The
+    carry is the cell's own. Outputs at padding are zero, unlike in `nn.RNN`. The layer works in
     `nn.Bidirectional`.
 
     Args:
       cell: any `nn.RNNCellBase`, bare.
-      dropout: which noise sits where. One noise for the whole `state` of an LSTM means h.
-      deterministic: True is evaluation. What is given at the call wins, here and below.
+      dropout: the noise at each site. One noise for the whole `state` of an LSTM means h.
+      deterministic: if True, this is evaluation. Arguments at the call take precedence.
       time_major: whether inputs are `[time, *batch, *features]`, not `[*batch, time, *features]`.
       return_carry: whether to return `(carry, outputs)`.
       reverse: whether to run from each sequence's end to its start. Outputs then come in the
@@ -48,9 +50,10 @@ class RNN(nn.Module):
       keep_order: with `reverse`, outputs come in the order of the inputs.
       unroll: as in `jax.lax.scan`.
       checkpoint_every: as in `dropout_scan`.
+      parallel: as in `dropout_scan`.
 
     Raises:
-      TypeError: `cell` is no cell, or has dropout of its own, or `dropout` is no
+      TypeError: if `cell` is not a cell, or has dropout of its own, or `dropout` is not a
         `RecurrentDropout`.
 
     Example:
@@ -77,27 +80,25 @@ class RNN(nn.Module):
     keep_order: bool = False
     unroll: int = 1
     checkpoint_every: int | None = None
+    parallel: bool | None = None
 
     def __post_init__(self) -> None:
-        _check_cell(self.cell)
-        check_layer_dropout(self.dropout)
+        check_bare(LINEN, self.cell)
+        check_dropout(self.dropout)
         super().__post_init__()
-
-    @property
-    def num_feature_axes(self) -> int:
-        """Not for a layer: it is how `nn.RNN` would ask, had it been given one for its cell."""
-        raise refuse_as_cell()
 
     def __call__(
         self,
-        inputs: jax.Array,
+        inputs: PyTree,
         *,
         initial_carry: PyTree = None,
         init_key: jax.Array | None = None,
         seq_lengths: jax.typing.ArrayLike | None = None,
+        valid: jax.typing.ArrayLike | None = None,
         resets: jax.typing.ArrayLike | None = None,
         sequence_ids: jax.typing.ArrayLike | None = None,
-        start: int | jax.Array = 0,
+        start: int | jax.Array | None = None,
+        reset_carry: PyTree = None,
         deterministic: bool | None = None,
         rng: jax.Array | None = None,
         return_carry: bool | None = None,
@@ -108,23 +109,28 @@ class RNN(nn.Module):
         """Runs the cell over the inputs, in training with dropout.
 
         Args:
-          inputs: `[*batch, time, *features]`, or time first with `time_major`.
+          inputs: `[*batch, time, *features]`, or time first with `time_major`; or a pytree of
+            arrays that start with the same axes of batch and time, for a cell that reads one.
           initial_carry: the cell's carry to start from; its `initialize_carry` by default.
           init_key: the key for `initialize_carry`; `jax.random.key(0)` by default.
-          seq_lengths: ints `[*batch]`. Past its length a row's carry stands still and its outputs
-            are zero.
-          resets: bools `[*batch, time]`, with time where the inputs have it. True marks a
-            sequence's first step: the row's carry is that of `initialize_carry` there, and its
-            variational masks are new.
-          sequence_ids: ints `[*batch]`, or shaped like `resets` beside them. A row then draws by
-            its id instead of by its place; equal ids, equal masks.
-          start: the absolute index of the first step. A sequence that is cut into windows, each
-            with the same `rng`, its own `start` and the carry of the one before, gives the uncut
-            result.
-          deterministic: True is evaluation; None is as the layer has it.
-          rng: the key to draw from, instead of the `dropout` stream. Layers that are given one key
+          seq_lengths: ints `[*batch]`. Past its length a row keeps its carry, and its outputs are
+            zero.
+          valid: bools `[*batch, time]`, with the inputs' order of axes, instead of `seq_lengths`,
+            for padding of any pattern. False marks padding.
+          resets: bools `[*batch, time]`, with the inputs' order of axes. True marks a sequence's
+            first step: the row's carry becomes `reset_carry`, and its variational masks are new.
+          sequence_ids: ints `[*batch]`, or with the shape of `resets`. A row then draws by its id
+            instead of by its place. Two sequences with the same id get the same masks.
+          start: the absolute index of the first step, 0 by default. A sequence that is cut into
+            windows, each with the same `rng`, its own `start` and the carry of the one before,
+            gives the uncut result. With `resets` this needs `sequence_ids` too.
+          reset_carry: the carry at a reset, such as a learned first state; by default the carry of
+            `initialize_carry`.
+          deterministic: if True, this is evaluation. None uses the layer's own setting, here and
+            below.
+          rng: the key to draw from, instead of the `dropout` stream. Layers that get the same key
             have equal masks.
-          return_carry: None is as the layer has it; so are the rest.
+          return_carry: see the layer.
           time_major: see the layer.
           reverse: see the layer.
           keep_order: see the layer.
@@ -134,54 +140,48 @@ class RNN(nn.Module):
           `return_carry`.
 
         Raises:
-          ValueError: there is no key to draw from and this is neither evaluation nor `init`, or
-            a shape does not fit.
-          TypeError: `rng` is no key, a dtype does not fit, or the cell draws or writes at each
-            step.
+          ValueError: in training, if there is no key to draw from, or if a shape does not fit.
+          TypeError: if `rng` is not a key, a dtype does not fit, or the cell draws or writes at
+            each step.
         """
+        arguments = locals()  # before any other name is bound here
         if self.scope is None:
             raise ValueError(
                 "RNN was called without its weights: write rnn.apply(variables, inputs, "
                 "rngs={'dropout': key}), or call it inside another module."
             )
-        call = Call.of(
-            self,
-            time_major=time_major,
-            return_carry=return_carry,
-            reverse=reverse,
-            keep_order=keep_order,
-            start=start,
-            seq_lengths=seq_lengths,
-            resets=resets,
-            sequence_ids=sequence_ids,
-        )
-        key = self._key(as_rng(rng), choose(deterministic, self.deterministic))
+        call = Call.of(self, arguments)
+        rng = as_rng(rng)
+        key = dropout_key(self, rng, "RNN") if needs_key(self, deterministic) else None
         layout = read_layout(inputs, self.cell.num_feature_axes, call.time_major)
 
         def make_carry() -> PyTree:
             first = jax.random.key(0) if init_key is None else init_key
-            return self.cell.initialize_carry(first, layout.step_shape)
+            return layout.place(self.cell.initialize_carry(first, layout.step_shape))
 
         carry = make_carry() if initial_carry is None else initial_carry
+        if key is not None:
+            check_one_step(self, call, layout, initial_carry, rng)
         if self.is_initializing():
             with naming_carry(carry, make_carry, layout.shape):
-                self.cell(carry, layout.xs[0])  # makes the weights
-        params, cell = pure_cell(self.cell)
+                self.cell(carry, layout.first)  # makes the weights
+        # The weights are an argument of the scan, which then knows their gradients.
+        cell = LINEN.pure(self.cell)
         return run_layer(
-            params,
+            cell.params,
             carry,
             layout,
             key,
             cell=cell,
-            dropout=self.dropout,
-            family=_family(self.cell),
+            dropout=LINEN.place(self.dropout, self.cell, carry),
             make_carry=make_carry,
             call=call,
+            collect=cell.put_back if cell.collects else None,
         )
 
     @nn.nowrap
     def describe(self, inputs: Any, *, time_major: bool | None = None) -> Description:
-        """Shows what the layer disturbs, as a table; it needs no weights and no keys.
+        """Describes the noise of the layer, as a table; needs no weights and no keys.
 
         Args:
           inputs: inputs, or a `jax.ShapeDtypeStruct` of them.
@@ -201,49 +201,32 @@ class RNN(nn.Module):
           not disturbed: params (10 leaves), state, output
           free sites inside the cell: candidate, hidden, input_per_gate, recurrent_per_gate
         """
-        found: list[Description] = []
-
-        def trace(rng: jax.Array, inputs: Any) -> None:
-            free = self.clone(parent=None)
-            free.init(rng, inputs, choose(time_major, self.time_major), found, method=RNN._describe)
-
-        jax.eval_shape(trace, jax.random.key(0), inputs)
-        return found[0]
-
-    def _describe(self, inputs: jax.Array, time_major: bool, found: list[Description]) -> None:
-        layout = read_layout(inputs, self.cell.num_feature_axes, time_major)
-        carry = self.cell.initialize_carry(jax.random.key(0), layout.step_shape)
-        self.cell(carry, layout.xs[0])  # makes the weights
-        params, cell = pure_cell(self.cell)
-        family = _family(self.cell)
-        found.append(
-            describe_layer(params, carry, layout, cell=cell, dropout=self.dropout, family=family)
-        )
+        return describe_layer(self, LINEN, inputs, time_major)
 
     @nn.nowrap
-    def _key(self, rng: jax.Array | None, evaluate: bool) -> jax.Array | None:
-        if evaluate:
-            return None
-        if rng is not None:
-            return rng
-        if self.has_rng("dropout"):
-            return self.make_rng("dropout")
-        if self.is_initializing():
-            return None
-        raise ValueError(
-            "RNN needs a 'dropout' stream in training: pass rngs={'dropout': key} to apply or "
-            "rng=key at the call, or evaluate with deterministic=True."
+    def plot_masks(
+        self,
+        inputs: Any,
+        rng: jax.Array,
+        *,
+        start: int = 0,
+        row: int = 0,
+        max_units: int = 32,
+        time_major: bool | None = None,
+    ) -> "Figure":
+        """Plots which units one row of a batch keeps and drops over time, as `fdc.plot_masks`.
+
+        Args:
+          inputs: inputs, or a `jax.ShapeDtypeStruct` of them.
+          rng: the key of the call; the masks are those of `layer(inputs, rng=rng)`.
+          start: the absolute index of the first step, 0 by default.
+          row: which row of the batch, counted through all batch dims.
+          max_units: how many units of each array are shown.
+          time_major: see the layer.
+
+        Returns:
+          A matplotlib figure.
+        """
+        return plot_layer(
+            self, LINEN, inputs, rng, time_major, start=start, row=row, max_units=max_units
         )
-
-
-def _family(cell: nn.RNNCellBase) -> Family:
-    if isinstance(cell, nn.LSTMCell | nn.OptimizedLSTMCell | nn.ConvLSTMCell):
-        return "lstm"
-    return "gru" if isinstance(cell, nn.GRUCell | nn.MGUCell) else None
-
-
-def _check_cell(cell: Any) -> None:
-    check_cell(cell)
-    for part in parts_of(cell):
-        if isinstance(part, CellWrapper):
-            refuse_wrapper(cell, part)

@@ -1,43 +1,44 @@
 """TensorFlow's wrapper around linen cells."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 
-from .._flax import tensorflow as tf
 from .._flax.carry import DropoutCarry
-from .._sites import PyTree
-from .dropout_cell import Wrapper, check_cell
+from .._flax.tensorflow import arguments as tf
+from .._spec.recurrent_dropout import PyTree
+from .dropout_cell import Wrapper
+from .framework import LINEN
 
 
 class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
-    """TensorFlow's `tf.nn.RNNCellDropoutWrapper`, for Flax cells: its arguments and their order.
+    """TensorFlow's `tf.nn.RNNCellDropoutWrapper` for linen cells, with the same arguments.
 
-    Variational masks are drawn once per sequence, others at each step, from the `dropout` stream.
+    Masks come from the `dropout` stream: variational ones once per sequence, others at each step.
 
     Args:
       cell: any `nn.RNNCellBase`.
-      input_keep_prob: probability of keeping a unit of the inputs; a number or a traced scalar.
+      input_keep_prob: the probability of keeping a unit of the inputs, a number or a scalar array.
       output_keep_prob: the same for the outputs.
       state_keep_prob: the same for the outgoing state.
-      variational_recurrent: one mask for all steps of a sequence (Gal and Ghahramani 2016,
-        arXiv:1512.05287). Each example has its own; `broadcast_dims=(0,)` gives the whole batch
-        one, as in TensorFlow.
-      input_size: never needed; given, it is checked against what arrives.
-      dtype: never needed; given, it is checked against what arrives.
+      variational_recurrent: whether one mask serves all steps of a sequence (Gal and Ghahramani
+        2016, arXiv:1512.05287). Each example has its own mask; with `broadcast_dims=(0,)` the
+        whole batch shares one, as in TensorFlow.
+      input_size: not needed; if given, the inputs are checked against it.
+      dtype: not needed; if given, the inputs are checked against it.
       seed: folded into the `dropout` stream.
-      dropout_state_filter_visitor: called on the state and then on its parts; it says which get
-        dropout. The default leaves an LSTM's memory c alone.
+      dropout_state_filter_visitor: called on the state and then on its parts; it chooses the
+        parts that get dropout. The default leaves an LSTM's c alone.
       broadcast_dims: dims over which one mask is shared.
-      deterministic: True is evaluation.
+      deterministic: if True, this is evaluation.
 
     Raises:
-      ValueError: a keep_prob is outside [0, 1].
-      TypeError: `cell` is no RNNCell, or an argument has the wrong type.
+      ValueError: if a keep_prob is outside [0, 1].
+      TypeError: if `cell` is not an RNNCell, or an argument has the wrong type.
 
     Example:
       >>> import flax.linen as nn
@@ -69,15 +70,26 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        check_cell(self.cell)
+        LINEN.check_cell(self.cell)
         keep_probs = {name: getattr(self, name) for name in tf.KEEP_PROBS}
         tf.check_arguments(keep_probs, self.seed, self.dropout_state_filter_visitor)
         super().__post_init__()
 
-    def __call__(self, carry: DropoutCarry, inputs: PyTree) -> tuple[DropoutCarry, PyTree]:
-        """One step of the wrapped cell, with noise."""
+    def __call__(
+        self, carry: DropoutCarry, inputs: PyTree, *, deterministic: bool | None = None
+    ) -> tuple[DropoutCarry, PyTree]:
+        """One step of the wrapped cell, with noise.
+
+        Args:
+          carry: this wrapper's carry.
+          inputs: the input of the step.
+          deterministic: if True, this is evaluation. None uses the module's own setting.
+
+        Returns:
+          `(carry, y)`.
+        """
         tf.check_inputs(inputs, self.input_size, self.dtype)
-        return super().__call__(carry, inputs)
+        return super().__call__(carry, inputs, deterministic=deterministic)
 
     @classmethod
     @nn.nowrap
@@ -86,16 +98,16 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
     ) -> "RNNCellDropoutWrapper":
         """Makes the wrapper that `get_config` described.
 
-        A config is data: it names cells of flax.linen and of this library, and functions of
-        arrays such as `jax.nn:relu`. What else it names is refused, and nothing of it is run.
+        A config is data: it may name cells of flax.linen and of this library, and functions of
+        arrays such as `jax.nn:relu`. Any other name is an error, and nothing of it is run.
 
         Args:
-          config: what `get_config` gave.
+          config: a dict that `get_config` returned.
           trusted: modules whose own functions and cells the config may name as well, such as
-            `("my_project",)`. They are imported, and what they define is called.
+            `("my_project",)`. They are imported, and functions that they define are called.
 
         Raises:
-          ValueError: the config is none of a wrapper, or names what it may not.
+          ValueError: if the config is not a wrapper's, or uses a name that is not allowed.
 
         Example:
           >>> import flax.linen as nn
@@ -114,22 +126,8 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
             return tf.feature_shapes(self.input_size, self.cell.num_feature_axes)
         if self.cell.num_feature_axes == 1:
             return (1,)  # a stock cell's sizes do not depend on the width of its input
-        raise ValueError(
-            f"the sizes of {type(self.cell).__name__} depend on its inputs' "
-            f"{self.cell.num_feature_axes} feature axes; give input_size."
-        )
-
-    @nn.nowrap
-    def _state_shapes(self, input_shape: Any) -> PyTree:
-        return jax.eval_shape(
-            lambda rng: self.cell.initialize_carry(rng, input_shape), jax.random.key(0)
-        )
-
-    @nn.nowrap
-    def _parts(self, cell: Any) -> Iterable[Any]:
-        for field in dataclasses.fields(cell):
-            if field.name != "parent":
-                yield from jax.tree.leaves(getattr(cell, field.name, None))
+        axes = f"{self.cell.num_feature_axes} feature axes"
+        raise ValueError(f"sizes of {type(self.cell).__name__} depend on {axes}; give input_size.")
 
     @nn.nowrap
     def _arguments(self, cell: Any) -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""The weights of a linen cell as one tree, and a run of the cell on other weights.
+"""The weights of a linen cell as one tree, and how to run the cell on other weights.
 
-A cell may hold modules that are bound elsewhere, as what is made in a compact method is: their
-weights lie in scopes of their own. In the tree they lie under the name of the field that holds
-them, where they would be if the cell had made them.
+A cell may hold modules that are bound elsewhere, such as one that was made in a compact method.
+Their weights are in scopes of their own. In the tree they are under the name of the field that
+holds them, as if the cell had made them itself.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,55 +15,33 @@ from flax.core import Scope, unfreeze
 from jax.tree_util import tree_leaves_with_path
 
 from .._flax.wrapper import CellWrapper
-from .._sites import PyTree
+from .._spec.recurrent_dropout import PyTree
 
 Path = tuple[str, ...]
 
 
-class Weights(NamedTuple):
-    """The weights of a bound cell.
-
-    Attributes:
-      tree: all of them, unboxed, as plain nested dicts.
-      scopes: for each scope that Flax hands to `nn.map_variables`, its arrays and their paths
-        in `tree`.
-    """
-
-    tree: dict[str, Any]
-    scopes: list[list[tuple[Path, Any]]]
-
-
-def weights_of(cell: nn.Module) -> Weights:
-    """Reads the weights of a bound cell, those of bound modules in its fields included."""
+def weights_of(cell: nn.Module) -> dict[str, Any]:
+    """The weights of a bound cell, unboxed, those of bound modules in its fields included."""
     tree: dict[str, Any] = {}
-    scopes = []
     for path, scope in _outermost(list(_scopes(cell, (), set()))):
-        params: Any = scope.variables().get("params", {})
-        boxed = unfreeze(params)
+        boxed: Any = scope.variables().get("params", {})
+        params = unfreeze(boxed)
         plain = tree
-        for name in path if boxed else ():
+        for name in path if params else ():
             plain = plain.setdefault(name, {})
-        plain.update(nn.unbox(boxed))
-        paths = [(*path, *_names(keys)) for keys, _ in tree_leaves_with_path(nn.unbox(boxed))]
-        scopes.append(list(zip(paths, jax.tree.leaves(boxed), strict=True)))
-    return Weights(tree, scopes)
+        plain.update(nn.unbox(params))
+    return tree
 
 
-def run_on(
-    cell: nn.Module, weights: Weights, others: PyTree, *args: Any, **kwargs: Any
-) -> tuple[Any, Any]:
-    """Runs a bound cell with other weights; what `others` lacks stays as it is."""
+def run_on(cell: nn.Module, others: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """Runs a bound cell with other weights; it keeps its own for paths that `others` lacks."""
     by_path = {tuple(_names(keys)): leaf for keys, leaf in tree_leaves_with_path(others)}
-    waiting = list(weights.scopes)
+    paths = _paths_by_scope(cell)
 
     def exchange(variables: Any) -> Any:
-        # Flax calls this once for each scope, and does not say for which: its arrays tell.
         leaves, structure = jax.tree.flatten(variables)
-        for scope in waiting:
-            if [id(leaf) for _, leaf in scope] == [id(leaf) for leaf in leaves]:
-                waiting.remove(scope)
-                return structure.unflatten([by_path.get(path, leaf) for path, leaf in scope])
-        raise RuntimeError("Flax handed in a scope that this cell does not hold; please report it.")
+        pairs = zip(next(paths), leaves, strict=True)
+        return structure.unflatten([by_path.get(path, leaf) for path, leaf in pairs])
 
     def call(cell: Any, *args: Any) -> Any:
         return cell(*args, **kwargs)
@@ -71,11 +49,32 @@ def run_on(
     return nn.map_variables(call, "params", exchange)(cell, *args)
 
 
-def restrict(tree: PyTree, masks: PyTree) -> PyTree:
-    """The part of a tree of weights for which masks were drawn."""
-    if not isinstance(tree, dict) or not isinstance(masks, dict):
-        return tree
-    return {name: restrict(tree[name], mask) for name, mask in masks.items() if name in tree}
+def _paths_by_scope(cell: nn.Module) -> Iterator[list[Path]]:
+    """For each call that `nn.map_variables` makes, the paths of its arrays in `weights_of(cell)`.
+
+    It calls once for each scope, and does not say for which. The arrays do not tell either, as two
+    scopes may hold the same ones (tied weights). So a first pass puts a tag in place of each array,
+    and looks where the tags come out.
+    """
+    tagged: list[list[_Tag]] = []
+
+    def tag(variables: Any) -> Any:
+        leaves, structure = jax.tree.flatten(variables)
+        tagged.append([_Tag() for _ in leaves])
+        return structure.unflatten(tagged[-1])
+
+    found: dict[_Tag, Path] = {}
+
+    def look(cell: nn.Module) -> None:
+        for keys, leaf in tree_leaves_with_path(weights_of(cell)):
+            found[leaf] = tuple(_names(keys))
+
+    nn.map_variables(look, "params", tag)(cell)
+    return iter([[found[leaf] for leaf in leaves] for leaves in tagged])
+
+
+class _Tag:
+    """Stands for an array."""
 
 
 def _scopes(module: nn.Module, path: Path, seen: set[int]) -> Iterator[tuple[Path, Scope]]:
@@ -92,14 +91,14 @@ def _scopes(module: nn.Module, path: Path, seen: set[int]) -> Iterator[tuple[Pat
         )
         for keys, value in leaves:
             if isinstance(value, nn.Module):
-                # A wrapper adds no name: what it holds counts as the cell itself.
+                # A wrapper adds no name to the path: it shares the scope of the cell that it holds.
                 adds_no_name = isinstance(module, CellWrapper)
                 name = () if adds_no_name else ("_".join((field.name, *_names(keys))),)
                 yield from _scopes(value, path + name, seen)
 
 
 def _outermost(found: list[tuple[Path, Scope]]) -> list[tuple[Path, Scope]]:
-    """Leaves out the scopes that lie in another one of those found."""
+    """The scopes that are not inside another one of those found."""
     kept: list[tuple[Path, Scope]] = []
     for path, scope in found:
         others = [other for _, other in found if other != scope]

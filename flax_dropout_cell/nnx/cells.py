@@ -7,19 +7,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .._inside import undisturbed
+from .._flax.linear_cells import (
+    LinearParams,
+    check_params,
+    has_no_weights,
+    params_of,
+    wrong_variables,
+    wrong_weights,
+)
+from ..cells.disturb import undisturbed
 from ..cells.gates import Disturb
 from ..cells.gru import GRUParams, gru_step
 from ..cells.lstm import LSTMParams, lstm_step
+from .linear_cells import LinearCell
+
+Params = LSTMParams | GRUParams | LinearParams
 
 
 class LSTMCell(nnx.OptimizedLSTMCell):
     """`nnx.OptimizedLSTMCell` with sites inside: `lstm_cell` under Flax's names.
 
     Weights of `nnx.OptimizedLSTMCell` load as they are; those of `nnx.LSTMCell`, which has other
-    names, by `core_params` and `cell_params`. A step is one matrix product. It draws nothing of
-    its own: noise at its sites comes from `RecurrentDropout(inside={site: ..})`; `fdc.lstm_cell`
-    lists them.
+    names, by `core_params` and `cell_params`. It draws nothing of its own: noise at its sites
+    comes from `RecurrentDropout(inside={site: ..})`; `fdc.lstm_cell` lists them.
 
     Args:
       in_features: the size of x.
@@ -46,7 +56,7 @@ class LSTMCell(nnx.OptimizedLSTMCell):
         Args:
           carry: `(c, h)`, or `LSTMState(c, h)`, each `[*batch, hidden_features]`.
           inputs: `[*batch, in_features]`.
-          disturb: what is called at each site inside.
+          disturb: called at each site inside.
 
         Returns:
           `(carry, y)`: the carry as it came; y is the new h.
@@ -62,15 +72,15 @@ class GRUCell(nnx.GRUCell):
 
     Weights of `nnx.GRUCell` load as they are. That cell lacks the second bias of n that linen's,
     PyTorch's and Keras' GRUs have; `use_recurrent_bias=True` adds it, so that their weights fit.
-    A step is one matrix product for x and one for h. It draws nothing of its own: noise at its
-    sites comes from `RecurrentDropout(inside={site: ..})`; `fdc.gru_cell` lists them.
+    It draws nothing of its own: noise at its sites comes from
+    `RecurrentDropout(inside={site: ..})`; `fdc.gru_cell` lists them.
 
     Args:
       in_features: the size of x.
       hidden_features: the size of h.
       use_recurrent_bias: whether there is a `recurrent_bias`, `[hidden_features]`, zero at first,
         beside the weights of `nnx.GRUCell`.
-      rngs: where the first weights come from.
+      rngs: the source of the initial weights.
       **options: the other arguments of `nnx.GRUCell`: gate_fn, activation_fn, kernel_init,
         recurrent_kernel_init, bias_init, dtype, param_dtype and more.
 
@@ -94,6 +104,7 @@ class GRUCell(nnx.GRUCell):
         **options: Any,
     ) -> None:
         super().__init__(in_features, hidden_features, rngs=rngs, **options)
+        # Data even if it is None, so that an array may take its place later.
         self.recurrent_bias: Any = nnx.data(None)
         if use_recurrent_bias:
             self.recurrent_bias = nnx.Param(jnp.zeros(hidden_features, self.param_dtype))
@@ -106,7 +117,7 @@ class GRUCell(nnx.GRUCell):
         Args:
           carry: h, `[*batch, hidden_features]`.
           inputs: `[*batch, in_features]`.
-          disturb: what is called at each site inside.
+          disturb: called at each site inside.
 
         Returns:
           `(h, y)`: the new h, twice.
@@ -126,12 +137,12 @@ def _promote(dense: nnx.Linear, x: jax.Array) -> Any:
     return dense.promote_dtype((x, dense.kernel[...], bias), dtype=dense.dtype)
 
 
-def cell_params(params: LSTMParams | GRUParams, cell: nnx.RNNCellBase) -> dict[str, Any]:
+def cell_params(params: Params, cell: nnx.RNNCellBase) -> dict[str, Any]:
     """Converts this library's weights to an NNX cell's variables, for `nnx.update`.
 
     Args:
-      params: `LSTMParams` or `GRUParams`.
-      cell: an `LSTMCell` or `GRUCell` of this library or of Flax, or `nnx.OptimizedLSTMCell`.
+      params: `LSTMParams`, `GRUParams`, or those of a linear cell.
+      cell: a cell of this library, an `LSTMCell` or `GRUCell` of Flax, or `nnx.OptimizedLSTMCell`.
 
     Returns:
       A dict of arrays, named as each `nnx.Param` of the cell is.
@@ -150,18 +161,16 @@ def cell_params(params: LSTMParams | GRUParams, cell: nnx.RNNCellBase) -> dict[s
       >>> bool((cell.dense_i.kernel[...] == params.input_kernel).all())
       True
     """
+    if isinstance(cell, LinearCell):
+        check_params(params, cell.weights(), cell)
+        return params._asdict()
     kind = _kind(cell)
     if not isinstance(params, kind):
-        raise TypeError(
-            f"the weights of {type(cell).__name__} are {kind.__name__}, "
-            f"got {type(params).__name__}."
-        )
+        raise wrong_weights(cell, kind, params)
     got = (params.input_kernel.shape[0], params.recurrent_kernel.shape[0])
     wanted: tuple[int, int] = (cell.in_features, cell.hidden_features)  # type: ignore[attr-defined]
     if got != wanted:
-        raise ValueError(
-            f"the cell is {wanted[0]} -> {wanted[1]}, but the weights are {got[0]} -> {got[1]}."
-        )
+        raise ValueError(f"the cell has (in, hidden) features {wanted}, but the weights {got}.")
     if isinstance(params, GRUParams):
         return _gru_variables(params, cell)
     if isinstance(cell, nnx.LSTMCell):
@@ -172,19 +181,20 @@ def cell_params(params: LSTMParams | GRUParams, cell: nnx.RNNCellBase) -> dict[s
     }
 
 
-def core_params(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> LSTMParams | GRUParams:
+def core_params(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> Params:
     """Converts an NNX cell's variables to this library's weights; undoes `cell_params`.
 
     Args:
       variables: `nnx.state(cell)`, or a dict of arrays of the same names.
-      cell: an `LSTMCell` or `GRUCell` of this library or of Flax, or `nnx.OptimizedLSTMCell`.
+      cell: a cell of this library, an `LSTMCell` or `GRUCell` of Flax, or `nnx.OptimizedLSTMCell`.
 
     Returns:
-      `LSTMParams` or `GRUParams`; of a GRU without a second bias, with recurrent_bias None.
+      `LSTMParams`, `GRUParams`, or those of a linear cell; of a GRU without a second bias, with
+      recurrent_bias None.
       `lstm_cell` and `gru_cell` have Flax's default activations, whatever the cell's are.
 
     Raises:
-      TypeError: there are no such weights for the cell.
+      TypeError: if the weights are not of the cell's kind.
       ValueError: the variables are not this cell's.
 
     Example:
@@ -197,9 +207,11 @@ def core_params(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> LSTMPara
       >>> cell.dense_i.kernel.shape
       (3, 32)
     """
-    kind = _kind(cell)
     if isinstance(variables, nnx.State):
         variables = nnx.to_pure_dict(variables)
+    if isinstance(cell, LinearCell):
+        return params_of(variables, cell.weights(), cell)
+    kind = _kind(cell)
     try:
         if kind is GRUParams:
             inputs, recurrent = variables["dense_i"], variables["dense_h"]["kernel"]
@@ -211,10 +223,7 @@ def core_params(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> LSTMPara
         recurrent = variables["dense_h"]
         return LSTMParams(variables["dense_i"]["kernel"], recurrent["kernel"], recurrent["bias"])
     except KeyError as error:
-        raise ValueError(
-            f"these are not the variables of {type(cell).__name__}: it has {error}, they are "
-            f"{', '.join(map(str, variables)) or 'none'}; give nnx.state(cell)."
-        ) from None
+        raise wrong_variables(cell, map(str, error.args), variables) from None
 
 
 _INPUTS, _RECURRENT = ("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho")
@@ -249,8 +258,7 @@ def _gru_variables(params: GRUParams, cell: nnx.RNNCellBase) -> dict[str, Any]:
     elif bias is not None:
         raise ValueError(
             f"{type(cell).__name__} has no place for the weights' recurrent_bias: make it as "
-            f"fdc.nnx.GRUCell(.., use_recurrent_bias=True), or where the bias is zero give "
-            f"params._replace(recurrent_bias=None)."
+            f"fdc.nnx.GRUCell(.., use_recurrent_bias=True), or give recurrent_bias=None."
         )
     return variables
 
@@ -260,7 +268,4 @@ def _kind(cell: nnx.RNNCellBase) -> type[LSTMParams] | type[GRUParams]:
         return LSTMParams
     if isinstance(cell, nnx.GRUCell):
         return GRUParams
-    raise TypeError(
-        f"only LSTMCell, OptimizedLSTMCell and GRUCell have such weights, "
-        f"got {type(cell).__name__}."
-    )
+    raise has_no_weights(cell)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .._sites import PyTree, RecurrentDropout
+from .._spec.recurrent_dropout import PyTree, RecurrentDropout
+from .._step.checks import check_dropout
 
 
 class Static:
@@ -31,9 +32,9 @@ class Static:
 
 
 class DropoutAttribute:
-    """Gives a module the attribute `dropout`, of which the numbers are static and arrays state.
+    """Gives a module the attribute `dropout`; its numbers are static and its arrays are state.
 
-    So `nnx.jit` retraces where a number changes, and not where an array does.
+    So `nnx.jit` retraces if a number changes, but not if an array does.
     """
 
     if not TYPE_CHECKING:
@@ -45,12 +46,9 @@ class DropoutAttribute:
             else:
                 super().__setattr__(name, value)
 
-    def _check_dropout(self, dropout: Any) -> None:
-        raise NotImplementedError
-
     @property
     def dropout(self) -> RecurrentDropout:
-        """Which noise sits where; to be set to another at any time, inside of `nnx.jit` too."""
+        """The noise at each site; it may be replaced at any time, inside `nnx.jit` too."""
         arrays = iter(self._noise_arrays)
         return jax.tree.map(
             lambda leaf: next(arrays)[...] if leaf is ... else leaf, self.noises.tree
@@ -58,7 +56,7 @@ class DropoutAttribute:
 
     @dropout.setter
     def dropout(self, dropout: RecurrentDropout) -> None:
-        self._check_dropout(dropout)
+        check_dropout(dropout)
         leaves, structure = jax.tree.flatten(dropout, is_leaf=_is_array)
         kept = [... if _is_array(leaf) else leaf for leaf in leaves]
         self.noises = Static(jax.tree.unflatten(structure, kept))

@@ -7,27 +7,24 @@ import jax
 import numpy as np
 from flax import nnx
 
-from .._flax.carry import DropoutCarry, check_carry, inner_rng, run_step
+from .._flax.carry import DropoutCarry, inner_rng
+from .._flax.compat import static
 from .._flax.wrapper import CellWrapper
-from .._inside import trace_cell
 from .._random.keys import nested_rng
-from .._shown import shown
-from .._sites import PyTree, RecurrentDropout
-from .._trees import shape_of
+from .._spec.prefixes import shape_of
+from .._spec.recurrent_dropout import PyTree, RecurrentDropout
 from .dropout_attribute import DropoutAttribute
-from .functional import call_with_params, functional_cell, params_of
-from .streams import RngSource, fork_stream, key_of
-
-_static = getattr(nnx, "static", lambda value: value)  # Flax 0.11 tells by the value
+from .framework import NNX_FRAMEWORK
+from .streams import RngSource, dropout_key, fork_stream
 
 
 class Wrapper(CellWrapper, nnx.RNNCellBase):
-    """What both wrappers share. A subclass says the noises."""
+    """Shared by both wrappers. A subclass adds its noises."""
 
-    _lstm_cells = (nnx.LSTMCell, nnx.OptimizedLSTMCell)
+    _framework = NNX_FRAMEWORK
 
     def __init__(self, cell: nnx.RNNCellBase, deterministic: bool, rngs: RngSource) -> None:
-        check_cell(cell)
+        NNX_FRAMEWORK.check_cell(cell)
         self.cell = cell
         self.deterministic = deterministic
         self.rngs: nnx.RngStream | None = fork_stream(rngs)
@@ -36,26 +33,28 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
 
         def __setattr__(self, name: str, value: Any) -> None:
             if name not in vars(self) and _is_state(value) and _cell_has(self, name):
-                # What nnx.update finds no place for: state of the bare cell. NNX names it by where
-                # it stands, and the cell stands one level further in.
+                # nnx.update sets the bare cell's state here: the cell is one level deeper than its
+                # path says.
                 nnx.update(_unwrap(self), {name: value})
             else:
                 if _is_array(value) != _is_array(vars(self).get(name)):
                     # Flax lets an attribute be data, or static, and no longer the other.
-                    value = nnx.data(value) if _is_array(value) else _static(value)
+                    value = nnx.data(value) if _is_array(value) else static(value)
                 super().__setattr__(name, value)
 
-    def _sequence_rng(self) -> jax.Array | None:
-        """The key of a new sequence; None where it is to run without dropout."""
-        if self.deterministic:
+    def _sequence_rng(
+        self, cell_carry: PyTree, rng: jax.Array | None = None, deterministic: bool | None = None
+    ) -> jax.Array | None:
+        """The key of a new sequence; None if it runs without dropout."""
+        if self._evaluates(cell_carry, deterministic):
             return None
-        if self.rngs is None:
-            raise ValueError(
-                f"{type(self).__name__} needs a 'dropout' stream in training: make it with "
-                f"rngs=nnx.Rngs(dropout=0), or evaluate with eval() or deterministic=True."
-            )
+        if rng is not None:
+            return rng
         wrappers = sum(isinstance(node, Wrapper) for node in _chain(self.cell))
-        return nested_rng(self.rngs(), wrappers)
+        return nested_rng(self._key(None, self.rngs), wrappers)
+
+    def _key(self, rngs: Any, own: nnx.RngStream | None) -> jax.Array:
+        return dropout_key(type(self).__name__, rngs, own, takes="rngs=key to redraw_masks")
 
     def initialize_carry(
         self, input_shape: Any, rngs: RngSource = None, carry_init: Any = None
@@ -68,28 +67,33 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         Args:
           input_shape: the shape of the input at a step, `[*batch, *features]`, or a pytree of
             such shapes for nested inputs.
-          rngs: handed to the cell's own `initialize_carry`, and used for nothing else: a host's
-            stream starts from the same key each time that the host is made.
-          carry_init: handed to the cell's own `initialize_carry`.
+          rngs: passed to the cell's own `initialize_carry`, and used for nothing else, because
+            `nnx.RNN` starts this stream from the same key each time that it is made.
+          carry_init: passed to the cell's own `initialize_carry`.
 
         Returns:
           The carry to start a sequence with.
 
         Raises:
-          ValueError: there is no `dropout` stream, and this is not evaluation.
+          ValueError: in training, if there is no `dropout` stream.
         """
         # Cells need not know carry_init; those of Flax 0.11 do not.
         given = () if carry_init is None else (carry_init,)
         cell_carry = self.cell.initialize_carry(input_shape, rngs, *given)
-        return self._start(self._sequence_rng(), cell_carry, input_shape)
+        return self._start(self._sequence_rng(cell_carry), cell_carry, input_shape)
 
     def redraw_masks(
-        self, carry: PyTree, inputs: PyTree, rngs: RngSource | jax.Array = None
+        self,
+        carry: PyTree,
+        inputs: PyTree,
+        rngs: RngSource | jax.Array = None,
+        *,
+        deterministic: bool | None = None,
     ) -> DropoutCarry:
         """Starts new masks on an old state.
 
-        The state stays as the last step left it. What noise at `state` dropped there is dropped
-        still, so the first step reads h through the old mask, and the second through the new one.
+        The state does not change: units that noise at `state` dropped at the last step are still
+        zero, so the first step reads h through the old mask and the second through the new one.
         Noise at `inside={"recurrent": ..}` leaves no such trace.
 
         Args:
@@ -99,6 +103,7 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
             pytree for nested inputs.
           rngs: the key of the new sequence, or an `nnx.Rngs` or `nnx.RngStream` to take it from.
             None takes it from the module's own stream.
+          deterministic: if True, this is evaluation. None uses the module's own setting.
 
         Returns:
           The carry to start the next window with.
@@ -117,79 +122,61 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         """
         inputs = jax.tree.map(shape_of, inputs)
         cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
-        rng = None if rngs is None else key_of(rngs)
+        rng = None if rngs is None else self._key(rngs, None)
         if isinstance(self.cell, Wrapper):
             inner = None if rng is None else inner_rng(rng)
-            cell_carry = self.cell.redraw_masks(cell_carry, inputs, inner)
-        if rng is None or self.deterministic:
-            rng = self._sequence_rng()
-        return self._start(rng, cell_carry, inputs)
-
-    def _params_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
-        return params_of(self.cell, self._dropout(cell_carry).params)
-
-    def _output_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
-        return self._trace(cell_carry, x, frozenset())[0]
-
-    def _trace(
-        self, cell_carry: PyTree, x: PyTree, names: frozenset[str]
-    ) -> tuple[PyTree, dict[str, PyTree]]:
-        return trace_cell(functional_cell(self.cell), None, cell_carry, x, names)
+            cell_carry = self.cell.redraw_masks(
+                cell_carry, inputs, inner, deterministic=deterministic
+            )
+        key = self._sequence_rng(cell_carry, rng, deterministic)
+        return self._start(key, cell_carry, inputs)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Switches between training and evaluation; `nnx.view` calls it.
 
         Args:
-          deterministic: True is evaluation.
+          deterministic: if True, this is evaluation.
         """
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def __call__(self, carry: DropoutCarry, inputs: PyTree) -> tuple[DropoutCarry, PyTree]:
-        """One step of the wrapped cell, with noise."""
-        check_carry(carry)
-        dropout = self._dropout(carry.cell_carry)
-        params = None
-        if dropout.params is not None:
-            params = params_of(self.cell, dropout.params)
+    def __call__(
+        self, carry: DropoutCarry, inputs: PyTree, *, deterministic: bool | None = None
+    ) -> tuple[DropoutCarry, PyTree]:
+        """One step of the wrapped cell, with noise.
 
-        def cell(params: PyTree, carry: PyTree, x: PyTree, **sites: Any) -> tuple[PyTree, PyTree]:
-            if params is None:
-                return self.cell(carry, x, **sites)
-            return call_with_params(self.cell, params, carry, x, **sites)
+        Args:
+          carry: this wrapper's carry.
+          inputs: the input of the step.
+          deterministic: if True, this is evaluation. None uses the module's own setting.
 
-        return run_step(
-            carry,
-            inputs,
-            cell=cell,
-            params=params,
-            dropout=dropout,
-            deterministic=self.deterministic,
-            values=lambda x: self._values(dropout, carry.cell_carry, jax.tree.map(shape_of, x)),
-        )
+        Returns:
+          `(carry, y)`.
+        """
+        return self._step(carry, inputs, deterministic)
 
 
 class DropoutCell(DropoutAttribute, Wrapper):
-    """An NNX cell under recurrent dropout; put it wherever the cell would go.
+    """An NNX cell under recurrent dropout; use it in place of the cell.
 
     In training it draws from its own `dropout` stream, once per sequence; evaluation, by
     `eval()`, `nnx.view` or `deterministic=True`, needs none.
 
-    Its carry is a `DropoutCarry`. Handed on to a next window it keeps its masks, as one long
-    sequence that was cut; `redraw_masks` starts new ones on it.
+    Its carry is a `DropoutCarry`. A carry that is passed to the next window keeps its masks, as if
+    one long sequence had been cut; `redraw_masks` starts new masks.
 
-    NNX names weights by where they stand, and the cell stands one level further in. Still
-    `nnx.update(model, weights)` takes the weights of the same model without the wrapper. The way
-    back: `model.rnn.cell = model.rnn.cell.cell` takes the wrapper off.
+    In NNX a weight's name is its path, and the wrapped cell is one level deeper. Still,
+    `nnx.update(model, weights)` takes the weights of the same model without the wrapper. To remove
+    the wrapper, write `model.rnn.cell = model.rnn.cell.cell`.
 
     Args:
       cell: any `nnx.RNNCellBase`.
-      dropout: which noise sits where. One noise for the whole `state` of an LSTM-family cell
+      dropout: the noise at each site. One noise for the whole `state` of an LSTM-family cell
         means h alone; to reach the memory c, name it: `state=(noise_c, noise_h)`. `params` takes
-        a prefix of the cell's `nnx.Param`s as a plain dict. It may be set to another at any time:
-        a new number makes `nnx.jit` retrace, another value of an array does not.
-      deterministic: True is evaluation.
-      rngs: where the masks come from, an `nnx.Rngs` or an `nnx.RngStream`; it is forked.
+        a prefix of the cell's parameters (`nnx.Param`) as a plain dict. It may be set to another at
+        any time: a new number makes `nnx.jit` retrace, another value of an array does not.
+      deterministic: if True, this is evaluation.
+      rngs: the source of the masks, an `nnx.Rngs` or an `nnx.RngStream`; it is forked.
 
     Example:
       >>> from flax import nnx
@@ -215,13 +202,6 @@ class DropoutCell(DropoutAttribute, Wrapper):
         super().__init__(cell, deterministic, rngs)
         self.dropout = dropout
 
-    def _check_dropout(self, dropout: Any) -> None:
-        if not isinstance(dropout, RecurrentDropout):
-            raise TypeError(
-                f"dropout must be a RecurrentDropout, such as "
-                f"RecurrentDropout(input=Dropout(keep_prob=0.8)), got {shown(dropout)}."
-            )
-
     def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
         return self._place(self.dropout, cell_carry)
 
@@ -235,7 +215,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _chain(cell: Any) -> Iterator[Any]:
-    """A cell and, where it is a wrapper, what it wraps, down to the user's own."""
+    """A cell, the cell that it wraps, and so on, down to the user's own."""
     while cell is not None:
         yield cell
         cell = vars(cell).get("cell") if isinstance(cell, Wrapper) else None
@@ -250,13 +230,3 @@ def _unwrap(cell: Any) -> Any:
 def _cell_has(wrapper: Wrapper, name: str) -> bool:
     cell = _unwrap(wrapper)
     return cell is not wrapper and name in vars(cell)
-
-
-def check_cell(cell: Any) -> None:
-    """Refuses what is no cell of the framework."""
-    if not (isinstance(cell, nnx.Module) and callable(cell) and hasattr(cell, "initialize_carry")):
-        raise TypeError(
-            f"{shown(cell)} is not an RNNCell of flax.nnx: give a cell such as "
-            f"nnx.LSTMCell(32, 64, rngs=rngs), a module with initialize_carry and "
-            f"__call__(carry, inputs)."
-        )

@@ -1,4 +1,4 @@
-"""`Embed`: NNX's embedding, from which whole word types are dropped."""
+"""`Embed`: NNX's embedding with dropout of whole word types."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,29 +6,32 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .._embedding import check_embed, embedding_dropout
-from ..noises.protocol import check_probability, is_array
-
-_static = getattr(nnx, "static", lambda value: value)  # Flax 0.11 has none, and needs none
+from .._flax.call import call_or_default
+from .._flax.compat import static
+from .._training.embedding import check_embed, embedding_dropout
+from ..noises.arguments import check_probability
+from ..noises.dropout import Dropout
+from ..noises.protocol import is_array
+from .streams import dropout_key, has_dropout
 
 
 class Embed(nnx.Embed):
-    """`nnx.Embed` with `flax_dropout_cell.embedding_dropout`: whole word types are dropped.
+    """`nnx.Embed` with dropout of whole word types, as `fdc.embedding_dropout` does it.
 
-    In training a call draws from the module's own `dropout` stream once, for all of its ids;
-    evaluation, by `eval()`, `nnx.view` or `deterministic=True`, needs none. To make windows of one
-    sequence agree, give their calls one key as `rngs`. The table is `embedding`, as in
-    `nnx.Embed`, so its weights load as they are; `attend` uses it with nothing dropped.
+    In training a call draws from the module's own `dropout` stream once, for all of its ids.
+    Evaluation, by `eval()`, `nnx.view` or `deterministic=True`, needs no stream. Windows of one
+    sequence agree if their calls get the same key as `rngs`. The table is `embedding`, as in
+    `nnx.Embed`, so checkpoints load unchanged; `attend` uses it without dropout.
 
     Args:
       num_embeddings: the number of word types.
       features: the size of an embedding.
       keep_prob: the probability that a type is kept, as in `embedding_dropout`.
-      per_example: each row of the ids drops types of its own, instead of the same for all rows.
-      deterministic: True is evaluation. What is given at the call wins.
+      per_example: if True, each row of the ids drops types of its own.
+      deterministic: if True, this is evaluation. The argument at the call takes precedence.
       rngs: the table is initialized from its `params` stream, and its `dropout` stream is forked
         for the masks.
-      **options: what else `nnx.Embed` takes: `dtype`, `param_dtype`, `embedding_init`...
+      **options: other arguments of `nnx.Embed`: `dtype`, `param_dtype`, `embedding_init`...
 
     Example:
       >>> from flax import nnx
@@ -55,18 +58,17 @@ class Embed(nnx.Embed):
         self.keep_prob = keep_prob
         self.per_example = per_example
         self.deterministic = deterministic
-        # No stream to fork is no error yet: evaluation needs none.
-        has_stream = "dropout" in rngs or "default" in rngs
+        # A missing stream is not an error yet, because evaluation does not need one.
         self.rngs: nnx.RngStream | None
-        self.rngs = rngs["dropout"].fork() if has_stream else nnx.data(None)
+        self.rngs = rngs["dropout"].fork() if has_dropout(rngs) else nnx.data(None)
 
     if not TYPE_CHECKING:
 
         def __setattr__(self, name: str, value: Any) -> None:
-            # A number is static and an array is data, also where one takes the other's place.
+            # A number is static and an array is data, also when one replaces the other.
             if name == "keep_prob":
                 check_probability(name, value)
-                value = nnx.data(value) if is_array(value) else _static(value)
+                value = nnx.data(value) if is_array(value) else static(value)
             super().__setattr__(name, value)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -76,27 +78,28 @@ class Embed(nnx.Embed):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
     ) -> jax.Array:
-        """Looks ids up, in training with dropout.
+        """Looks up ids, with dropout in training.
 
         Args:
-          inputs: integers of any shape, `[batch, ...]` where `per_example`.
-          deterministic: True is evaluation; None is as the module has it.
-          rngs: what to draw from instead of the module's own stream: an `nnx.Rngs`, an
-            `nnx.RngStream` or a key. With a key the call changes no state.
+          inputs: integers of any shape; `[batch, ...]` with `per_example`.
+          deterministic: if True, this is evaluation. None uses the module's own setting.
+          rngs: drawn from instead of the module's own stream: an `nnx.Rngs`, an `nnx.RngStream`
+            or a key. With a key the call changes no state.
 
         Returns:
           `[*inputs.shape, features]`.
 
         Raises:
-          ValueError: there is nothing to draw from, and this is not evaluation.
+          ValueError: in training, if there is no stream and no key.
         """
         if self.num_embeddings == 1:  # as nnx.Embed has it: any id is the only type
             inputs = jnp.zeros_like(inputs)
-        evaluate = self.deterministic if deterministic is None else deterministic
+        evaluate = call_or_default(deterministic, self.deterministic)
+        evaluate = evaluate or Dropout(keep_prob=self.keep_prob).is_identity
         rows = embedding_dropout(
             self.embedding[...],
             inputs,
-            None if evaluate else self._call_rng(rngs),
+            None if evaluate else dropout_key("Embed", rngs, self.rngs),
             keep_prob=self.keep_prob,
             per_example=self.per_example,
         )
@@ -106,22 +109,7 @@ class Embed(nnx.Embed):
         """Switches between training and evaluation; `nnx.view` calls it.
 
         Args:
-          deterministic: True is evaluation.
+          deterministic: if True, this is evaluation. None changes nothing.
         """
         if deterministic is not None:
             self.deterministic = deterministic
-
-    def _call_rng(self, rngs: nnx.Rngs | nnx.RngStream | jax.Array | None) -> jax.Array:
-        if rngs is None:
-            rngs = self.rngs
-        if isinstance(rngs, nnx.Rngs):
-            return rngs["dropout"]()
-        if isinstance(rngs, nnx.RngStream):
-            return rngs()
-        if rngs is None:
-            raise ValueError(
-                "Embed needs a 'dropout' stream in training: make it with "
-                "rngs=nnx.Rngs(params=0, dropout=1), pass rngs= at the call, or evaluate with "
-                "eval() or deterministic=True."
-            )
-        return rngs

@@ -3,28 +3,28 @@
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import errors, nnx
 
+from .._messages import must_be
 from .._random.keys import as_rng
-from .._shown import shown
 
 RngSource = nnx.Rngs | nnx.RngStream | None
+
+_AT_THE_CALL = "rngs=nnx.Rngs(dropout=key) at the call"
 
 _CARRY = "carry"
 """The stream that Flax's hosts hand on for `initialize_carry`; masks never come from it."""
 
 
 def fork_stream(rngs: Any) -> nnx.RngStream | None:
-    """A `dropout` stream of a module's own; none to fork is no error, as evaluation needs none."""
+    """A module's own `dropout` stream; None if there is none, because evaluation needs none."""
     if isinstance(rngs, nnx.Rngs):
         return rngs["dropout"].fork() if has_dropout(rngs) else nnx.data(None)
     if isinstance(rngs, nnx.RngStream):
         return rngs.fork()
     if rngs is None:
         return nnx.data(None)
-    raise TypeError(
-        f"rngs must be Rngs, an RngStream or None, such as nnx.Rngs(dropout=0), got {shown(rngs)}."
-    )
+    raise TypeError(must_be("rngs", "Rngs such as nnx.Rngs(dropout=0), an RngStream or None", rngs))
 
 
 def has_dropout(rngs: nnx.Rngs) -> bool:
@@ -32,20 +32,55 @@ def has_dropout(rngs: nnx.Rngs) -> bool:
     return "dropout" in rngs or "default" in rngs
 
 
-def key_of(rngs: Any) -> jax.Array | None:
-    """The next key of a source of keys, or the key itself."""
-    if isinstance(rngs, nnx.Rngs):
-        return rngs.dropout()
-    return rngs() if isinstance(rngs, nnx.RngStream) else as_rng(rngs)
+def dropout_key(
+    name: str, rngs: Any, own: nnx.RngStream | None, *, takes: str = _AT_THE_CALL
+) -> jax.Array:
+    """The key to draw from.
+
+    Args:
+      name: the name of the module that draws, for the error.
+      rngs: the call's argument: an `nnx.Rngs`, an `nnx.RngStream`, a key, or None.
+      own: the module's own stream.
+      takes: how else it takes a key, for the error.
+
+    Raises:
+      ValueError: if there is nothing to draw from, or a transformation closes over the stream.
+      TypeError: if `rngs` is none of these.
+    """
+    # A stock wrapper hands its stream for carries on to whatever it holds. It starts from one key
+    # each time, so masks from it would never change.
+    source = own if rngs is None or is_for_carries(rngs) else rngs
+    if isinstance(source, nnx.Rngs) and has_dropout(source):
+        source = source["dropout"]
+    if isinstance(source, nnx.RngStream):
+        return _draw(name, source, takes)
+    # An Rngs without a stream for dropout is as good as none.
+    key = None if isinstance(source, nnx.Rngs) else as_rng(source)
+    if key is None:
+        raise ValueError(
+            f"{name} needs a 'dropout' stream in training: make it with rngs=nnx.Rngs(dropout=0), "
+            f"pass {takes}, or evaluate with eval() or deterministic=True."
+        )
+    return key
+
+
+def _draw(name: str, stream: nnx.RngStream, takes: str) -> jax.Array:
+    try:
+        return stream()
+    except errors.TraceContextError:
+        raise ValueError(
+            f"{name} updates the counter of its own RNG stream, which jax.jit, vmap and grad "
+            f"cannot track. Use nnx.jit, nnx.vmap or nnx.grad on the model, or pass {takes}."
+        ) from None
 
 
 def is_for_carries(rngs: RngSource | jax.Array) -> bool:
-    """Whether a host hands on its stream for carries: it starts from one key in every program."""
+    """Whether this is a stock wrapper's stream for carries, which always starts from one key."""
     return isinstance(rngs, nnx.RngStream) and rngs.tag == _CARRY
 
 
 def carry_stream(rngs: RngSource | jax.Array, init_key: jax.Array | None) -> nnx.RngStream:
-    """What a cell's `initialize_carry` draws from."""
+    """The stream for a cell's `initialize_carry`."""
     if init_key is None and isinstance(rngs, nnx.RngStream) and is_for_carries(rngs):
         return rngs
     if init_key is None and isinstance(rngs, nnx.Rngs) and _CARRY in rngs:

@@ -1,48 +1,47 @@
 """TensorFlow's wrapper around NNX cells."""
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from .._flax import tensorflow as tf
 from .._flax.carry import DropoutCarry
-from .._sites import PyTree
+from .._flax.tensorflow import arguments as tf
+from .._spec.recurrent_dropout import PyTree
 from .dropout_attribute import Static
 from .dropout_cell import Wrapper
-from .functional import trace
 from .streams import RngSource
 
 
 class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
-    """TensorFlow's `tf.nn.RNNCellDropoutWrapper`, for NNX cells: its arguments and their order.
+    """TensorFlow's `tf.nn.RNNCellDropoutWrapper` for NNX cells, with the same arguments.
 
-    Variational masks are drawn once per sequence, others at each step, from the module's own
-    `dropout` stream.
+    Masks come from the module's own `dropout` stream: variational ones once per sequence, others
+    at each step.
 
     Args:
       cell: any `nnx.RNNCellBase`.
-      input_keep_prob: probability of keeping a unit of the inputs; a number or a traced scalar.
+      input_keep_prob: the probability of keeping a unit of the inputs, a number or a scalar array.
       output_keep_prob: the same for the outputs.
       state_keep_prob: the same for the outgoing state.
-      variational_recurrent: one mask for all steps of a sequence (Gal and Ghahramani 2016,
-        arXiv:1512.05287). Each example has its own; `broadcast_dims=(0,)` gives the whole batch
-        one, as in TensorFlow.
-      input_size: never needed; given, it is checked against what arrives.
-      dtype: never needed; given, it is checked against what arrives.
+      variational_recurrent: whether one mask serves all steps of a sequence (Gal and Ghahramani
+        2016, arXiv:1512.05287). Each example has its own mask; with `broadcast_dims=(0,)` the
+        whole batch shares one, as in TensorFlow.
+      input_size: not needed; if given, the inputs are checked against it.
+      dtype: not needed; if given, the inputs are checked against it.
       seed: folded into the `dropout` stream.
-      dropout_state_filter_visitor: called on the state and then on its parts; it says which get
-        dropout. The default leaves an LSTM's memory c alone.
+      dropout_state_filter_visitor: called on the state and then on its parts; it chooses the
+        parts that get dropout. The default leaves an LSTM's c alone.
       broadcast_dims: dims over which one mask is shared.
-      deterministic: True is evaluation.
-      rngs: where the masks come from, an `nnx.Rngs` or an `nnx.RngStream`; it is forked.
+      deterministic: if True, this is evaluation.
+      rngs: the source of the masks, an `nnx.Rngs` or an `nnx.RngStream`; it is forked.
 
     Raises:
-      ValueError: a keep_prob is outside [0, 1].
-      TypeError: `cell` is no RNNCell, or an argument has the wrong type.
+      ValueError: if a keep_prob is outside [0, 1].
+      TypeError: if `cell` is not an RNNCell, or an argument has the wrong type.
 
     Example:
       >>> from flax import nnx
@@ -95,10 +94,21 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
         """The feature sizes that the inputs must have, or None."""
         return self._input_size.tree
 
-    def __call__(self, carry: DropoutCarry, inputs: PyTree) -> tuple[DropoutCarry, PyTree]:
-        """One step of the wrapped cell, with noise."""
+    def __call__(
+        self, carry: DropoutCarry, inputs: PyTree, *, deterministic: bool | None = None
+    ) -> tuple[DropoutCarry, PyTree]:
+        """One step of the wrapped cell, with noise.
+
+        Args:
+          carry: this wrapper's carry.
+          inputs: the input of the step.
+          deterministic: if True, this is evaluation. None uses the module's own setting.
+
+        Returns:
+          `(carry, y)`.
+        """
         tf.check_inputs(inputs, self.input_size, self.dtype)
-        return super().__call__(carry, inputs)
+        return super().__call__(carry, inputs, deterministic=deterministic)
 
     @classmethod
     def from_config(
@@ -110,18 +120,18 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
     ) -> "RNNCellDropoutWrapper":
         """Makes the wrapper that `get_config` described, with new weights.
 
-        A config is data: it names cells of flax.nnx and of this library, and functions of
-        arrays such as `jax.nn:relu`. What else it names is refused, and nothing of it is run.
+        A config is data: it may name cells of flax.nnx and of this library, and functions of
+        arrays such as `jax.nn:relu`. Any other name is an error, and nothing of it is run.
 
         Args:
-          config: what `get_config` gave.
-          rngs: makes the cell's weights, and is where the masks come from.
+          config: a dict that `get_config` returned.
+          rngs: the source of the cell's weights and of the masks.
           trusted: modules whose own functions and cells the config may name as well, such as
-            `("my_project",)`. They are imported, and what they define is called.
+            `("my_project",)`. They are imported, and functions that they define are called.
 
         Raises:
-          ValueError: the config is none of a wrapper, or names what it may not; or the cell has
-            weights to make and `rngs` is None.
+          ValueError: if the config is not a wrapper's, or uses a name that is not allowed, or if
+            the cell has weights to make and `rngs` is None.
         """
         return cls(**cls._read_config(config, trusted, rngs=rngs), rngs=rngs)
 
@@ -133,16 +143,7 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
             cell = cell.cell
         if hasattr(cell, "in_features"):
             return (cell.in_features,)
-        raise ValueError(
-            f"the sizes of {type(cell).__name__} may depend on its inputs, and it has no "
-            f"in_features; give input_size."
-        )
-
-    def _state_shapes(self, input_shape: Any) -> PyTree:
-        return trace(self.cell, lambda cell: cell.initialize_carry(input_shape, nnx.Rngs(0)))
-
-    def _parts(self, cell: Any) -> Iterable[Any]:
-        return (node for _, node in nnx.iter_graph(cell))
+        raise ValueError(f"{type(cell).__name__} has no in_features; give input_size.")
 
     def _arguments(self, cell: Any) -> dict[str, Any]:
         # Of a class's own signature Flax's metaclass leaves (*args, **kwargs).
@@ -167,7 +168,5 @@ def _is_kept(cell: nnx.RNNCellBase, parameter: inspect.Parameter) -> bool:
     # The cells of Flax 0.12 forget how their weights were made.
     if name == "keep_rngs" or name.endswith(("_init", "_metadata")):
         return False
-    raise ValueError(
-        f"{type(cell).__name__} takes {name} and has no attribute of that name, so a config "
-        f"cannot hold it; set self.{name} in __init__, or write get_config."
-    )
+    problem = f"{type(cell).__name__} takes {name} and has no attribute of that name"
+    raise ValueError(f"{problem}; set self.{name} in __init__, or write get_config.")

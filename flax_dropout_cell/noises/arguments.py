@@ -1,59 +1,66 @@
-"""How the numbers of a noise are given: by name, and finite."""
+"""The numbers of a noise: what may be given, by name, and how they meet a value."""
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._messages import must_be
 from .._random.keep_masks import Number
-from .._shown import shown
 from .protocol import is_array
-
-NoiseClass = TypeVar("NoiseClass", bound=type)
-
-
-def by_name(example: str) -> Callable[[NoiseClass], NoiseClass]:
-    """Makes a noise without argument names an error that shows how it is written."""
-
-    def decorate(cls: NoiseClass) -> NoiseClass:
-        init = cls.__init__
-
-        @functools.wraps(init)
-        def __init__(self: Any, *positional: Any, **named: Any) -> None:
-            if positional:
-                raise TypeError(
-                    f"{cls.__name__} takes its numbers by name: write {example}, "
-                    f"got {shown(positional[0])}."
-                )
-            init(self, **named)
-
-        cls.__init__ = __init__
-        return cls
-
-    return decorate
 
 
 def check_number(name: str, value: Any, *, least: float = -math.inf, above: bool = False) -> None:
-    """Refuses what is no finite number from `least` on, or `above` it. Arrays are not looked at."""
+    """Raises if a number is not finite, or below `least`. Arrays may be traced: they may be any."""
     if is_array(value):
         return
     if isinstance(value, bool | np.bool_) or not isinstance(value, Number):
-        raise TypeError(f"{name} must be a number or a scalar array, got {shown(value)}.")
+        raise TypeError(must_be(name, "a number or an array", value))
     if not math.isfinite(value) or value < least or (above and value == least):
         bound = "" if least == -math.inf else f", {'above' if above else 'at least'} {least:g}"
         raise ValueError(f"{name} must be a finite number{bound}, got {value}.")
 
 
-def wide_dtype(dtype: Any) -> Any:
-    """Where a value's arithmetic happens: half precision in float32, all else as it is."""
-    dtype = jnp.dtype(dtype)
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+def check_probability(name: str, probability: Any) -> None:
+    """Raises if a number is not in [0, 1]. Arrays may be traced: they may be any."""
+    if is_array(probability):
+        return
+    if isinstance(probability, bool | np.bool_) or not isinstance(probability, Number):
+        raise TypeError(must_be(name, "a number in [0, 1] or an array", probability))
+    if math.isnan(probability) or not 0 <= probability <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {probability}.")
 
 
-def as_wide(value: float | jax.Array, dtype: Any) -> jax.Array:
-    """A noise's number as an array of a dtype."""
-    return jnp.asarray(value).astype(dtype)
+def check_fits(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Raises if a noise's number, where it is used, does not fit what it is used for.
+
+    Args:
+      name: the argument's.
+      value: a number, or an array.
+      shape: what an array must broadcast to, a value's shape or a mask's.
+    """
+    if isinstance(value, Number):
+        return
+    if not is_array(value):
+        raise TypeError(must_be(name, "a number or an array", value))
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating-point array, got {value.dtype}.")
+    # jnp.broadcast_to would refuse too, but inside a cell, and it would not name the argument.
+    trailing = shape[len(shape) - value.ndim :]
+    if value.ndim > len(shape) or any(
+        size not in (1, wanted) for size, wanted in zip(value.shape, trailing, strict=True)
+    ):
+        raise ValueError(
+            f"{name} has shape {value.shape}, which does not broadcast to {shape}; give one "
+            f"number, or one for each unit. For several values at once use jax.vmap."
+        )
+
+
+def as_wide(number: float | jax.Array, value: jax.Array, dtype: Any) -> jax.Array:
+    """A noise's number as an array of a dtype, with as many dims as the value, or none."""
+    number = jnp.asarray(number).astype(dtype)
+    # Users may have rank promotion raise, so dims are added by hand.
+    missing = value.ndim - number.ndim
+    return number.reshape((1,) * missing + number.shape) if number.ndim else number

@@ -2,19 +2,21 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from .arguments import as_wide, by_name, check_number, wide_dtype
-from .protocol import check_scalar, check_shared, register_noise, shared_shape
+from .._random.wide_dtype import wide_dtype
+from .arguments import as_wide, check_fits, check_number
+from .base import NamedNoise, keyword_only
+from .protocol import register_noise
 
 
-@by_name("ConcreteDropout(logit=params['logit'])")
+@keyword_only
 @register_noise
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConcreteDropout:
+class ConcreteDropout(NamedNoise):
     """Dropout whose probability of dropping a unit, `p = sigmoid(logit)`, gradients can learn.
 
     Gal, Hron and Kendall 2017, arXiv:1705.07832, equation 5: the mask is a uniform deviate u, and
@@ -24,7 +26,8 @@ class ConcreteDropout:
     value comes back as it is.
 
     Args:
-      logit: log(p / (1 - p)), a scalar array to learn it, or a number.
+      logit: log(p / (1 - p)), an array to learn it, of one for all units or one for each,
+        `[features]`; or a number.
       temperature: above 0; the lower, the closer to dropout and the steeper the gradients. The
         paper's is 0.1.
       variational: one draw for all steps of a sequence instead of a fresh one at each.
@@ -50,13 +53,14 @@ class ConcreteDropout:
     variational: bool = False
     broadcast_dims: Sequence[int] = ()
 
-    scales = True
+    written: ClassVar[str] = "write ConcreteDropout(logit=params['logit'])"
+
+    amplifies = True
 
     def __post_init__(self) -> None:
         check_number("logit", self.logit)
         check_number("temperature", self.temperature, least=0, above=True)
-        check_shared(self.variational, self.broadcast_dims)
-        object.__setattr__(self, "broadcast_dims", tuple(self.broadcast_dims))
+        super().__post_init__()
 
     def draw_mask(self, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """Draws uniform deviates.
@@ -72,7 +76,7 @@ class ConcreteDropout:
           `broadcast_dims`.
         """
         real = jnp.finfo(wide_dtype(dtype)).dtype
-        shape = shared_shape(shape, self.broadcast_dims)
+        shape = self.mask_shape(shape)
         # Above 0, so that its logarithm is finite.
         return jax.random.uniform(rng, shape, real, minval=jnp.finfo(real).tiny)
 
@@ -90,14 +94,14 @@ class ConcreteDropout:
           An array of the value's shape and dtype.
         """
         del previous
-        check_scalar("logit", self.logit)
-        check_scalar("temperature", self.temperature)
+        check_fits("logit", self.logit, value.shape)
+        check_fits("temperature", self.temperature, value.shape)
         wide = wide_dtype(value.dtype)
         real = jnp.finfo(wide).dtype
-        logit, uniform = as_wide(self.logit, real), mask.astype(real)
+        logit, uniform = as_wide(self.logit, value, real), mask.astype(real)
         relaxed = logit + jnp.log(uniform) - jnp.log1p(-uniform)
         # As a difference of logarithms, for 1 - p may round to 0.
-        log_kept = jax.nn.log_sigmoid(-relaxed / as_wide(self.temperature, real))
+        log_kept = jax.nn.log_sigmoid(-relaxed / as_wide(self.temperature, value, real))
         factor = jnp.exp(log_kept - jax.nn.log_sigmoid(-logit))
         factor = jnp.broadcast_to(factor, value.shape)
         # Select first: what a dropped unit holds, NaN included, goes neither forward nor backward.

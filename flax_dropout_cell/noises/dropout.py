@@ -1,21 +1,25 @@
 """Inverted dropout."""
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from .._messages import must_be
 from .._random.keep_masks import Number, draw_keep_mask
-from .._shown import shown
-from .protocol import check_probability, check_scalar, check_shared, register_noise, shared_shape
+from .._random.wide_dtype import wide_dtype
+from .._sharding import broadcast_like
+from .arguments import as_wide, check_fits, check_probability
+from .base import NamedNoise, keyword_only
+from .protocol import register_noise
 
 
+@keyword_only
 @register_noise
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Dropout:
+class Dropout(NamedNoise):
     """Keeps a unit with probability `keep_prob`, scaled by `1 / keep_prob`, or else zeroes it.
 
     A boolean mask is drawn, True for a kept unit: with `variational` once per sequence (Gal and
@@ -24,9 +28,9 @@ class Dropout:
     held, NaN and inf included, goes neither forward nor backward.
 
     Args:
-      keep_prob: in [0, 1], a number or a scalar array, which may be traced. 1 is the identity
-        and draws nothing; 0 gives zeros. An array's value is not checked: above 1 it counts as
-        1, below 0 as 0.
+      keep_prob: in [0, 1], a number or an array, which may be traced and may have one for each
+        unit, `[features]`. 1 is the identity and draws nothing; 0 gives zeros. An array's
+        values are not checked: above 1 they count as 1, below 0 as 0.
       variational: one mask for all steps of a sequence instead of a fresh one at each.
       broadcast_dims: the value's dims over which one mask is shared, as in
         `flax.linen.Dropout`: `(0,)` gives the whole batch one mask.
@@ -50,29 +54,23 @@ class Dropout:
     broadcast_dims: Sequence[int] = ()
     scale: bool = True
 
-    def __new__(cls, *positional: Any, **named: Any) -> "Dropout":
-        if positional or (named and "keep_prob" not in named):  # copies are made without any
-            raise TypeError(
-                "Dropout takes the probability of keeping a unit, by name: "
-                "nn.Dropout(0.2) is Dropout(keep_prob=0.8)."
-            )
-        return super().__new__(cls)
+    written: ClassVar[str] = "nn.Dropout(0.2) is Dropout(keep_prob=0.8)"
+    probability: ClassVar[str | None] = "keep_prob"
 
     def __post_init__(self) -> None:
         check_probability("keep_prob", self.keep_prob)
-        check_shared(self.variational, self.broadcast_dims)
+        super().__post_init__()
         if not isinstance(self.scale, bool):
-            raise TypeError(f"scale must be True or False, got {shown(self.scale)}.")
-        object.__setattr__(self, "broadcast_dims", tuple(self.broadcast_dims))
+            raise TypeError(must_be("scale", "True or False", self.scale))
 
     @property
     def is_identity(self) -> bool:
-        """True where `keep_prob` is the number 1: nothing is drawn and nothing is computed."""
+        """Whether `keep_prob` is the number 1, so that nothing is drawn or computed."""
         return isinstance(self.keep_prob, Number) and bool(self.keep_prob == 1)
 
     @property
-    def scales(self) -> bool:
-        """True where a kept unit grows."""
+    def amplifies(self) -> bool:
+        """Whether kept units become larger."""
         return self.scale
 
     def draw_mask(self, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -87,8 +85,8 @@ class Dropout:
           A boolean array of shape `shape`, with 1 in each of `broadcast_dims`.
         """
         del dtype
-        check_scalar("keep_prob", self.keep_prob)
-        return draw_keep_mask(rng, self.keep_prob, shared_shape(shape, self.broadcast_dims))
+        check_fits("keep_prob", self.keep_prob, self.mask_shape(shape))
+        return draw_keep_mask(rng, self.keep_prob, self.mask_shape(shape))
 
     def apply(
         self, mask: jax.Array, value: jax.Array, previous: jax.Array | None = None
@@ -104,11 +102,11 @@ class Dropout:
           An array of the value's shape and dtype.
         """
         del previous
-        check_scalar("keep_prob", self.keep_prob)
-        mask = jnp.broadcast_to(mask, value.shape).astype(bool)
+        check_fits("keep_prob", self.keep_prob, value.shape)
+        mask = broadcast_like(mask, value).astype(bool)
         # Half-precision values are divided in float32: 0.8 in bfloat16 is off by 0.1 %, which
         # would bias every kept unit by as much.
-        wide = value.dtype if jnp.finfo(value.dtype).bits >= 32 else jnp.dtype(jnp.float32)
+        wide = wide_dtype(value.dtype)
         if isinstance(self.keep_prob, Number) and self.keep_prob < jnp.finfo(wide).tiny:
             return jnp.zeros_like(value)
         # Select first, scale second: a NaN in a dropped unit then reaches neither the gradient
@@ -116,7 +114,7 @@ class Dropout:
         kept = jnp.where(mask, value, jnp.zeros((), value.dtype))
         if self.is_identity or not self.scale:
             return kept
-        keep_prob = jnp.asarray(self.keep_prob).astype(wide)
+        keep_prob = as_wide(self.keep_prob, value, wide)
         if not isinstance(self.keep_prob, Number):
             # At 0 there is nothing to divide, and above 1 nothing is dropped.
             unscaled = (keep_prob == 0) | (keep_prob > 1)
@@ -128,13 +126,6 @@ class Dropout:
         del previous
         if self.scale or self.is_identity:
             return value
-        check_scalar("keep_prob", self.keep_prob)
-        wide = value.dtype if jnp.finfo(value.dtype).bits >= 32 else jnp.dtype(jnp.float32)
-        return (value.astype(wide) * jnp.asarray(self.keep_prob).astype(wide)).astype(value.dtype)
-
-
-# `__new__` is there for its error alone.
-_named = inspect.signature(Dropout.__init__)
-Dropout.__signature__ = _named.replace(  # type: ignore[attr-defined]
-    parameters=[parameter for name, parameter in _named.parameters.items() if name != "self"]
-)
+        check_fits("keep_prob", self.keep_prob, value.shape)
+        wide = wide_dtype(value.dtype)
+        return (value.astype(wide) * as_wide(self.keep_prob, value, wide)).astype(value.dtype)

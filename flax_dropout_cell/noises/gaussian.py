@@ -2,20 +2,22 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from .._random.keep_masks import Number
-from .arguments import as_wide, by_name, check_number, wide_dtype
-from .protocol import check_scalar, check_shared, register_noise, shared_shape
+from .._random.wide_dtype import wide_dtype
+from .._sharding import broadcast_like
+from .arguments import as_wide, check_fits, check_number
+from .base import NamedNoise, keyword_only
+from .protocol import register_noise
 
 
-@by_name("GaussianNoise(stddev=0.1)")
+@keyword_only
 @register_noise
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GaussianNoise:
+class GaussianNoise(NamedNoise):
     """Adds a normal deviate of mean 0 and standard deviation `stddev`.
 
     The mask is the standard normal deviate. At `params` with `variational=True` it is weight noise,
@@ -24,8 +26,9 @@ class GaussianNoise:
     back as it is.
 
     Args:
-      stddev: in the units of the value, at least 0, a number or a scalar array, which may be
-        traced. 0 is the identity and draws nothing.
+      stddev: in the units of the value, at least 0, a number or an array, which may be traced
+        or learned and may have one for each unit, `[features]`. 0 is the identity and draws
+        nothing.
       variational: one draw for all steps of a sequence instead of a fresh one at each.
       broadcast_dims: the value's dims over which one draw is shared.
 
@@ -45,14 +48,15 @@ class GaussianNoise:
     variational: bool = False
     broadcast_dims: Sequence[int] = ()
 
+    written: ClassVar[str] = "write GaussianNoise(stddev=0.1)"
+
     def __post_init__(self) -> None:
         check_number("stddev", self.stddev, least=0)
-        check_shared(self.variational, self.broadcast_dims)
-        object.__setattr__(self, "broadcast_dims", tuple(self.broadcast_dims))
+        super().__post_init__()
 
     @property
     def is_identity(self) -> bool:
-        """True where `stddev` is the number 0: nothing is drawn and nothing is computed."""
+        """Whether `stddev` is the number 0, so that nothing is drawn or computed."""
         return isinstance(self.stddev, Number) and bool(self.stddev == 0)
 
     def draw_mask(self, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -66,7 +70,7 @@ class GaussianNoise:
         Returns:
           An array of this dtype and of shape `shape`, with 1 in each of `broadcast_dims`.
         """
-        shape = shared_shape(shape, self.broadcast_dims)
+        shape = self.mask_shape(shape)
         return jax.random.normal(rng, shape, wide_dtype(dtype)).astype(dtype)
 
     def apply(
@@ -83,10 +87,12 @@ class GaussianNoise:
           An array of the value's shape and dtype.
         """
         del previous
-        check_scalar("stddev", self.stddev)
+        check_fits("stddev", self.stddev, value.shape)
+        # In float32, so that the sum is rounded once.
         wide = wide_dtype(value.dtype)
-        deviates = jnp.broadcast_to(mask, value.shape).astype(wide)
-        return (value.astype(wide) + as_wide(self.stddev, wide) * deviates).astype(value.dtype)
+        deviates = broadcast_like(mask, value).astype(wide)
+        stddev = as_wide(self.stddev, value, wide)
+        return (value.astype(wide) + stddev * deviates).astype(value.dtype)
 
     def expected(self, value: jax.Array, previous: jax.Array | None = None) -> jax.Array:
         """The value as it is."""

@@ -1,17 +1,13 @@
-"""What every noise can do, and what is checked of its numbers."""
+"""The protocol of a noise, its registration as a pytree, and its optional attributes."""
 
 import dataclasses
-import math
-from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
 
-from .._random.keep_masks import Number
-from .._shown import shown
+from .._messages import must_be, short_repr
 
 
 @runtime_checkable
@@ -21,8 +17,10 @@ class Noise(Protocol):
     Make it a frozen dataclass with `register_noise` on top: then its numbers are static and its
     arrays can be traced, mapped and differentiated. Three more attributes are optional, each a
     bool: `is_identity` (True: the noise is skipped and draws nothing), `needs_previous` (True: it
-    is refused at sites that have no previous value), and `scales` (True: a kept unit grows, so
-    the noise is refused where that would grow at every step).
+    is refused at sites that have no previous value), and `amplifies` (True: a kept unit grows, so
+    the noise is refused where that would grow at every step). A noise whose mask is shared over
+    some of the value's dims says so in a field `broadcast_dims`, a tuple of ints: a mask that is
+    shared over the batch is then drawn once for all rows, whatever their ids.
 
     Example:
       >>> import dataclasses, jax
@@ -47,7 +45,7 @@ class Noise(Protocol):
 
     @property
     def variational(self) -> bool:
-        """True: one mask for all steps of a sequence. False: a fresh mask at each step."""
+        """Whether all steps of a sequence have one mask; if not, each draws its own."""
         ...
 
     def draw_mask(self, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -108,10 +106,13 @@ def register_noise(cls: NoiseClass) -> NoiseClass:
     def unflatten(structure: Any, leaves: Any) -> Any:
         data, static = structure
         noise = object.__new__(cls)
-        vars(noise).update(static, _data=data)
+        vars(noise).update(static)
         vars(noise).update(zip(data, leaves, strict=True))
+        vars(noise)["_data"] = data
         return noise
 
+    # Not register_dataclass, whose fields are data or static for all instances of a class: here it
+    # depends on the value.
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
 
@@ -131,35 +132,28 @@ def needs_previous(noise: Noise) -> bool:
     return _flag(noise, "needs_previous")
 
 
-def scales(noise: Noise) -> bool:
+def amplifies(noise: Noise) -> bool:
     """Whether a noise makes the units that it keeps larger."""
-    return _flag(noise, "scales") and not is_identity(noise)
+    return _flag(noise, "amplifies") and not is_identity(noise)
 
 
 def _flag(noise: Noise, name: str) -> bool:
     value = getattr(noise, name, False)
+    # A method is true whatever it returns, so the noise would silently be skipped, or refused.
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(
-            f"{type(noise).__name__}.{name} must be True or False, got a "
-            f"{type(value).__name__}; make it a field or a property."
-        )
+        raise TypeError(must_be(f"{type(noise).__name__}.{name}", "True or False", value))
     return bool(value)
 
 
 def check_noise(where: str, noise: Any) -> None:
-    """Refuses what is no noise, or one that would be misread."""
+    """Raises if an object is not a noise, or is one that would be misread."""
     if isinstance(noise, type):
-        raise TypeError(
-            f"{where} holds the class {noise.__name__}; give an instance of it, such as "
-            f"Dropout(keep_prob=0.8)."
-        )
+        raise TypeError(f"{where} holds the class {noise.__name__}; give an instance of it.")
     if not isinstance(noise, Noise):
-        raise TypeError(
-            f"{where} must hold noises such as Dropout(keep_prob=0.8) or None, "
-            f"got {_describe(noise)}."
-        )
+        wanted = "noises such as Dropout(keep_prob=0.8) or None"
+        raise TypeError(f"{where} must hold {wanted}, got {_describe(noise)}.")
     _flag(noise, "variational")
-    for name in ("is_identity", "needs_previous", "scales"):
+    for name in ("is_identity", "needs_previous", "amplifies"):
         _flag(noise, name)
 
 
@@ -167,54 +161,8 @@ def _describe(value: Any) -> str:
     members = ("variational", "draw_mask", "apply", "expected")
     missing = [name for name in members if not hasattr(value, name)]
     if len(missing) < len(members):
-        return f"a {type(value).__name__}, which lacks {', '.join(missing)} to be one"
-    return shown(value)
-
-
-def check_probability(name: str, probability: Any) -> None:
-    """Refuses what is no number in [0, 1] and no array, whose values are on the device."""
-    if is_array(probability):
-        return
-    if isinstance(probability, bool | np.bool_) or not isinstance(probability, Number):
-        raise TypeError(
-            f"{name} must be a number in [0, 1] or a scalar array, got {shown(probability)}."
+        return (
+            f"a {type(value).__name__}, which lacks {', '.join(missing)}: a noise has "
+            f"{', '.join(members[:-1])} and {members[-1]}"
         )
-    if math.isnan(probability) or not 0 <= probability <= 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {probability}.")
-
-
-def check_shared(variational: Any, broadcast_dims: Any) -> None:
-    """Refuses what every noise's `variational` and `broadcast_dims` cannot be."""
-    if not isinstance(variational, bool):
-        raise TypeError(f"variational must be True or False, got {shown(variational)}.")
-    if not isinstance(broadcast_dims, Sequence) or not all(
-        isinstance(dim, int) for dim in broadcast_dims
-    ):
-        raise TypeError(
-            f"broadcast_dims must be a sequence of ints such as (0,), got {shown(broadcast_dims)}."
-        )
-
-
-def check_scalar(name: str, value: Any) -> None:
-    """Refuses, where it is used, what is neither a number nor a floating-point scalar array."""
-    if isinstance(value, Number):
-        return
-    if not is_array(value):
-        raise TypeError(f"{name} must be a number in [0, 1] or a scalar array, got {shown(value)}.")
-    if value.shape != ():
-        raise ValueError(
-            f"{name} must be a scalar where it is used, got shape {value.shape}; "
-            f"map over several values with jax.vmap."
-        )
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"{name} must be a floating-point array, got {value.dtype}.")
-
-
-def shared_shape(shape: tuple[int, ...], broadcast_dims: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a mask that is shared over `broadcast_dims`."""
-    shared = list(shape)
-    for dim in broadcast_dims:
-        if not -len(shape) <= dim < len(shape):
-            raise ValueError(f"broadcast_dims has {dim}, but the value has shape {shape}.")
-        shared[dim] = 1
-    return tuple(shared)
+    return short_repr(value)

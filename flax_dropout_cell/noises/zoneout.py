@@ -2,21 +2,24 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .._random.keep_masks import Number, draw_keep_mask
-from .arguments import as_wide, by_name, wide_dtype
-from .protocol import check_probability, check_scalar, check_shared, register_noise, shared_shape
+from .._random.wide_dtype import wide_dtype
+from .._sharding import broadcast_like
+from .arguments import as_wide, check_fits, check_probability
+from .base import NamedNoise, keyword_only
+from .protocol import register_noise
 
 
-@by_name("Zoneout(prob=0.1)")
+@keyword_only
 @register_noise
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Zoneout:
+class Zoneout(NamedNoise):
     """Lets a unit stay what it was at the step before, with probability `prob`.
 
     Krueger et al. 2016, arXiv:1606.01305, equations 2 to 4: at each step a boolean mask is drawn,
@@ -25,9 +28,9 @@ class Zoneout:
     `state`, and inside a cell those that say it, such as `hidden` and `memory` of this library's.
 
     Args:
-      prob: the probability of the OLD value, in [0, 1], a number or a scalar array, which may be
-        traced. 0 is the identity and draws nothing. An array's value is not checked: above 1 it
-        counts as 1, below 0 as 0.
+      prob: the probability of the OLD value, in [0, 1], a number or an array, which may be traced
+        and may have one for each unit, `[features]`. 0 is the identity and draws nothing.
+        An array's values are not checked: above 1 they count as 1, below 0 as 0.
       variational: one mask for all steps. Units that it holds back never leave the first state,
         which is seldom what is wanted.
       broadcast_dims: the value's dims over which one mask is shared.
@@ -49,20 +52,22 @@ class Zoneout:
     variational: bool = False
     broadcast_dims: Sequence[int] = ()
 
+    written: ClassVar[str] = "write Zoneout(prob=0.1)"
+    probability: ClassVar[str | None] = "prob"
+
     needs_previous = True
 
     def __post_init__(self) -> None:
         check_probability("prob", self.prob)
-        check_shared(self.variational, self.broadcast_dims)
-        object.__setattr__(self, "broadcast_dims", tuple(self.broadcast_dims))
+        super().__post_init__()
 
     @property
     def is_identity(self) -> bool:
-        """True where `prob` is the number 0: nothing is drawn and nothing is computed."""
+        """Whether `prob` is the number 0, so that nothing is drawn or computed."""
         return isinstance(self.prob, Number) and bool(self.prob == 0)
 
     def draw_mask(self, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        """Draws where the new value passes.
+        """Draws which units take the new value.
 
         Args:
           rng: a typed or raw key.
@@ -73,13 +78,13 @@ class Zoneout:
           A boolean array of shape `shape`, with 1 in each of `broadcast_dims`.
         """
         del dtype
-        check_scalar("prob", self.prob)
+        check_fits("prob", self.prob, self.mask_shape(shape))
         # In float32 for numbers too, so that a number and its array give one mask.
         if isinstance(self.prob, Number):
             new = float(np.float32(1) - np.float32(self.prob))
         else:
             new = 1 - self.prob.astype(jnp.float32)
-        return draw_keep_mask(rng, new, shared_shape(shape, self.broadcast_dims))
+        return draw_keep_mask(rng, new, self.mask_shape(shape))
 
     def apply(
         self, mask: jax.Array, value: jax.Array, previous: jax.Array | None = None
@@ -98,7 +103,7 @@ class Zoneout:
           ValueError: there is no `previous`.
         """
         previous = _given(previous, value)
-        return jnp.where(jnp.broadcast_to(mask, value.shape).astype(bool), value, previous)
+        return jnp.where(broadcast_like(mask, value).astype(bool), value, previous)
 
     def expected(self, value: jax.Array, previous: jax.Array | None = None) -> jax.Array:
         """`prob * previous + (1 - prob) * value`.
@@ -116,17 +121,14 @@ class Zoneout:
         if self.is_identity:
             return value
         previous = _given(previous, value)
-        check_scalar("prob", self.prob)
+        check_fits("prob", self.prob, value.shape)
         wide = wide_dtype(value.dtype)
-        old = jnp.clip(as_wide(self.prob, wide).real, 0, 1).astype(wide)
+        old = jnp.clip(as_wide(self.prob, value, wide).real, 0, 1).astype(wide)
         mixed = old * previous.astype(wide) + (1 - old) * value.astype(wide)
         return mixed.astype(value.dtype)
 
 
 def _given(previous: jax.Array | None, value: jax.Array) -> jax.Array:
     if previous is None:
-        raise ValueError(
-            "Zoneout needs the value of the step before, and there is none here. Put it at state, "
-            "or inside a cell at a site that says what it held before."
-        )
-    return jnp.broadcast_to(jnp.asarray(previous), value.shape).astype(value.dtype)
+        raise ValueError("Zoneout needs the value of the step before, as a state has it; got None.")
+    return broadcast_like(jnp.asarray(previous), value).astype(value.dtype)

@@ -1,0 +1,63 @@
+"""Every use of JAX that its documentation does not promise, or that differs between its versions.
+
+The rest of the package uses documented names only, so when JAX changes, this is the file to mend.
+Flax has a file of its own, `_flax/compat.py`.
+"""
+
+from typing import Any
+
+import jax
+from jax.core import ShapedArray as ShapedArray
+from jax.core import Tracer
+from jax.core import eval_jaxpr as eval_jaxpr
+from jax.extend.core import ClosedJaxpr as ClosedJaxpr  # type: ignore[attr-defined]
+from jax.extend.core import Jaxpr as Jaxpr  # type: ignore[attr-defined]
+from jax.extend.core import Literal as Literal  # type: ignore[attr-defined]
+from jax.extend.core.primitives import convert_element_type_p
+
+try:
+    from jax.extend.core import get_opaque_trace_state
+except ImportError:  # before JAX 0.8
+    from jax.core import get_opaque_trace_state  # type: ignore[attr-defined, no-redef]
+
+IS_BEFORE_0_12 = jax.__version_info__ < (0, 12)
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is not known yet, because a transformation is tracing."""
+    return isinstance(value, Tracer)
+
+
+def current_trace() -> Any:
+    """Equal to the result of another call only if no transformation was opened in between."""
+    # The convention tells JAX who asks: NNX is the one user that it was made for.
+    return get_opaque_trace_state(convention="nnx")
+
+
+def as_weakly_typed(value: jax.Array) -> jax.Array:
+    """A value of the same dtype that widens no other value, as Python numbers do not."""
+    # jax.lax.convert_element_type leaves a value of the same dtype as it is.
+    return convert_element_type_p.bind(value, new_dtype=value.dtype, weak_type=True, sharding=None)
+
+
+def is_threefry_dtype(dtype: Any) -> bool:
+    """Whether typed keys of a dtype are of JAX's default PRNG."""
+    return dtype.name == "key<fry>"
+
+
+def differs_between_shards(aval: Any) -> bool:
+    """Whether a type says that `jax.shard_map` holds another array on each device."""
+    newer = getattr(aval, "manual_axis_type", None)
+    return bool(getattr(aval, "vma", ()) or getattr(newer, "varying", ()))
+
+
+def jaxpr_of(equation: Any, debug_info: Any) -> Jaxpr:
+    """A jaxpr of one equation, whose arguments are the equation's variables."""
+    variables = [atom for atom in equation.invars if not isinstance(atom, Literal)]
+    return Jaxpr([], variables, equation.outvars, [equation], equation.effects, debug_info)
+
+
+def function_name(jaxpr: Any) -> str | None:
+    """The name of the function that a jaxpr was traced from, if JAX has kept it."""
+    info = getattr(getattr(jaxpr, "jaxpr", jaxpr), "debug_info", None)
+    return getattr(info, "func_name", None)

@@ -1,0 +1,134 @@
+"""Every use of Flax that its documentation does not promise, or that differs between its versions.
+
+The rest of the package uses documented names only, so when Flax changes, this is the file to mend.
+JAX has a file of its own, `_compat.py`, because the core does not import Flax.
+"""
+
+import dataclasses
+from typing import Any, NoReturn
+
+import flax.linen as nn
+from flax import core, nnx
+
+from .._messages import short_repr
+from ..noises.protocol import is_array
+
+# In Flax 0.11 an attribute is static if its value is not an array; there is nothing to say.
+static = getattr(nnx, "static", lambda value: value)
+
+
+class CellField:
+    """The descriptor of a field `cell` that lives in its owner's own scope.
+
+    Flax names a module after the field that holds it, so the weights of a wrapper's `cell` would
+    lie one level deeper than the bare cell's. This relies on the order in which Flax adopts a
+    field, which a test holds fast: it sets the module's parent, assigns the field, and only then
+    binds the module, by pushing a new scope if the parent is a module, and in the parent itself if
+    that is a scope.
+    """
+
+    def __get__(self, owner: Any, cls: type | None = None) -> Any:
+        try:
+            return owner.__dict__["cell"]
+        except (AttributeError, KeyError):
+            # On the class this says, to dataclasses, that the field has no default.
+            raise AttributeError("cell") from None
+
+    def __set__(self, owner: Any, cell: Any) -> None:
+        if isinstance(cell, nn.Module) and cell.scope is None and cell.parent is owner:
+            object.__setattr__(cell, "parent", owner.scope)
+        owner.__dict__["cell"] = cell
+
+
+def should_stay_unbound(module: nn.Module, cell: Any) -> bool:
+    """Whether a module that is just made should, like its cell, be bound by the host it goes to.
+
+    Inside a compact method a module without `parent=` is bound on the spot. A cell that was made
+    outside, or with `parent=None`, is bound by the host that takes it, under the host's name for
+    it; its wrapper has to go with it.
+    """
+    made_inside = module.parent is _unspecified_parent(module)
+    return made_inside and isinstance(cell, nn.Module) and cell.parent is None
+
+
+def _unspecified_parent(module: nn.Module) -> Any:
+    """The default of `parent=`, which is not None: None asks for an unbound module."""
+    return type(module).__dataclass_fields__["parent"].default
+
+
+def copy_with_cell(module: Any, cell: nn.Module, **kwargs: Any) -> Any:
+    """Gives `module.copy(**kwargs)`, with the copy that a host would make of the bare cell.
+
+    Flax's own copy unbinds the cells that are bound elsewhere, and with that renames them.
+    """
+    name = kwargs.pop("name", None)
+    parent = {key: kwargs.pop(key) for key in ("parent",) if key in kwargs}
+    if "cell" not in kwargs:
+        kwargs["cell"] = copied = cell.copy(name=name, **parent)
+        if copied.scope is not None:
+            name = None  # the copied cell has it
+    return module.clone(
+        parent=parent.get("parent", _unspecified_parent(module)), name=name, **kwargs
+    )
+
+
+def copy_into(scope: core.Scope | None, module: nn.Module, *, renamed: bool = False) -> Any:
+    """A copy of a module, and of all that it holds, in a scope or, with None, in none.
+
+    If `renamed`, the modules that it holds forget the names that a host has given them.
+    """
+    return module.clone(parent=scope, _deep_clone=True, _reset_names=renamed)
+
+
+def scope_at(outer: Any, variables: Any, mutable: Any) -> core.Scope:
+    """A scope of its own variables, with the path and the streams of another."""
+    scope = core.bind(variables, rngs=outer.rngs, mutable=mutable)
+    scope.name, scope.path, scope.debug_path = outer.name, outer.path, outer.debug_path
+    return scope
+
+
+def has_drawn(scope: core.Scope) -> bool:
+    """Whether anything has drawn from the streams of a scope, or of one within it."""
+    return _is_counted(scope.rng_counters)
+
+
+def _is_counted(counters: Any) -> bool:
+    # The counters of inner scopes lie among those of the scope, transformed ones too.
+    return any(_is_counted(c) if isinstance(c, dict) else c > 0 for c in counters.values())
+
+
+def running_module() -> nn.Module | None:
+    """The linen module whose method is running; None outside of any."""
+    return nn.module._context.module_stack[-1]
+
+
+class ConstantFields:
+    """The descriptor of `__fn_or_cls__`: it raises for arrays, and is absent otherwise.
+
+    `nn.jit` compiles once for all modules whose fields hash alike, with the fields as constants.
+    A `RecurrentDropout` gives it the values of its arrays to hash. A field that is an array itself
+    cannot: Flax refuses it as "iteration over a 0-d array". It asks a module for `__fn_or_cls__`
+    right before it hashes the fields, so a clear error can be raised there.
+    """
+
+    nowrap = True
+    """Keeps Flax from wrapping the descriptor in another, which turns each error into its own."""
+
+    def __get__(self, module: Any, cls: type | None = None) -> NoReturn:
+        if module is not None:
+            _refuse_arrays(module)
+        raise AttributeError("__fn_or_cls__")
+
+
+def _refuse_arrays(module: Any) -> None:
+    for field in (field.name for field in dataclasses.fields(module)):
+        if field in ("parent", "name", "cell"):
+            continue
+        value = getattr(module, field)
+        if is_array(value):
+            name = type(module).__name__.removeprefix("Jit")  # as nn.jit calls its copy
+            raise ValueError(
+                f"nn.jit compiles a module's fields in as constants, and {field} of {name} is an "
+                f"array, {short_repr(value)}. Give a number, or use jax.jit around the model, or "
+                f"make the {name} inside the module that nn.jit compiles."
+            )

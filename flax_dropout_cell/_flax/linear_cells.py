@@ -1,0 +1,69 @@
+"""Shared by the linear cells of linen and NNX: dtypes, and checks of weights."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..cells import LRUParams, MinGRUParams, MinLSTMParams, RGLRUParams
+
+LinearParams = LRUParams | MinGRUParams | MinLSTMParams | RGLRUParams
+
+
+def promote(x: jax.Array, params: Any, dtype: Any) -> tuple[jax.Array, Any]:
+    """The input and the weights that it is multiplied with, in the dtype of the computation.
+
+    Eigenvalues and decays keep theirs: rounded to half precision, a memory of 1,000 steps is
+    another one.
+    """
+    names = [name for name in params._fields if name.endswith(("kernel", "bias"))]
+    weights = [getattr(params, name) for name in names]
+    dtype = jnp.result_type(x, *weights) if dtype is None else dtype
+    promoted = {name: leaf.astype(dtype) for name, leaf in zip(names, weights, strict=True)}
+    return jnp.asarray(x).astype(dtype), params._replace(**promoted)
+
+
+def complex_dtype(dtype: Any) -> Any:
+    """The dtype of an LRU's h; complex numbers do not come in half precision."""
+    return jnp.complex128 if jnp.finfo(dtype).bits > 32 else jnp.complex64
+
+
+def check_params(params: Any, shapes: Any, cell: Any) -> None:
+    """Raises if weights are not those of the cell, whose weights have these `shapes`."""
+    if type(params) is not type(shapes):
+        raise wrong_weights(cell, type(shapes), params)
+    for name, leaf, like in zip(params._fields, params, shapes, strict=True):
+        if leaf.shape != like.shape:
+            wanted = f"{list(like.shape)} for this {type(cell).__name__}"
+            raise ValueError(f"{name} must be {wanted}, got {list(leaf.shape)}.")
+
+
+def wrong_weights(cell: Any, wanted: type, params: Any) -> TypeError:
+    """The error for weights of another kind of cell."""
+    return TypeError(
+        f"the weights of {type(cell).__name__} are {wanted.__name__}, got {type(params).__name__}."
+    )
+
+
+def wrong_variables(cell: Any, wanted: Iterable[str], got: Iterable[Any]) -> ValueError:
+    """The error for variables of another kind of cell."""
+    return ValueError(
+        f"{type(cell).__name__} has the weights {', '.join(wanted)}; these variables hold "
+        f"{', '.join(map(str, got)) or 'none'}."
+    )
+
+
+def has_no_weights(cell: Any) -> TypeError:
+    """The error for a cell that this library has no weights for."""
+    return TypeError(
+        f"only LSTMCell, OptimizedLSTMCell, GRUCell and this library's linear cells have such "
+        f"weights, got {type(cell).__name__}."
+    )
+
+
+def params_of(variables: Mapping[str, Any], like: Any, cell: Any) -> Any:
+    """Variables as the core's weights, of the same names as `like`."""
+    if set(like._fields) != set(variables):
+        raise wrong_variables(cell, like._fields, variables)
+    return type(like)(**variables)

@@ -1,0 +1,1 @@
+"""TensorFlow's wrapper: its arguments, state filters and configs."""

@@ -1,0 +1,190 @@
+"""The public scan: `jax.lax.scan` with its signature, and a table of how a step is cut."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from . import hoisted_scan, traced_scan
+from .flat_jaxpr import Equation, Program
+from .linear_recurrence import find_obstacle
+from .weight_products import Plan, is_linear
+
+PyTree = Any
+Step = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def scan(
+    step: Step,
+    init: PyTree,
+    xs: PyTree = None,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+) -> tuple[PyTree, PyTree]:
+    """`jax.lax.scan` whose weights' gradients are computed after the backward loop.
+
+    The numbers are those of `jax.lax.scan` to rounding, in forward and reverse mode, for higher
+    orders and under `jax.vmap`. A step that cannot be cut up runs in `jax.lax.scan` as it is;
+    `explain_scan` says what happens to a step. There is no dropout in it: see `dropout_scan`.
+
+    Args:
+      step: `step(carry, x) -> (carry, y)`.
+      init: the first carry.
+      xs: the inputs, a pytree of arrays `[time, ...]`, or None.
+      length: the number of steps; needed only if `xs` has no arrays.
+      reverse: run from the last step to the first.
+      unroll: as in `jax.lax.scan`.
+
+    Returns:
+      `(carry, ys)`: the last carry, and the outputs `[time, ...]`.
+
+    Raises:
+      TypeError, ValueError: as `jax.lax.scan`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> w = jnp.eye(8)
+      >>> def step(h, x):
+      ...     h = jnp.tanh(x + h @ w)
+      ...     return h, h
+      >>> h, ys = fdc.scan(step, jnp.zeros((4, 8)), jnp.ones((20, 4, 8)))
+      >>> h.shape, ys.shape
+      ((4, 8), (20, 4, 8))
+    """
+    return hoisted_scan.scan(step, init, xs, length=length, reverse=reverse, unroll=unroll)
+
+
+class ScanExplanation(NamedTuple):
+    """The parts in which `scan` runs a step; it prints as a table.
+
+    Attributes:
+      plain: why the step runs in `jax.lax.scan` as it is, or None.
+      once: equations on values that are the same at all steps, which run once.
+      before: equations that run before the loop, for all steps at once.
+      loop: equations that run in the loop.
+      outputs: equations that run after the loop, for all steps at once, as only ys need them.
+      after: weights whose gradients are computed after the backward loop.
+      accumulated: weights whose gradients are added up in it, and why.
+      obstacle: why the carry is not a linear recurrence, `a * carry + b` element by element; None
+        if it is one, which runs without a loop on a GPU or TPU, or with `parallel=True`.
+    """
+
+    plain: str | None
+    once: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    loop: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    accumulated: tuple[str, ...] = ()
+    obstacle: str | None = None
+
+    def __str__(self) -> str:
+        if self.plain is not None:
+            return f"jax.lax.scan as it is: {self.plain}"
+        rows = {
+            "once": self.once,
+            "before the loop": self.before,
+            "in the loop": self.loop,
+            "after the loop": self.outputs,
+            "gradients after the loop": self.after,
+            "gradients in the loop": self.accumulated,
+            "a linear recurrence": (f"no: {self.obstacle}" if self.obstacle else "yes",),
+        }
+        lines = []
+        for title, entries in rows.items():
+            for at, entry in enumerate(entries or ("nothing",)):
+                lines.append(f"{'' if at else title:<26}{entry}")
+        return "\n".join(lines)
+
+
+def explain_scan(
+    step: Step, init: PyTree, xs: PyTree = None, length: int | None = None
+) -> ScanExplanation:
+    """Tells how `scan` runs a step, if all the weights that it closes over are differentiated.
+
+    It traces the step and computes nothing. `dropout_scan` and the layers run the same scan.
+
+    Args:
+      step: as in `scan`.
+      init: the first carry.
+      xs: the inputs.
+      length: the number of steps; needed only if `xs` has no arrays.
+
+    Returns:
+      A `ScanExplanation`, which prints as a table.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> w, u, b = jnp.ones((128, 512)), jnp.ones((512, 512)), jnp.ones((1, 512))
+      >>> def step(h, x):
+      ...     h = jnp.tanh(x @ w + h @ u + b)
+      ...     return h, h
+      >>> print(fdc.explain_scan(step, jnp.zeros((1, 512)), jnp.ones((20, 1, 128))))
+      once                      nothing
+      before the loop           dot_general: float32[20,1,512]
+      in the loop               dot_general: float32[1,512]
+                                2 add, 1 tanh
+      after the loop            nothing
+      gradients after the loop  float32[128,512]
+                                float32[512,512]
+                                float32[1,512]
+      gradients in the loop     nothing
+      a linear recurrence       no: it goes through dot_general
+    """
+    traced = traced_scan.trace_scan(step, init, xs, length=length)
+    if isinstance(traced, str):
+        return ScanExplanation(traced)
+    return explain_traced(traced, init, traced.steps)
+
+
+def explain_traced(traced: traced_scan.TracedScan, init: PyTree, *steps: int) -> ScanExplanation:
+    """Explains a traced scan; `steps` leads the shapes outside the loop, if it is given."""
+    program, plan = traced.program, traced.plan(traced.constants)
+    cut = traced.cut(plan)
+    # In the order of their sites, each once: a tied weight has several.
+    weights = dict.fromkeys(site.weight for site in plan.sites.values())
+    obstacle = find_obstacle(program, traced.carry, traced.xs.stop)
+
+    return ScanExplanation(
+        None,
+        tuple(_summary(program, plan.hoisted)),
+        tuple(_summary(program, cut.ahead, *steps)),
+        tuple(_summary(program, cut.loop)),
+        tuple(_summary(program, cut.after, *steps)),
+        tuple(_type(program, weight) for weight in weights),
+        tuple(_why_accumulated(program, plan)),
+        None if obstacle is None else hoisted_scan.say_obstacle(obstacle, traced.carry, init),
+    )
+
+
+def _summary(program: Program, equations: Iterable[Equation], *steps: int) -> Iterator[str]:
+    """A line for each product, and one that counts the other equations."""
+    others: Counter[str] = Counter()
+    for equation in equations:
+        if equation.name in ("dot_general", "conv_general_dilated"):
+            yield f"{equation.name}: {_type(program, equation.outputs[0], *steps)}"
+        else:
+            others[equation.name] += 1
+    if others:
+        yield ", ".join(f"{count} {name}" for name, count in others.items())
+
+
+def _type(program: Program, value: int, *steps: int) -> str:
+    aval = program.types[value]
+    return f"{aval.dtype}[{','.join(map(str, (*steps, *aval.shape)))}]"
+
+
+def _why_accumulated(program: Program, plan: Plan) -> Iterator[str]:
+    """The values before the loop whose gradients are added up in it."""
+    left = plan.used_elsewhere(program.outputs)
+    for equation in plan.loop:
+        for value in left.intersection(equation.inputs):
+            if equation.outputs in plan.sites and value == plan.sites[equation.outputs].weight:
+                continue
+            is_small = is_linear(equation, value)
+            reason = "small beside the rows it meets" if is_small else f"used in {equation.name}"
+            yield f"{_type(program, value)}: {reason}"
+            left.remove(value)
+    yield from (f"{_type(program, value)}: an output" for value in left)

@@ -1,0 +1,269 @@
+"""A step cut in three: before the loop, in it, and after it.
+
+    z = x @ W            before: needs no carry, so it can run for all steps at once
+    h = tanh(z + h @ U)  in the loop: the next carry needs it
+    y = h @ V            after: only y needs it
+
+Running a part for all steps at once turns many small products into a large one. That pays if the
+loop spends its time on reading the weight: `h @ U` with one row reads all of `U` at each step, and
+so does `x @ W`, which over all steps reads `W` once. The same holds for `h @ V`.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+
+from .flat_jaxpr import Equation, Program, changes_under_vmap
+from .recomputed_operands import CHEAP
+from .weight_products import Plan
+
+# A product of `[rows, K]` and `[K, N]` moves out of the loop on a CPU if its weight is at least
+# this many times as large as its rows: `K N >= AHEAD * rows * (K + N)`. The forward pass of an LSTM
+# takes 0.7 to 0.8 of the time at a ratio of 26 (two busy cores), but 0.9 to 1.1 at 8 and 1.1 to 1.3
+# at 3.2, because the loop then writes and reads `z` instead of keeping it in the cache. Nothing was
+# measured between 8 and 26.
+AHEAD = 16.0
+# Smaller weights stay in a cache between steps, and their products keep the loop's exact bits.
+AHEAD_SIZE = 2**14
+# The loop keeps `h` of all steps for `h @ V` after it. It may take this much memory, or as much as
+# the ys that are made of it.
+KEPT_BYTES = 16 * 2**20
+
+
+class Parts(NamedTuple):
+    """A step's equations, each part in the order in which they run.
+
+    Attributes:
+      before: those that depend on xs and constants alone.
+      loop: those that the next carry needs.
+      after: the others, which only ys need.
+    """
+
+    before: list[Equation]
+    loop: list[Equation]
+    after: list[Equation]
+
+
+def cut_step(equations: Iterable[Equation], carry: Iterable[int], last: Iterable[int]) -> Parts:
+    """Cuts a step by what its equations depend on, and by what depends on them.
+
+    Args:
+      equations: the step.
+      carry: the values of the carry that comes in.
+      last: the values of the carry that goes out.
+    """
+    # Forward for whatever the carry reaches, then backward for whatever the next carry needs.
+    carried, before, others = set(carry), [], []
+    for equation in equations:
+        if carried.isdisjoint(equation.inputs):
+            before.append(equation)
+        else:
+            others.append(equation)
+            carried.update(equation.outputs)
+    needed, loop, after = set(last), [], []
+    for equation in reversed(others):
+        if needed.isdisjoint(equation.outputs):
+            after.append(equation)
+        else:
+            loop.append(equation)
+            needed.update(equation.inputs)
+    return Parts(before, loop[::-1], after[::-1])
+
+
+class Cut(NamedTuple):
+    """Where the equations of a loop run.
+
+    Attributes:
+      ahead: before it, for all steps at once.
+      loop: in it.
+      after: after it, for all steps at once. Cheap ones may be in the loop as well.
+      kept: the values that the loop keeps for those after it.
+    """
+
+    ahead: list[Equation]
+    loop: list[Equation]
+    after: list[Equation]
+    kept: set[int]
+
+    @property
+    def has_loop_alone(self) -> bool:
+        return not self.ahead and not self.after
+
+
+def cut_loop(program: Program, plan: Plan, carry: range, xs: Iterable[int], steps: int) -> Cut:
+    """Cuts a loop: large products of few rows leave it if they can.
+
+    Args:
+      program: the step.
+      plan: the loop.
+      carry: the values of the carry that comes in.
+      xs: the inputs.
+      steps: the number of steps.
+    """
+    ahead = products_ahead(program, plan, carry)
+    made = _made_by(ahead)
+    loop = [equation for equation in plan.loop if made.isdisjoint(equation.outputs)]
+    after, kept = products_after(program, plan, loop, carry, made.union(xs), steps)
+    # A y that is a carry as well is made in the loop.
+    results = {*program.outputs[: len(carry)], *kept}
+    return Cut(ahead, _needed_for(results, loop, after), after, kept)
+
+
+def products_ahead(program: Program, plan: Plan, carry: Iterable[int]) -> list[Equation]:
+    """The equations of a loop that run before it: large products, and what they are made of."""
+    before = cut_step(plan.loop, carry, ()).before
+    makers = {value: equation for equation in before for value in equation.outputs}
+    sites = plan.sites
+    chosen: set[tuple[int, ...]] = set()
+    for product in before:
+        if product.outputs in sites:  # its weight is read from before the loop
+            inputs = sites[product.outputs].operands
+        elif plan.narrowed.isdisjoint(product.inputs):
+            inputs = product.inputs
+        else:
+            continue  # its weight's gradient adds up in float32, at each step
+        needed = _makers_of(inputs, makers)
+        # Random bits stay: drawn for all steps at once they are others with some PRNGs.
+        if _is_worth(program, product, plan.known) and all(each.name in CHEAP for each in needed):
+            chosen.update(each.outputs for each in (product, *needed))
+    return [equation for equation in before if equation.outputs in chosen]
+
+
+def products_after(
+    program: Program,
+    plan: Plan,
+    loop: list[Equation],
+    carry: range,
+    at_hand: set[int],
+    steps: int,
+) -> tuple[list[Equation], set[int]]:
+    """The equations that run after a loop: large products that only ys need, and what follows them.
+
+    Args:
+      program: the step.
+      plan: as it was planned.
+      loop: its equations that do not run before the loop.
+      carry: the values of the carry that comes in.
+      at_hand: the values that are known at all steps without the loop.
+      steps: the number of steps.
+
+    Returns:
+      The equations, in the order in which they run, and the values that the loop keeps for them.
+    """
+    only_ys = cut_step(loop, carry, program.outputs[: len(carry)]).after
+    chosen: set[tuple[int, ...]] = set()
+    for product in only_ys:
+        if _is_worth(program, product, plan.known):
+            followers = _followers(product, only_ys)
+            if all(_may_follow(equation, plan) for equation in followers):
+                chosen.update(equation.outputs for equation in followers)
+    after = [equation for equation in only_ys if equation.outputs in chosen]
+    if not after:
+        return [], set()
+
+    after, kept = _with_cheap_makers(program, plan, loop, after, at_hand)
+    ys = _made_by(after).intersection(program.outputs)
+    products = _made_by(each for each in after if each.name == "dot_general") - ys
+    # Memory that jax.lax.scan does not take: what the loop keeps, and the products of all steps.
+    held = _num_bytes(program, kept | products) * steps
+    if held > max(KEPT_BYTES, _num_bytes(program, ys) * steps):
+        return [], set()
+    return after, kept
+
+
+def _followers(product: Equation, equations: list[Equation]) -> list[Equation]:
+    """A product and whatever is made of it."""
+    made, found = set(product.outputs), [product]
+    for equation in equations:
+        if not made.isdisjoint(equation.inputs):
+            made.update(equation.outputs)
+            found.append(equation)
+    return found
+
+
+def _may_follow(equation: Equation, plan: Plan) -> bool:
+    """Whether an equation may run for all steps at once."""
+    site = plan.sites.get(equation.outputs)
+    read = set(equation.inputs) - ({site.weight} if site else set())
+    # The gradient of a weight in half precision adds up in float32, at each step.
+    return plan.narrowed.isdisjoint(read) and not changes_under_vmap(equation)
+
+
+def _with_cheap_makers(
+    program: Program,
+    plan: Plan,
+    loop: list[Equation],
+    after: list[Equation],
+    at_hand: set[int],
+) -> tuple[list[Equation], set[int]]:
+    """Adds cheap equations to those after the loop if the loop then keeps no more for them.
+
+    Returns:
+      The equations, and the values that the loop keeps.
+    """
+    # `h @ V` may read `dropout(h)`: to keep h and its mask, which the loop has anyway, is no gain
+    # if one array is all that the product reads. So a step back must not make what is kept larger.
+    known, made, ys = plan.known | at_hand, _made_by(after), set(program.outputs)
+    kept = {value for equation in after for value in equation.inputs} - made - known
+    added: set[tuple[int, ...]] = set()
+    for equation in reversed(loop):
+        is_read = not kept.isdisjoint(equation.outputs)
+        is_cheap = equation.name in CHEAP and _may_follow(equation, plan)
+        # A y is kept in any case.
+        if not is_read or not is_cheap or not ys.isdisjoint(equation.outputs):
+            continue
+        inputs = set(equation.inputs) - known - kept
+        if program.size(inputs) <= program.size(equation.outputs):
+            added.add(equation.outputs)
+            kept = (kept - set(equation.outputs)) | inputs
+    runs = made.union(*added)
+    return [equation for equation in loop if not runs.isdisjoint(equation.outputs)], kept
+
+
+def _needed_for(results: set[int], loop: list[Equation], after: list[Equation]) -> list[Equation]:
+    """The equations of a loop without those that run after it and that nothing in it reads."""
+    moved = {equation.outputs for equation in after}
+    needed, left = set(results), []
+    for equation in reversed(loop):
+        if equation.outputs not in moved or not needed.isdisjoint(equation.outputs):
+            left.append(equation)
+            needed.update(equation.inputs)
+    return left[::-1]
+
+
+def _made_by(equations: Iterable[Equation]) -> set[int]:
+    return {value for equation in equations for value in equation.outputs}
+
+
+def _num_bytes(program: Program, values: Iterable[int]) -> int:
+    types = [program.types[value] for value in values]
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in types)
+
+
+def _makers_of(values: Iterable[int], makers: dict[int, Equation]) -> list[Equation]:
+    """The equations that make values, and those that make their inputs."""
+    found: dict[tuple[int, ...], Equation] = {}
+    left = list(values)
+    while left:
+        maker = makers.get(left.pop())
+        if maker is not None and maker.outputs not in found:
+            found[maker.outputs] = maker
+            left.extend(maker.inputs)
+    return list(found.values())
+
+
+def _is_worth(program: Program, product: Equation, known: set[int]) -> bool:
+    """Whether a product of few rows and a large weight runs faster for all steps at once."""
+    rows = [value for value in product.inputs if value not in known]
+    if product.name != "dot_general" or len(product.inputs) != 2 or len(rows) != 1:
+        return False
+    _, (batch, _) = product.eqn.params["dimension_numbers"]
+    # A vector may be one of many rows, under `jax.vmap`.
+    if batch or len(program.types[rows[0]].shape) < 2:
+        return False
+    weight = program.size(set(product.inputs) - set(rows))
+    # An accelerator has rows to spare: the loop has a kernel less to start at each step.
+    share = AHEAD if jax.default_backend() == "cpu" else 0
+    return weight >= max(AHEAD_SIZE, share * program.size([*rows, *product.outputs]))

@@ -1,0 +1,135 @@
+"""A scan's step as a flat list of equations, or the reason why it is left to `jax.lax.scan`."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._compat import IS_BEFORE_0_12, differs_between_shards
+from .._sharding import explicit_sharding
+from .flat_jaxpr import Program, all_equations, flatten
+from .recomputed_operands import Recomputed, plan_operands
+from .three_parts import Cut, cut_loop
+from .weight_products import Plan, plan_weight_uses
+
+PyTree = Any
+Step = Callable[[Any, Any], tuple[Any, Any]]
+
+
+class TracedScan(NamedTuple):
+    """A traced scan: its step, the numbers of its arguments, and `jax.lax.scan` for it."""
+
+    program: Program
+    constants: range
+    carry: range
+    xs: range
+    steps: int
+    is_complex: bool
+    loop: Callable[..., Any]
+
+    @classmethod
+    def of(
+        cls, closed: Any, carry: PyTree, xs: PyTree, loop: functools.partial[Any]
+    ) -> "TracedScan":
+        carry, xs = jax.tree.leaves(carry), jax.tree.leaves(xs)
+        ends = (len(closed.consts), len(closed.consts) + len(carry))
+        steps = xs[0].shape[0] if xs else loop.keywords["length"]
+        parts = range(ends[0]), range(*ends), range(ends[1], ends[1] + len(xs))
+        # Inside of the step too: an LRU's x and y are real, and its h is not.
+        made = (variable for eqn in all_equations(closed.jaxpr) for variable in eqn.outvars)
+        is_complex = any(jnp.issubdtype(it.aval.dtype, jnp.complexfloating) for it in made)
+        return cls(flatten(closed), *parts, steps, is_complex, loop)
+
+    def plan(self, differentiated: Iterable[int]) -> Plan:
+        return plan_weight_uses(
+            self.program, self.constants, filter(self.program.is_inexact, differentiated)
+        )
+
+    def cut(self, plan: Plan) -> Cut:
+        return cut_loop(self.program, plan, self.carry, self.xs, self.steps)
+
+    def operands(self, plan: Plan) -> Recomputed:
+        return plan_operands(self.program, plan.loop, plan.operands, plan.known, self.xs)
+
+
+def trace_scan(step: Step, carry: PyTree, xs: PyTree, *, length: int | None) -> TracedScan | str:
+    """The traced scan, or why its step runs in `jax.lax.scan` as it is."""
+    carry, xs = jax.tree.map(jnp.asarray, (carry, xs))
+    found = trace(step, carry, xs, length)
+    if isinstance(found, str):
+        return found
+    loop = functools.partial(jax.lax.scan, length=length)
+    return why_plain(found[0]) or TracedScan.of(found[0], carry, xs, loop)
+
+
+def trace(step: Step, carry: PyTree, xs: PyTree, length: int | None) -> tuple[Any, Any] | str:
+    """The step as a jaxpr and the structure of its results, or why it is left alone."""
+    # Shapes are compared and multiplied, so they must be known. Types that differ between shards
+    # would have to be told of every value that is made here; jax.lax.scan knows how.
+    if any(map(_is_unusual, jax.tree.leaves((carry, xs)))):
+        return "an array has a symbolic shape, or differs between the shards of jax.shard_map"
+    lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(xs)}
+    if length is not None:
+        lengths.add((length,))
+    if len(lengths) != 1 or lengths == {()}:
+        return "the inputs do not have one length"
+    closed, results = jax.make_jaxpr(step, return_shape=True)(
+        carry, jax.tree.map(type_at_a_step, xs)
+    )
+    # jax.lax.scan has errors for all of these that name the leaf, so it gets to raise them.
+    changes = "the carry changes its structure, shape, dtype or sharding"
+    if not isinstance(results, tuple) or len(results) != 2:
+        return "the step does not return a pair"
+    if jax.tree.structure(results[0]) != jax.tree.structure(carry):
+        return changes
+    # jax.debug.print is an effect: for all steps at once it would print once.
+    if closed.effects or any(map(_is_unusual, closed.consts)):
+        return "the step has side effects, or reads arrays that differ between shards"
+    for got, came in zip(jax.tree.leaves(results[0]), jax.tree.leaves(carry), strict=True):
+        wanted = jax.typeof(came)
+        # A weakly typed carry, such as a Python number, changes its type in the first step.
+        if (got.shape, got.dtype) != (wanted.shape, wanted.dtype) or wanted.weak_type:
+            return changes
+        if explicit_sharding(got) != explicit_sharding(wanted):
+            return changes
+    return closed, jax.tree.structure(results)
+
+
+def type_at_a_step(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The type of an array without its leading axis, time."""
+    whole = jax.typeof(leaf)
+    sharding = explicit_sharding(whole)
+    if sharding is not None:
+        sharding = sharding.update(spec=sharding.spec[1:])
+    return jax.ShapeDtypeStruct(
+        whole.shape[1:], whole.dtype, sharding=sharding, weak_type=whole.weak_type
+    )
+
+
+def _is_unusual(leaf: Any) -> bool:
+    """Whether an array has a symbolic shape, or a type with axes of `jax.shard_map`."""
+    aval = jax.typeof(leaf)
+    symbolic = not all(isinstance(dim, int) for dim in aval.shape)
+    return symbolic or differs_between_shards(aval)
+
+
+def why_plain(closed: Any) -> str | None:
+    """Why a step cannot be cut up and differentiated in any way; None if it can."""
+    for eqn in all_equations(closed.jaxpr):
+        name = eqn.primitive.name
+        if name.startswith("custom_vjp"):
+            return "the step has a jax.custom_vjp, which has no forward derivative"
+        if name == "custom_jvp_call" and IS_BEFORE_0_12:
+            # jax.linearize and jax.jvp disagree in second order about a rule that is not the
+            # derivative, as spiking networks have it.
+            return "the step has a jax.custom_jvp, which needs JAX 0.12"
+        if name == "cond":
+            # Linearized first and mapped then, a branch cannot be transposed any more. Before JAX
+            # 0.12 one that picks masks cannot be linearized inside of jax.checkpoint either.
+            dtypes = [variable.aval.dtype for variable in eqn.outvars]
+            masks = IS_BEFORE_0_12 and any(jnp.issubdtype(dtype, jnp.bool_) for dtype in dtypes)
+            if masks or any(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
+                return "the step has a jax.lax.cond between floats"
+    return None

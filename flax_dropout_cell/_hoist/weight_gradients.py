@@ -1,0 +1,155 @@
+"""The derivative of a scan, in which weights' gradients are products over all steps."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from .._sharding import explicit_sharding
+from .flat_jaxpr import is_inexact, run_all
+from .run_loop import pick, run_loop
+from .traced_scan import TracedScan
+from .weight_products import SUMMANDS, Plan, WeightUse
+
+
+def differentiate(traced: TracedScan, primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+    """Pushes tangents through the scan: those of the sites' weights enter its loop as sums."""
+    # Worked through for `z = h @ W`, with a tangent th of h and tW of W: that of z is
+    # `th @ W + h @ tW`. The loop pushes the first part, step by step, because th depends on the
+    # tangent of the step before. The second part needs h alone, so it is one product of all steps,
+    # and enters the loop as a sum. JAX transposes both: the loop gives out the cotangents dz of all
+    # steps, and the product makes dW of them.
+    leaves = dict(enumerate(primals))
+    dots = {at: dot for at, dot in enumerate(tangents) if not isinstance(dot, SymbolicZero)}
+    of_constants = pick(dots, traced.constants)
+    plan = traced.plan(of_constants)
+
+    # First what depends on constants alone, such as `W * mask`: it runs once, before the loop, and
+    # its tangents with it. From here on the weights of the loop are the results.
+    def run_hoisted(moving: dict[int, Any]) -> tuple[Any, dict[int, Any]]:
+        values = traced.program.constants | pick(leaves, traced.constants) | moving
+        run_all(plan.hoisted, values)
+        return (pick(values, plan.differentiated), _run_wide(plan, values)), values
+
+    (hoisted, weights), (hoisted_dots, weight_dots), fixed = jax.jvp(
+        run_hoisted, (pick(leaves, of_constants),), (of_constants,), has_aux=True
+    )
+    fixed |= hoisted
+    run_fixed = functools.partial(run_loop, traced, plan, leaves | fixed)
+    # A weight may be read in other ways too, such as `tanh(W)`: there the loop differentiates it.
+    elsewhere = plan.used_elsewhere(traced.program.outputs)
+    differentiated = pick(leaves, dots.keys() - of_constants.keys()) | pick(hoisted, elsewhere)
+    moving_dots = {at: dots[at] if at in dots else hoisted_dots[at] for at in differentiated}
+    sums = {total: _zeros(traced, total) for total in plan.sums}
+    # Linearized, not pushed forward: the sums are not known yet, for they are made of the operands
+    # that the loop stacks.
+    results, push, stacks = jax.linearize(run_fixed, differentiated, sums, has_aux=True)
+    stacks |= pick(leaves, traced.xs)
+    for total, sites in plan.sums.items():
+        for site in sites:
+            tangent = weights[site.weight], weight_dots[site.weight]
+            pushed = _push_recomputed(traced, plan, site, stacks, fixed, *tangent)
+            # Zeros of the sum's type: a bias gives one summand for all steps and rows. Rounded
+            # last, so that the transpose adds up in float32 if the weight is in float32.
+            zeros = sums[total]
+            sums[total] = zeros + (jnp.zeros_like(zeros, pushed.dtype) + pushed).astype(zeros.dtype)
+    # One run of the linearized loop, with both parts of the tangent.
+    return results, push(moving_dots, sums)
+
+
+def _run_wide(plan: Plan, values: dict[int, Any]) -> dict[int, Any]:
+    """The sites' weights; those that were cast to half precision as they are without the cast.
+
+    A gradient over all steps of a float16 weight may be inf although the float32 weight that it
+    was cast from has a finite one. `jax.lax.scan` adds up the latter; so products after the loop
+    give the gradient of the wide weight.
+    """
+    # Only the casts run again, and what follows them up to the loop.
+    wide = dict(values)
+    casts = (each for each in plan.hoisted if plan.narrowed.intersection(each.outputs))
+    run_all(casts, wide, lambda each, inputs: each.in_float32()(*map(_as_float32, inputs)))
+    return {site.weight: wide[site.weight] for site in plan.sites.values()}
+
+
+def _as_float32(value: jax.Array) -> jax.Array:
+    return value.astype(jnp.float32) if is_inexact(value) else value
+
+
+def _push_recomputed(
+    traced: TracedScan,
+    plan: Plan,
+    site: WeightUse,
+    stacks: dict[int, Any],
+    fixed: dict[int, Any],
+    *tangent: jax.Array,
+) -> jax.Array:
+    """`_push_weight_use` with the operands of its product computed from what the loop stacks."""
+    operands, wide = traced.operands(plan), site.weight in plan.narrowed
+    if not operands.equations:
+        return _push_weight_use(site, stacks, *tangent, wide=wide)
+
+    # In the backward pass jax.checkpoint ties the stacks to the cotangent. XLA would otherwise
+    # compute all operands as early as it can, and hold them during the loop.
+    @jax.checkpoint
+    def push(stacks: dict[int, Any], fixed: dict[int, Any], *tangent: jax.Array) -> jax.Array:
+        recomputed = operands.run(stacks, fixed, traced.steps)
+        return _push_weight_use(site, recomputed, *tangent, wide=wide)
+
+    return push(stacks, fixed, *tangent)
+
+
+def _push_weight_use(
+    site: WeightUse, stacks: dict[int, Any], weight: Any, dot: Any, *, wide: bool
+) -> jax.Array:
+    """The weight tangent's share of the site's output, for all steps at once."""
+    equation, operands = site.equation, [stacks[value] for value in site.operands]
+    if wide:
+        equation, operands = equation.in_float32(), [_as_float32(value) for value in operands]
+    if equation.name in SUMMANDS:  # the same at all steps
+        summand = equation(dot)[0] if len(equation.inputs) == 1 else dot
+        ndim = equation.eqn.outvars[0].aval.ndim  # a summand may be a scalar
+        return summand.reshape((1,) * (1 + ndim - summand.ndim) + summand.shape)
+    place = equation.inputs.index(site.weight)
+
+    def run(weight: Any, *operands: Any) -> Any:
+        return equation(*operands[:place], weight, *operands[place:])[0]
+
+    # By jax.jvp, as the equation need not be a product of matrices: a convolution, a lookup in a
+    # table and a product by element are linear in their weight too.
+    every_step = _at_every_step(site, run)
+    return jax.jvp(lambda weight: every_step(weight, *operands), (weight,), (dot,))[1]
+
+
+def _at_every_step(site: WeightUse, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a product with a weight at all steps at once, on operands `[time, ...]`."""
+    many = jax.device_count() > 1
+    if not site.rows_lead or (many and site.equation.name == "dot_general"):
+        # The gradient of a product over `[time, batch]` contracts both axes. That keeps a batch
+        # that is sharded as it is, but the compiler for CPUs transposes both operands for it.
+        return lambda weight, *operands: jax.vmap(run, (None, *[0] * len(operands)))(
+            weight, *operands
+        )
+
+    def run_rows(weight: Any, operand: Any) -> Any:
+        # Steps become more rows. If the batch may be sharded it has to lead: `[time * batch]`
+        # would interleave the shards, so each device would gather all rows.
+        time, batch, *features = operand.shape
+        if many:
+            operand = operand.swapaxes(0, 1)
+        result = run(weight, operand.reshape(time * batch, *features))
+        result = result.reshape(*operand.shape[:2], *result.shape[1:])
+        return result.swapaxes(0, 1) if many else result
+
+    return run_rows
+
+
+def _zeros(traced: TracedScan, value: int) -> jax.Array:
+    # They are tangents of values with this sharding, and arrays on an explicit mesh do not mix.
+    aval = traced.program.types[value]
+    sharding = explicit_sharding(aval)
+    if sharding is not None:
+        sharding = sharding.update(spec=jax.P(None, *sharding.spec))
+    return jax.lax.full((traced.steps, *aval.shape), 0, aval.dtype, sharding=sharding)

@@ -1,0 +1,243 @@
+"""Where a loop's step is linear in a weight, so that its gradient can wait for the loop's end."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+
+from .flat_jaxpr import Equation, Program
+
+# The operands in which an equation is linear.
+_PRODUCTS = {  # of two values, so that the gradient of one needs the other
+    "dot_general": (0, 1),
+    "conv_general_dilated": (1,),
+    "gather": (0,),
+    "mul": (0, 1),
+    "div": (0,),
+    "sub": (0, 1),
+}
+# Of a bias: its gradient is the cotangent, and needs no operand.
+SUMMANDS = {"broadcast_in_dim": (0,), "add": (0, 1), "add_any": (0, 1)}
+_SUMS = ("add", "add_any")
+_CUTS = ("slice", "split")
+
+# A gradient that is accumulated in the loop is read and written at each step; one that waits for
+# the end needs its equation's operands and cotangents to be kept instead. From this share of the
+# latter on the former costs more: measured, see docs/benchmarks.md. A batched product over all
+# steps wants its batch to lead, before time, so both are transposed first.
+WORTHWHILE = 0.8
+WORTHWHILE_BATCHED = 5.0
+
+
+class WeightUse(NamedTuple):
+    """An equation of the loop that is linear in a weight.
+
+    Attributes:
+      equation: the equation.
+      weight: the value in which it is linear.
+      operands: the other values that it reads, which differ from step to step.
+    """
+
+    equation: Equation
+    weight: int
+    operands: tuple[int, ...]
+
+    @property
+    def rows_lead(self) -> bool:
+        """Whether what it makes has the rows of its one operand, so that steps are more rows."""
+        if self.equation.name == "conv_general_dilated":
+            numbers = self.equation.eqn.params["dimension_numbers"]
+            return numbers.lhs_spec[0] == numbers.out_spec[0] == 0
+        if self.equation.name != "dot_general" or self.equation.inputs[0] == self.weight:
+            return False
+        (contracted, _), _ = self.equation.eqn.params["dimension_numbers"]
+        return not self.is_batched and 0 not in contracted
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether it is many products of matrices."""
+        if self.equation.name != "dot_general":
+            return False
+        _, (batch, _) = self.equation.eqn.params["dimension_numbers"]
+        return bool(batch)
+
+
+class Plan(NamedTuple):
+    """A step, cut in two.
+
+    Attributes:
+      hoisted: equations that depend on the loop's constants alone: they run once, before it.
+      differentiated: the values before the loop that are differentiated.
+      narrowed: the values before the loop that were cast from a wide dtype to half precision.
+      loop: the other equations, and those of `hoisted` that they need to have anew at each step.
+      known: the values that are the same at all steps.
+      sums: the sites, by the value that their outputs are summed up in. They share its cotangent.
+    """
+
+    hoisted: list[Equation]
+    differentiated: set[int]
+    narrowed: set[int]
+    loop: list[Equation]
+    known: set[int]
+    sums: dict[int, list[WeightUse]]
+
+    @property
+    def sites(self) -> dict[tuple[int, ...], WeightUse]:
+        """Each site by what its equation makes."""
+        return {site.equation.outputs: site for sites in self.sums.values() for site in sites}
+
+    @property
+    def operands(self) -> set[int]:
+        """The values, other than weights, that weight uses read."""
+        return {value for site in self.sites.values() for value in site.operands}
+
+    def used_elsewhere(self, outputs: Iterable[int]) -> set[int]:
+        """The differentiated values that the loop reads at other places than their sites."""
+        made = {value for equation in self.loop for value in equation.outputs}
+        used = _read_elsewhere(self.loop, self.sites) | set(outputs)
+        return (used - made) & self.differentiated
+
+
+def plan_weight_uses(
+    program: Program, constants: Iterable[int], differentiated: Iterable[int]
+) -> Plan:
+    """Plans a step whose values `constants` are the same at all steps.
+
+    Args:
+      program: the step.
+      constants: the arguments that are the same at all steps.
+      differentiated: those of them that are differentiated.
+    """
+    hoisted, loop, known, narrowed = _split(program, {*constants, *program.constants})
+    differentiated = set(differentiated)
+    for equation in hoisted:
+        if differentiated.intersection(equation.inputs):
+            differentiated.update(filter(program.is_inexact, equation.outputs))
+    # Products that are added up, such as `x @ W + h @ U + b`, have one cotangent. Kept once for all
+    # of them, it may be worth its memory even if it would not be for each alone.
+    paths = _Paths(loop, program.outputs)
+    sums: dict[int, list[WeightUse]] = {}
+    for equation in loop:
+        site = _as_weight_use(equation, known, differentiated)
+        if site is not None:
+            sums.setdefault(paths.sum_of(equation.outputs[0]), []).append(site)
+    worth = {total: sites for total, sites in sums.items() if _is_worth(program, total, sites)}
+    plan = Plan(hoisted, differentiated, narrowed, loop, known, worth)
+    # A gradient that is added up in the loop is added up in the wide dtype, as jax.lax.scan does.
+    needed = _read_elsewhere(loop, plan.sites) | set(program.outputs)
+    for equation in reversed(hoisted):
+        if narrowed.intersection(equation.outputs) and needed.intersection(equation.outputs):
+            loop.insert(0, equation)
+            needed.update(equation.inputs)
+    return plan
+
+
+def _read_elsewhere(loop: list[Equation], sites: dict[tuple[int, ...], WeightUse]) -> set[int]:
+    """The values that equations read, except for the weights at their sites."""
+    read = set()
+    for equation in loop:
+        site = sites.get(equation.outputs)
+        read.update(value for value in equation.inputs if not site or value != site.weight)
+    return read
+
+
+class _Paths:
+    """Where values go in a loop's step."""
+
+    def __init__(self, loop: list[Equation], outputs: list[int]) -> None:
+        self._makers = {value: equation for equation in loop for value in equation.outputs}
+        self._readers: dict[int, list[Equation]] = {value: [] for value in self._makers}
+        for equation in loop:
+            for value in equation.inputs:
+                self._readers.setdefault(value, []).append(equation)
+        self._outputs = set(outputs)
+
+    def sum_of(self, value: int) -> int:
+        """The last of the sums that a value goes into, and nowhere else."""
+        # An output has a cotangent of its own, and so has a value that is read twice.
+        while value not in self._outputs:
+            readers = self._readers[value]
+            if len(readers) == 1 and readers[0].name in _SUMS:
+                value = readers[0].outputs[0]
+            elif (twin := self.equal_split_sibling(value)) is not None and twin < value:
+                value = twin
+            else:
+                break
+        return value
+
+    def equal_split_sibling(self, value: int) -> int | None:
+        """A value that is cut as this one is, and whose pieces are only added to those of it."""
+        # `split(x @ W)` and `split(h @ U)`, added piece by piece, as in nn.OptimizedLSTMCell: the
+        # sum of the whole is not computed, but its cotangent is that of both products.
+        twins = set()
+        for cut in self._readers[value]:
+            for place, piece in enumerate(cut.outputs):
+                twins.add(self._counterpart(cut, place, piece))
+        twin = twins.pop() if len(twins) == 1 else None
+        if twin not in self._makers or twin in self._outputs:
+            return None
+        return twin if len(self._readers[twin]) == len(self._readers[value]) else None
+
+    def _counterpart(self, cut: Equation, place: int, piece: int) -> int | None:
+        if cut.name not in _CUTS or len(self._readers[piece]) != 1 or piece in self._outputs:
+            return None
+        total = self._readers[piece][0]
+        others = [value for value in total.inputs if value != piece]
+        if total.name not in _SUMS or len(others) != 1 or others[0] not in self._makers:
+            return None
+        other = self._makers[others[0]]
+        same = (other.name, other.eqn.params) == (cut.name, cut.eqn.params)
+        alone = len(self._readers[others[0]]) == 1 and others[0] not in self._outputs
+        return other.inputs[0] if same and alone and other.outputs[place] == others[0] else None
+
+
+def _split(
+    program: Program, known: set[int]
+) -> tuple[list[Equation], list[Equation], set[int], set[int]]:
+    """The equations that can run before the loop, the others, and the values known before it."""
+    hoisted, loop = [], []
+    narrowed: set[int] = set()
+    for equation in program.equations:
+        is_known = known.issuperset(equation.inputs)
+        narrows = is_known and (
+            not narrowed.isdisjoint(equation.inputs) or program.narrows(equation)
+        )
+        if not is_known or (narrows and not equation.runs_in_any_dtype):
+            loop.append(equation)
+            continue
+        hoisted.append(equation)
+        known.update(equation.outputs)
+        if narrows:
+            narrowed.update(filter(program.is_inexact, equation.outputs))
+    return hoisted, loop, known, narrowed
+
+
+def is_linear(equation: Equation, value: int) -> bool:
+    """Whether an equation is linear in one of its inputs."""
+    linear = _PRODUCTS.get(equation.name) or SUMMANDS.get(equation.name, ())
+    return equation.inputs.index(value) in linear
+
+
+def _as_weight_use(
+    equation: Equation, known: set[int], differentiated: set[int]
+) -> WeightUse | None:
+    weights = [value for value in equation.inputs if value in known]
+    # With a literal, or with two weights, it runs before the loop or is no product.
+    if len(equation.eqn.invars) != len(equation.inputs) or len(weights) != 1:
+        return None
+    (weight,) = weights
+    if weight not in differentiated or not is_linear(equation, weight):
+        return None
+    operands = tuple(value for value in equation.inputs if value not in known)
+    return WeightUse(equation, weight, operands if equation.name in _PRODUCTS else ())
+
+
+def _is_worth(program: Program, total: int, sites: list[WeightUse]) -> bool:
+    if jax.device_count() > 1:  # a sum in the loop may be an all-reduce at each step
+        return True
+    # Biases are small and come along with their product; alone they stay in the loop.
+    products = [site for site in sites if site.equation.name in _PRODUCTS and site.operands]
+    operands = {value for site in products for value in site.operands}
+    accumulated = program.size(site.weight for site in products)
+    share = WORTHWHILE_BATCHED if any(site.is_batched for site in products) else WORTHWHILE
+    return bool(products) and accumulated >= share * program.size([*operands, total])

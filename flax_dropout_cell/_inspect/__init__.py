@@ -1,0 +1,1 @@
+"""Which masks are drawn, and when: as a table and as a picture."""

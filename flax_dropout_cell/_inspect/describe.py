@@ -1,0 +1,263 @@
+"""`describe`: a table of the noise that a spec applies to a cell."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._hoist.scan import ScanExplanation, explain_traced
+from .._hoist.traced_scan import trace_scan
+from .._spec.match_leaves import match_leaves
+from .._spec.prefixes import dtype_of, shape_of
+from .._spec.recurrent_dropout import (
+    PARAMS,
+    Masks,
+    PyTree,
+    RecurrentDropout,
+    Site,
+    active_noises,
+    sites_of,
+)
+from .._spec.state_noise import resolve_state_noise
+from .._step.call_cell import Cell, call_cell, eval_shape, sites_of_cell, trace_cell
+from .._step.checks import check_dropout
+from .._step.draw_masks import draw_site, inside_names
+from ..cells.known import family_of
+from ..noises.protocol import Noise, is_array, needs_previous
+
+_HEAD = ("site", "value", "noise", "drawn", "mask", "shared over")
+_LISTED = 4  # more undisturbed leaves than this at one site are counted, not listed
+
+
+_LINEAR = "a linear recurrence: no loop on a GPU or TPU, or with parallel=True"
+_UNZONED = "the output comes before the noise at state: it is the new h, without zoneout"
+
+
+class Place(NamedTuple):
+    """One array that has noise.
+
+    Attributes:
+      path: its site, and the leaf there, such as `state[1]`.
+      value: its shape and dtype at a step.
+      noise: the noise.
+      mask: the shape and dtype of its mask.
+      shared_over: the axes that share one mask: `"steps"`, `"rows"` for a weight, and those that
+        the mask lacks.
+    """
+
+    path: str
+    value: jax.ShapeDtypeStruct
+    noise: Noise
+    mask: jax.ShapeDtypeStruct
+    shared_over: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Description:
+    """The noise that a spec applies to a cell; it prints as a table.
+
+    Attributes:
+      places: the arrays that have noise.
+      undisturbed: the arrays around the cell that have none.
+      free_sites: the sites inside the cell that have none.
+      plain: why `dropout_scan` runs the cell in `jax.lax.scan` as it is, or None. See
+        `explain_scan`.
+      before: the cell's equations that run before the loop, for all steps at once.
+      after: those that run after it.
+      is_linear: whether the cell's carry is a linear recurrence.
+    """
+
+    places: tuple[Place, ...]
+    undisturbed: tuple[str, ...]
+    free_sites: tuple[str, ...]
+    plain: str | None = None
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    is_linear: bool = False
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            [
+                *_aligned([_HEAD, *map(_cells, self.places)]),
+                f"not disturbed: {', '.join(self.undisturbed) or 'nothing'}",
+                f"free sites inside the cell: {', '.join(self.free_sites) or 'none'}",
+                *(_UNZONED for place in self.places if _is_zoned_h(place)),
+                *([] if self.plain is None else [str(ScanExplanation(self.plain))]),
+                *(f"before the loop: {', '.join(self.before)}" for _ in self.before[:1]),
+                *(f"after the loop: {', '.join(self.after)}" for _ in self.after[:1]),
+                *([_LINEAR] if self.is_linear else []),
+            ]
+        )
+
+
+def describe(
+    params: PyTree, carry: PyTree, x: PyTree, *, cell: Cell, dropout: RecurrentDropout
+) -> Description:
+    """Describes the noise in a cell: a table of places, noises and masks.
+
+    The cell is only traced, and nothing is drawn, so each argument may be a
+    `jax.ShapeDtypeStruct`. Layers have a method for this, `layer.describe(inputs)`.
+
+    Args:
+      params: the cell's weights.
+      carry: a carry.
+      x: the input at one step, without the time axis.
+      cell: `cell(params, carry, x) -> (carry, y)`.
+      dropout: the noise at each site.
+
+    Returns:
+      A `Description`, which prints as a table.
+
+    Raises:
+      ValueError: as `draw_masks`.
+      TypeError: as `draw_masks`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> params = fdc.init_lstm(jax.random.key(0), 32, 64)
+      >>> carry = fdc.LSTMState(jnp.zeros((4, 64)), jnp.zeros((4, 64)))
+      >>> spec = fdc.RecurrentDropout(
+      ...     input=fdc.Dropout(keep_prob=0.8, variational=True),
+      ...     state=(None, fdc.Dropout(keep_prob=0.9)),
+      ... )
+      >>> fdc.describe(params, carry, jnp.ones((4, 32)), cell=fdc.lstm_cell, dropout=spec)
+      site     value           noise                   drawn      mask         shared over
+      input    float32[4, 32]  Dropout(keep_prob=0.8)  once       bool[4, 32]  steps
+      state.h  float32[4, 64]  Dropout(keep_prob=0.9)  each step  bool[4, 64]
+      not disturbed: params (3 leaves), state.c, output
+      free sites inside the cell: candidate, hidden, input_per_gate, memory, recurrent,
+      recurrent_per_gate
+    """
+    check_dropout(dropout)
+    dropout = resolve_state_noise(dropout, carry, family_of(cell))
+    y, inside = trace_cell(cell, params, carry, x, inside_names(dropout))
+    values = Masks(params, x, carry, y, inside)
+    places: list[Place] = []
+    undisturbed: list[str] = []
+    for site in sites_of(dropout):
+        disturbed, others = _look_at(site, dropout, site.of(values))
+        places += disturbed
+        undisturbed += others
+    # A second trace, in which no site has noise: the cell names all of its sites in it.
+    free = set(sites_of_cell(cell, params, carry, x)).difference(inside)
+    scan = _explain(cell, params, carry, x)
+    return Description(
+        tuple(places),
+        tuple(undisturbed),
+        tuple(sorted(free)),
+        scan.plain,
+        scan.before,
+        scan.outputs,
+        scan.plain is None and scan.obstacle is None,
+    )
+
+
+def _explain(cell: Cell, params: PyTree, carry: PyTree, x: PyTree) -> ScanExplanation:
+    """Explains the scan over the cell without noise."""
+    explained: list[ScanExplanation] = []
+
+    def run(params: PyTree, carry: PyTree, x: PyTree) -> None:
+        one_step = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x)
+        step = functools.partial(call_cell, cell, params)
+        traced = trace_scan(step, carry, one_step, length=1)
+        explained.append(
+            ScanExplanation(traced) if isinstance(traced, str) else explain_traced(traced, carry)
+        )
+
+    eval_shape(run, params, carry, x)
+    return explained[0]
+
+
+def _look_at(site: Site, dropout: RecurrentDropout, value: PyTree) -> tuple[list[Place], list[str]]:
+    """The places with noise at a site, and the paths of the other leaves."""
+    if site.inside and not active_noises(site.of(dropout)):
+        return [], []
+    leaves, _ = match_leaves(site, dropout, None, value)
+    masks = [_mask_shapes(site, dropout, value, at_step) for at_step in (False, True)]
+    places, others = [], []
+    for leaf, once, at_step in zip(leaves, *masks, strict=True):
+        mask = at_step if once is None else once
+        if leaf.noise is None or mask is None:
+            others.append(leaf.path)
+        else:
+            shape = shape_of(leaf.value)
+            shared = _shared_over(site, leaf.noise, shape.shape, mask.shape)
+            places.append(Place(leaf.path, shape, leaf.noise, mask, shared))
+    return places, _summed_up(site, others, len(leaves))
+
+
+def _mask_shapes(
+    site: Site, dropout: RecurrentDropout, value: PyTree, at_step: bool
+) -> list[jax.ShapeDtypeStruct | None]:
+    """The shapes of the masks that are drawn for each leaf of a site."""
+
+    def draw(rng: jax.Array) -> PyTree:
+        return draw_site(site, dropout, value, rng, at_step=at_step)
+
+    masks = jax.eval_shape(draw, jax.random.key(0))  # any key will do: nothing is drawn
+    if masks is None:
+        return [None] * len(jax.tree.leaves(value))
+    return jax.tree.leaves(masks, is_leaf=lambda mask: mask is None)
+
+
+def _shared_over(
+    site: Site, noise: Noise, value: tuple[int, ...], mask: tuple[int, ...]
+) -> tuple[str, ...]:
+    shared = ["steps"] if noise.variational else []
+    if site == PARAMS:
+        shared.append("rows")
+    mask = (1,) * (len(value) - len(mask)) + mask
+    pairs = enumerate(zip(value, mask, strict=True))
+    return (*shared, *(f"axis {axis}" for axis, (size, drawn) in pairs if drawn < size))
+
+
+def _summed_up(site: Site, others: list[str], leaves: int) -> list[str]:
+    if len(others) == leaves and leaves > 1:
+        return [f"{site} ({leaves} leaves)"]
+    if len(others) > _LISTED:
+        return [f"{site} ({len(others)} of {leaves} leaves)"]
+    return others
+
+
+def _is_zoned_h(place: Place) -> bool:
+    """Whether a carry of one array, such as a GRU's h, keeps old values that the output lacks."""
+    return place.path == "state" and needs_previous(place.noise)
+
+
+def _cells(place: Place) -> tuple[str, ...]:
+    drawn = "once" if place.noise.variational else "each step"
+    shapes = (_type(place.value), _type(place.mask))
+    shared = ", ".join(place.shared_over)
+    return (place.path, shapes[0], written(place.noise), drawn, shapes[1], shared)
+
+
+def _type(value: Any) -> str:
+    return f"{dtype_of(value)}{list(np.shape(value))}"
+
+
+def written(noise: Noise) -> str:
+    """A noise as written in code, without defaults and without facts that have their own column."""
+    if not dataclasses.is_dataclass(noise):
+        return type(noise).__name__
+    given = []
+    for field in dataclasses.fields(noise):
+        value = getattr(noise, field.name)
+        if field.name in ("variational", "broadcast_dims"):
+            continue
+        if is_array(value):
+            given.append(f"{field.name}={_type(value)}")
+        elif value != field.default:
+            given.append(f"{field.name}={value!r}")
+    return f"{type(noise).__name__}({', '.join(given)})"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

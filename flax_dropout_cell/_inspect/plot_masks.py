@@ -1,0 +1,248 @@
+"""`plot_masks`: a picture of which units a spec keeps and drops over time."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
+
+from .._random.keys import as_rng, step_rng
+from .._sequence.dropout_scan import count_steps
+from .._spec.match_leaves import match_leaves
+from .._spec.prefixes import dtype_of
+from .._spec.recurrent_dropout import (
+    PARAMS,
+    Masks,
+    PyTree,
+    RecurrentDropout,
+    Site,
+    active_noises,
+    sites_of,
+)
+from .._spec.state_noise import resolve_state_noise
+from .._step.call_cell import Cell, trace_cell
+from .._step.checks import check_dropout
+from .._step.draw_masks import draw_site, inside_names
+from ..cells.known import family_of
+from ..noises.protocol import Noise, needs_previous
+from .describe import written
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class Strip(NamedTuple):
+    """The masks of one array over time.
+
+    Attributes:
+      mask: `[units, time]`, for one row of the batch.
+      noise: the noise there.
+      axis: the name of the first axis of `mask`.
+    """
+
+    mask: np.ndarray
+    noise: Noise
+    axis: str
+
+
+Strips = dict[str, Strip]
+
+
+def plot_masks(
+    params: PyTree,
+    carry: PyTree,
+    xs: PyTree,
+    rng: jax.Array,
+    *,
+    cell: Cell,
+    dropout: RecurrentDropout,
+    start: int = 0,
+    row: int = 0,
+    max_units: int = 32,
+    ax: "Axes | Sequence[Axes] | None" = None,
+) -> "Figure":
+    """Plots the masks of one row of a batch over time, a strip for each array that has noise.
+
+    The masks are those of `dropout_scan` with the same arguments. A variational mask is stripes,
+    for it is the same at all steps; a per-step mask is snow. Each strip names its noise. A boolean
+    mask is dark and white, in the words beside it; other masks, such as Gaussian noise, are shades
+    with a bar. Needs matplotlib: `pip install 'flax_dropout_cell[plots]'`.
+
+    Args:
+      params: the cell's weights; of these, `carry` and `xs` only the shapes are used.
+      carry: a carry.
+      xs: the inputs, a pytree of arrays `[time, *batch, ...]`.
+      rng: the sequence's key.
+      cell: `cell(params, carry, x) -> (carry, y)`; it is traced, not run.
+      dropout: the noise at each site.
+      start: the absolute index of the first step.
+      row: which row of the batch, counted through all batch dims.
+      max_units: how many units of each array are shown.
+      ax: the matplotlib axes to draw in, one for each array; a new figure by default.
+
+    Returns:
+      A matplotlib figure.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: nothing is disturbed, or as `dropout_scan`.
+      TypeError: as `dropout_scan`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> params = fdc.init_gru(jax.random.key(0), 8, 16)
+      >>> spec = fdc.RecurrentDropout(
+      ...     input=fdc.Dropout(keep_prob=0.5, variational=True),
+      ...     output=fdc.Dropout(keep_prob=0.5),
+      ... )
+      >>> figure = fdc.plot_masks(
+      ...     params, jnp.zeros((4, 16)), jnp.ones((30, 4, 8)), jax.random.key(1),
+      ...     cell=fdc.gru_cell, dropout=spec,
+      ... )
+      >>> [axes.get_title(loc="left") for axes in figure.axes]
+      ['input: Dropout(keep_prob=0.5)', 'output: Dropout(keep_prob=0.5)']
+    """
+    # matplotlib is an extra: only this function needs it.
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        install = "pip install 'flax_dropout_cell[plots]'"
+        raise ImportError(f"plot_masks needs matplotlib: {install}.") from None
+    strips = draw_strips(params, carry, xs, rng, cell=cell, dropout=dropout, start=start, row=row)
+    if not strips:
+        raise ValueError("dropout has no noise that draws, so there are no masks to plot.")
+    figure = _figure(strips, max_units) if ax is None else None
+    grid = np.ravel(figure.axes if figure is not None else ax)
+    if len(grid) != len(strips):
+        wanted = f"one axes for each array with masks, {', '.join(strips)}"
+        raise ValueError(f"ax must have {wanted}; got {len(grid)}.")
+    for axes, (path, strip) in zip(grid, strips.items(), strict=True):
+        _draw(axes, path, strip, start, max_units)
+    grid[-1].set_xlabel("step")
+    return grid[-1].figure
+
+
+def _figure(strips: Strips, max_units: int) -> "Figure":
+    from matplotlib.figure import Figure
+
+    heights = [len(strip.mask[:max_units]) for strip in strips.values()]
+    # Not pyplot, which would keep the figure alive and may open a window.
+    figure = Figure(
+        figsize=(7, 0.6 + 0.4 * len(strips) + 0.04 * sum(heights)), layout="constrained"
+    )
+    figure.subplots(len(strips), sharex=True, squeeze=False, height_ratios=heights)
+    return figure
+
+
+def _draw(axes: "Axes", path: str, strip: Strip, start: int, max_units: int) -> None:
+    """Draws one array's masks, and says what dark and white, or the shades, stand for."""
+    mask = strip.mask[:max_units]
+    meaning = _meaning(strip)
+    limits: dict[str, Any] = {"vmin": 0, "vmax": 1} if meaning else {}
+    image = axes.imshow(
+        mask,
+        cmap="Blues",
+        aspect="auto",
+        interpolation="nearest",
+        extent=(start - 0.5, start + mask.shape[1] - 0.5, len(mask) - 0.5, -0.5),
+        **limits,
+    )
+    axes.set_title(f"{path}: {written(strip.noise)}", loc="left", fontsize="medium")
+    if meaning:
+        axes.set_title(meaning, loc="right", fontsize="small")
+    else:
+        axes.figure.colorbar(image, ax=axes, label="mask")
+    axes.set_ylabel(strip.axis)
+    axes.set_yticks([])
+
+
+def _meaning(strip: Strip) -> str | None:
+    """The words for a mask of two values; None if it has shades."""
+    if strip.mask.dtype != bool:
+        return None
+    if needs_previous(strip.noise):
+        return "blue: new value, blank: held back"
+    return "blue: kept, blank: dropped"
+
+
+def draw_strips(
+    params: PyTree,
+    carry: PyTree,
+    xs: PyTree,
+    rng: jax.Array,
+    *,
+    cell: Cell,
+    dropout: RecurrentDropout,
+    start: int,
+    row: int,
+) -> Strips:
+    """The masks of one row over time, by the paths of the arrays that they disturb."""
+    check_dropout(dropout)
+    key = as_rng(rng)
+    if key is None:
+        raise ValueError("plot_masks needs a key such as jax.random.key(0), got rng=None.")
+    dropout = resolve_state_noise(dropout, carry, family_of(cell))
+    steps = count_steps(xs)
+    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], dtype_of(leaf)), xs)
+    y, inside = trace_cell(cell, params, carry, x, inside_names(dropout))
+    values = Masks(params, x, carry, y, inside)
+    strips: Strips = {}
+    for site in sites_of(dropout):
+        if active_noises(site.of(dropout)):
+            strips |= _strips_at(
+                site, dropout, site.of(values), key, range(start, start + steps), row
+            )
+    return strips
+
+
+def _strips_at(
+    site: Site, dropout: RecurrentDropout, value: PyTree, key: jax.Array, steps: range, row: int
+) -> Strips:
+    """The strips of a site: variational masks are one column again and again."""
+
+    def draw(step: jax.Array) -> PyTree:
+        return draw_site(site, dropout, value, step_rng(key, step), at_step=True)
+
+    once = draw_site(site, dropout, value, key)
+    # Under lax.map, for JAX's rbg gives all rows of a vmap the bits of the first key.
+    fresh = jax.lax.map(draw, jnp.arange(steps.start, steps.stop, dtype=jnp.uint32))
+    strips: Strips = {}
+    noises = [leaf.noise for leaf in match_leaves(site, dropout, None, value)[0]]
+    for index, (path, leaf) in enumerate(tree_leaves_with_path(value)):
+        mask, masks = _leaf_of(once, index), _leaf_of(fresh, index)
+        if mask is not None:
+            masks = jnp.broadcast_to(mask, (len(steps), *np.shape(mask)))
+        noise = noises[index]
+        if masks is not None and noise is not None:
+            shape = (len(steps), *np.shape(leaf))
+            whole = np.broadcast_to(_with_ndim(np.asarray(masks), len(shape)), shape)
+            axis = f"weight {list(np.shape(leaf))}" if site == PARAMS else "unit"
+            strip = Strip(_units(site, whole, row), noise, axis)
+            strips[f"{site}{keystr(path)}"] = strip
+    return strips
+
+
+def _leaf_of(masks: PyTree, index: int) -> Any:
+    if masks is None:
+        return None
+    return jax.tree.leaves(masks, is_leaf=lambda mask: mask is None)[index]
+
+
+def _with_ndim(masks: np.ndarray, ndim: int) -> np.ndarray:
+    """Puts the axes in that broadcasting puts in, behind time."""
+    return masks.reshape(masks.shape[:1] + (1,) * (ndim - masks.ndim) + masks.shape[1:])
+
+
+def _units(site: Site, masks: np.ndarray, row: int) -> np.ndarray:
+    """One row's units over time; all of a weight's, for rows share it."""
+    steps, units = len(masks), masks.shape[-1] if masks.ndim > 1 else 1
+    if site == PARAMS:
+        return masks.reshape(steps, -1).T
+    rows = masks.reshape(steps, -1, units)
+    if not 0 <= row < rows.shape[1]:
+        raise ValueError(f"row must be one of the {rows.shape[1]} rows at {site}, got {row}.")
+    return rows[:, row].T

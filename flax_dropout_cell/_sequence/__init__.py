@@ -1,0 +1,1 @@
+"""Many steps: a whole sequence under dropout, padding, and rows that start again."""

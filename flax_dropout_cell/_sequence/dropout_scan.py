@@ -1,0 +1,348 @@
+"""`dropout_scan`: a whole sequence under dropout, as one `jax.lax.scan`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
+
+from .._hoist import checkpointed_scan
+from .._hoist.traced_scan import type_at_a_step
+from .._messages import short_repr
+from .._random.keys import as_rng
+from .._sharding import place_like
+from .._spec.prefixes import zip_prefix
+from .._spec.recurrent_dropout import (
+    Masks,
+    PyTree,
+    RecurrentDropout,
+    draws_once,
+    fill_in,
+    sites_of,
+)
+from .._spec.state_noise import resolve_state_noise
+from .._step.apply_noise import StepNoise
+from .._step.call_cell import Cell
+from .._step.checks import as_rows, check_dropout, check_masks, check_step
+from .._step.draw_masks import draw_sites, site_values
+from .._step.row_keys import Rows, rows_by_start
+from ..cells.known import family_of
+from .padding import check_rows, find_valid, stand_ins
+from .resets import BEFORE, RowMasks, Sequences, check_reset_carry, plan_sequences
+from .scan_step import ScanCarry, SequenceStep, StepInput, disturb_once
+from .shared_inputs import check_inputs_have_rows
+from .step_masks import draw_ahead
+
+
+def dropout_scan(
+    params: PyTree,
+    carry: PyTree,
+    xs: PyTree,
+    rng: jax.Array | None,
+    *,
+    cell: Cell,
+    dropout: RecurrentDropout,
+    masks: Masks | None = None,
+    seq_lengths: jax.typing.ArrayLike | None = None,
+    valid: jax.typing.ArrayLike | None = None,
+    resets: jax.typing.ArrayLike | None = None,
+    reset_carry: PyTree = None,
+    sequence_ids: jax.typing.ArrayLike | None = None,
+    reverse: bool = False,
+    start: int | jax.Array = 0,
+    unroll: int | bool = 1,
+    checkpoint_every: int | None = None,
+    parallel: bool | None = None,
+) -> tuple[PyTree, PyTree]:
+    """Runs `cell` over a sequence under dropout.
+
+    Variational masks are drawn once, outside the scan. Per-step masks are drawn from a key for
+    each step; steps count along `xs` from `start`. The masks are bit for bit those of this loop,
+    and the numbers are the same to rounding::
+
+        masks = draw_masks(params, carry, xs[0], rng, cell=cell, dropout=dropout)
+        for t, x in enumerate(xs):
+            carry, y = dropout_cell(
+                params, carry, x, rng, step=start + t, cell=cell, dropout=dropout, masks=masks
+            )
+
+    Args:
+      params: the cell's weights.
+      carry: the first incoming carry.
+      xs: the inputs, a pytree of arrays `[time, ...]`.
+      rng: the sequence's key. If both `rng` and `masks` are None, this is evaluation. If only
+        `rng` is None, the masks are applied and nothing is drawn.
+      cell: `cell(params, carry, x) -> (carry, y)`.
+      dropout: the noise at each site.
+      masks: masks to use instead of drawing them; variational masks that are missing are drawn.
+      seq_lengths: ints `[*batch]`. Past its length a row's carry no longer changes, its `ys` are
+        zero, and its `xs` have no effect. Every leaf of the carry, of `xs` at a step and of `ys`
+        at a step then starts with the batch dims. Leaves with fewer dims than the batch, such as
+        a step counter, belong to all rows and go on.
+      valid: bools `[time, *batch]`, instead of `seq_lengths`, for padding of any pattern, such as
+        in front or between sequences. False marks padding.
+      resets: bools `[time, *batch]`, in the order of `xs`. True marks a sequence's first step:
+        there the row's carry is `reset_carry`, and its variational masks are new. With `reverse`
+        each sequence starts at its own last step, with the same masks. Masks that rows share (of
+        weights, or through `broadcast_dims`) stay the same for the whole call. Resets in padding
+        are ignored.
+      reset_carry: the carry at a reset, of the carry's structure; zeros by default.
+      sequence_ids: ints `[*batch]`, or `[time, *batch]` with `resets`. A row then draws by its id
+        instead of by its place, so its masks do not depend on the batch that it is in, or on the
+        steps before. Two sequences with the same id get the same masks. An id that changes
+        without a reset changes the masks, not the carry. Without ids, a reset at step s names the
+        sequence (s, place). All 64 bits of an id count, in NumPy arrays too; arguments of
+        `jax.jit` have 32 bits.
+      reverse: run from the last step to the first; `ys` keep the order of `xs`.
+      start: the absolute index of `xs[0]`, at least 0. A sequence that is cut in pieces, each
+        run with the same `rng` and its own `start`, gives the uncut result. With `resets` this
+        needs `sequence_ids` too, because a piece does not know which sequence its rows are in.
+      unroll: as in `jax.lax.scan`.
+      checkpoint_every: for long sequences, keep the carry only every so many steps for the
+        gradient, and compute the steps between again, with the same masks. Memory grows with
+        `time / checkpoint_every + checkpoint_every` instead of `time`. It need not divide `time`.
+      parallel: whether to compute all steps at once. This needs a carry that is a linear
+        recurrence: updated as `a * carry + b`, element by element, with `a` and `b` independent
+        of the carry. Elementwise noise, resets and padding keep it one. If True, any other carry
+        is an error. If None, linear recurrences run in parallel except on a CPU, where a loop is
+        faster. The masks are the same, and the numbers are the same to rounding.
+
+    Returns:
+      `(carry, ys)`: the last carry, and the outputs `[time, ...]`.
+
+    Raises:
+      ValueError: as `dropout_cell`, and if a length, shape or `start` does not fit, or the carry
+        does not permit `parallel=True`.
+      TypeError: as `dropout_cell`, and if `seq_lengths` or `start` is not an int.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> def cell(params, h, x):
+      ...     h = jnp.tanh(x @ params["in"] + h @ params["rec"])
+      ...     return h, h
+      >>> params = {"in": jnp.ones((3, 8)), "rec": jnp.ones((8, 8))}
+      >>> spec = fdc.RecurrentDropout(state=fdc.Dropout(keep_prob=0.8, variational=True))
+      >>> h, ys = fdc.dropout_scan(
+      ...     params, jnp.zeros((4, 8)), jnp.ones((20, 4, 3)), jax.random.key(0),
+      ...     cell=cell, dropout=spec,
+      ... )
+      >>> h.shape, ys.shape
+      ((4, 8), (20, 4, 8))
+    """
+    check_dropout(dropout)
+    check_masks(masks, dropout)
+    rng = as_rng(rng)
+    steps = count_steps(xs)
+    _check_start(start, steps)
+    padding = find_valid(seq_lengths, valid, steps)
+    if padding is not None:
+        for name, tree in (("carry", carry), ("xs", at_a_step(xs))):
+            check_rows(name, tree, padding.shape[1:], "the padding")
+        check_inputs_have_rows(cell, params, carry, at_a_step(xs), padding.shape[1:])
+    plan = _plan(carry, steps, resets, reset_carry, sequence_ids, padding, start, reverse=reverse)
+    dropout = resolve_state_noise(dropout, carry, family_of(cell))
+    drawn = _draw(
+        functools.partial(site_values, params, carry, at_a_step(xs), cell),
+        masks,
+        plan,
+        dropout=dropout,
+        rng=rng,
+        steps=steps,
+        start=start,
+        ahead=checkpoint_every is None,
+    )
+    step_noise = StepNoise(dropout, drawn.masks, rng, plan.first_ids)
+    weights = disturb_once(step_noise, params)
+    running, ys = checkpointed_scan.scan(
+        SequenceStep(
+            cell,
+            weights,
+            step_noise,
+            start,
+            None if padding is None else stand_ins(xs, padding),
+            plan.reset_carry,
+            drawn.of_rows,
+            plan.uses_ids,
+        ),
+        plan.begin(carry, drawn.of_rows),
+        StepInput(jnp.arange(steps, dtype=jnp.uint32), xs, padding, plan.sequences, drawn.of_steps),
+        steps=steps,
+        reverse=reverse,
+        unroll=unroll,
+        checkpoint_every=_check_every(checkpoint_every),
+        parallel=parallel,
+    )
+    return running.carry, ys
+
+
+class _Plan(NamedTuple):
+    """The sequences of a scan's rows.
+
+    Attributes:
+      sequences: the sequence of each row at each step; None if there are no resets.
+      first_ids: the rows by their ids as the scan begins; None if rows draw by their place.
+      reset_carry: the carry of a new sequence.
+    """
+
+    sequences: Sequences | None
+    first_ids: Rows | None
+    reset_carry: PyTree
+
+    @property
+    def uses_ids(self) -> bool:
+        return self.first_ids is not None
+
+    @property
+    def first_rows(self) -> Rows:
+        """The rows as the scan begins."""
+        if self.first_ids is not None:
+            return self.first_ids
+        assert self.sequences is not None
+        batch = self.sequences.is_first_step.shape[1:]
+        first = rows_by_start(jnp.full((1, *batch), BEFORE))
+        return jax.tree.map(
+            lambda first, rows: place_like(first[0], rows[0]), first, self.sequences.rows
+        )
+
+    def row_masks(self, masks: Masks, draw: Callable[[Rows], Masks]) -> RowMasks | None:
+        """The masks of rows that change sequences; None if none do."""
+        if self.sequences is None:
+            return None
+        return RowMasks(masks, draw, self.first_rows, uses_ids=self.uses_ids)
+
+    def begin(self, carry: PyTree, row_masks: RowMasks | None) -> ScanCarry:
+        """The carry of the scan before the first step."""
+        if self.sequences is None:
+            return ScanCarry(carry)
+        return ScanCarry(carry, None if row_masks is None else row_masks.first, self.first_rows)
+
+
+def _plan(
+    carry: PyTree,
+    steps: int,
+    resets: Any,
+    reset_carry: PyTree,
+    ids: Any,
+    padding: jax.Array | None,
+    start: Any,
+    *,
+    reverse: bool,
+) -> _Plan:
+    if resets is None:
+        if reset_carry is not None:
+            raise ValueError("reset_carry was given without resets, which say where it goes.")
+        return _Plan(None, as_rows(ids), None)
+    sequences = plan_sequences(resets, ids, padding, steps, start, reverse=reverse)
+    check_rows("carry", carry, sequences.is_first_step.shape[1:], "resets")
+    reset_carry = check_reset_carry(reset_carry, carry)
+    if steps == 0:  # no row is in any sequence
+        return _Plan(None, None, None)
+    at = -1 if reverse else 0  # the step that runs first
+    first_ids = None if ids is None else jax.tree.map(lambda ids: ids[at], sequences.rows)
+    return _Plan(sequences, first_ids, reset_carry)
+
+
+class _Drawn(NamedTuple):
+    """The masks that a scan has before its loop.
+
+    Attributes:
+      masks: the variational ones, and those that the caller brings.
+      of_rows: the masks of rows that change sequences; None if none do.
+      of_steps: the masks of all steps, as far as they are drawn before the loop.
+    """
+
+    masks: Masks | None
+    of_rows: RowMasks | None
+    of_steps: Masks | None
+
+
+def _draw(
+    values_of: Callable[..., Masks],
+    brought: Masks | None,
+    plan: _Plan,
+    *,
+    dropout: RecurrentDropout,
+    rng: jax.Array | None,
+    steps: int,
+    start: Any,
+    ahead: bool,
+) -> _Drawn:
+    """Draws the masks that a scan has before its loop, as far as the caller does not bring them."""
+    if rng is None:  # this is evaluation, or all masks are the caller's
+        if plan.sequences is not None and brought is not None and _draws_for_rows(dropout):
+            raise ValueError("a reset draws new variational masks, so it needs rng; got rng=None.")
+        return _Drawn(brought, None, None)
+    rows, values = plan.first_ids, values_of(dropout)
+    own = draw_sites(dropout, values, rng, rows)
+    masks = own if brought is None else fill_in(brought, own)
+    of_rows = plan.row_masks(
+        masks, lambda rows: draw_sites(dropout, values, rng, rows, per_row_only=True)
+    )
+    if of_rows is not None and not plan.uses_ids:
+        _check_uncut(start, brought, of_rows.first)
+    # Masks of a row that changes its id depend on the loop, and with checkpoints masks of all steps
+    # would be the memory that checkpoints save.
+    if not ahead or (plan.sequences and plan.uses_ids):
+        return _Drawn(masks, of_rows, None)
+    options: dict[str, Any] = {"dropout": dropout, "start": start, "rows": rows}
+    return _Drawn(masks, of_rows, draw_ahead(values_of, rng, steps, **options))
+
+
+def _check_uncut(start: Any, brought: Masks | None, own: Masks) -> None:
+    """Raises if a piece of a cut sequence would draw a row's masks by its place.
+
+    A reset in an earlier piece may have given the row other masks. There is no such danger if the
+    caller gives all masks, `brought`.
+    """
+    if isinstance(start, int | np.integer) and start == 0:
+        return
+    for site in sites_of(own):
+        masks = None if brought is None else site.of(brought)
+        pairs = zip_prefix(f"masks.{site}", masks, site.of(own))
+        if any(mask is None and jax.tree.leaves(drawn) for mask, drawn in pairs):
+            raise ValueError(
+                f"start={short_repr(start)}: a reset in an earlier piece may have given "
+                f"dropout.{site} new masks. With resets and start, give sequence_ids too."
+            )
+
+
+def at_a_step(xs: PyTree) -> PyTree:
+    """The shapes and dtypes of the inputs at a step."""
+    return jax.tree.map(type_at_a_step, xs)
+
+
+def _draws_for_rows(dropout: RecurrentDropout) -> bool:
+    """Whether rows have variational masks; masks of weights do not count."""
+    return draws_once(dataclasses.replace(dropout, params=None))
+
+
+def count_steps(xs: PyTree) -> int:
+    """The number of steps: the length of the leading axis of all inputs."""
+    shapes = {f"xs{keystr(path)}": np.shape(leaf) for path, leaf in tree_leaves_with_path(xs)}
+    if not shapes:
+        raise ValueError("xs has no arrays; give the inputs as arrays [time, ...].")
+    lengths = {shape[:1] for shape in shapes.values()}
+    if len(lengths) > 1 or lengths == {()}:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"the arrays of xs must share their leading axis, time; got {listed}.")
+    return lengths.pop()[0]
+
+
+def _check_every(every: Any) -> int | None:
+    if every is None:
+        return None
+    if isinstance(every, bool) or not isinstance(every, int | np.integer) or every < 1:
+        raise ValueError(f"checkpoint_every must be an int of at least 1, got {short_repr(every)}.")
+    return int(every)
+
+
+def _check_start(start: Any, steps: int) -> None:
+    check_step("start", start)
+    is_known = isinstance(start, int | np.integer) and isinstance(steps, int)
+    if is_known and start + steps > 2**31:
+        raise ValueError(f"start + time must be at most 2**31, got {start} + {steps}.")

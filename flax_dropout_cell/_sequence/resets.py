@@ -1,0 +1,158 @@
+"""Several sequences in one scan: resets of the carry, and new masks for a row that resets."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
+
+from .._sharding import broadcast_like
+from .._spec.prefixes import as_ints, broadcasts, structure_str, weaken_like
+from .._spec.recurrent_dropout import Masks, PyTree
+from .._step.row_keys import Rows, rows_by_id, rows_by_start
+from .padding import check_bools, keep_rows, select_rows
+
+# Stands for a first step before the scan's own. No step is as large.
+BEFORE = np.uint32(2**32 - 1)
+
+
+class Sequences(NamedTuple):
+    """The sequence of each row at each step.
+
+    Attributes:
+      is_first_step: bool `[time, *batch]`: the row's carry starts anew before this step runs.
+      rows: the sequence that the row is in, `[time, *batch]`: by its id; or by its place and the
+        absolute index of the sequence's first step, `BEFORE` for the one that was running when
+        the scan began.
+    """
+
+    is_first_step: jax.Array
+    rows: Rows
+
+
+def plan_sequences(
+    resets: Any,
+    sequence_ids: Any,
+    valid: jax.Array | None,
+    steps: int,
+    start: Any,
+    *,
+    reverse: bool,
+) -> Sequences:
+    """The sequences that `resets` and `sequence_ids` describe."""
+    resets = check_bools("resets", resets, steps)
+    if valid is not None:
+        if valid.shape != resets.shape:
+            raise ValueError(f"resets {resets.shape} and padding {valid.shape} differ in shape.")
+        resets &= valid  # nothing begins in padding
+    if sequence_ids is None:
+        rows = _rows_by_start(resets, steps, start)
+    else:
+        ids = as_ints("sequence_ids", sequence_ids)
+        if ids.shape != resets.shape:
+            raise ValueError(
+                f"sequence_ids must have the shape {resets.shape} of resets, got {ids.shape}."
+            )
+        rows = rows_by_id(ids)
+    return Sequences(_begin_backward(resets, valid) if reverse else resets, rows)
+
+
+def _rows_by_start(resets: jax.Array, steps: int, start: Any) -> Rows:
+    indices = jnp.arange(steps, dtype=jnp.int32).reshape((steps,) + (1,) * (resets.ndim - 1))
+    first = jax.lax.cummax(jnp.where(resets, indices, jnp.int32(-1)), axis=0)
+    absolute = first.astype(jnp.uint32) + jnp.asarray(start).astype(jnp.uint32)
+    return rows_by_start(jnp.where(first < 0, BEFORE, absolute))
+
+
+def _begin_backward(resets: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """The first steps of a backward scan: each sequence's own last step.
+
+    Padding between two sequences belongs to neither.
+    """
+    end = jnp.zeros_like(resets.any(0))
+    if valid is None:
+        return jnp.concatenate([resets, end[None]])[1:]
+
+    def step(later: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        reset, valid = now
+        return select_rows(valid, reset, later), valid & later
+
+    return jax.lax.scan(step, end, (resets, valid), reverse=True)[1]
+
+
+def reset_carry_rows(is_first_step: jax.Array, carry: PyTree, reset_carry: PyTree) -> PyTree:
+    """The carry, with `reset_carry` in the rows that begin a sequence."""
+
+    def spread(fresh: Any, old: jax.Array) -> jax.Array:
+        return weaken_like(jnp.broadcast_to(jnp.asarray(fresh, old.dtype), old.shape), old)
+
+    return keep_rows(~is_first_step, carry, jax.tree.map(spread, reset_carry, carry))
+
+
+def check_reset_carry(reset_carry: PyTree, carry: PyTree) -> PyTree:
+    """The carry of a new sequence, zeros by default; raises if it does not fit the carry."""
+    if reset_carry is None:
+        return jax.tree.map(lambda leaf: jnp.zeros((), jnp.result_type(leaf)), carry)
+    if jax.tree.structure(reset_carry) != jax.tree.structure(carry):
+        got, wanted = structure_str(reset_carry), structure_str(carry)
+        raise ValueError(f"reset_carry has the structure {got}, but the carry has {wanted}.")
+    leaves = zip(tree_leaves_with_path(reset_carry), jax.tree.leaves(carry), strict=True)
+    for (path, fresh), leaf in leaves:
+        if not broadcasts(np.shape(fresh), np.shape(leaf)):
+            got = f"reset_carry{keystr(path)} has shape {np.shape(fresh)}"
+            raise ValueError(f"{got}, which does not broadcast to the carry's {np.shape(leaf)}.")
+    return reset_carry
+
+
+class RowMasks:
+    """The masks of a scan whose rows change from one sequence to another.
+
+    Masks of weights, and masks that rows share, stay the same. The others are part of the scan's
+    carry.
+
+    Args:
+      masks: the masks of the sequences that run when the scan begins.
+      draw: draws the masks that rows do not share, and None for the others.
+      rows: the rows as the scan begins.
+      uses_ids: whether sequences have ids, or are named by their first step.
+    """
+
+    def __init__(self, masks: Masks, draw: Callable[[Rows], Masks], rows: Rows, *, uses_ids: bool):
+        self._masks, self._draw, self._uses_ids = masks, draw, uses_ids
+        drawn = jax.eval_shape(draw, rows)
+
+        def pick(drawn: Any, mask: Any) -> Any:
+            if drawn is None:
+                return None
+            return broadcast_like(mask, drawn).astype(drawn.dtype)
+
+        self.first: Masks = jax.tree.map(pick, drawn, masks, is_leaf=lambda node: node is None)
+
+    def redraw(self, own: Masks, rows: Rows, new_rows: Rows) -> Masks:
+        """The masks, drawn again for rows whose sequence has changed."""
+        changed = (rows.id_low != new_rows.id_low) | (rows.id_high != new_rows.id_high)
+
+        def redraw(own: Masks) -> Masks:
+            drawn = self._draw(new_rows)
+            if not self._uses_ids:
+                # A backward scan ends in the sequence that was running before the first step. Its
+                # masks are the call's own, not those of a sequence with a name.
+                back = new_rows.id_low == BEFORE
+                drawn = jax.tree.map(
+                    lambda first, new: select_rows(back, first, new), self.first, drawn
+                )
+            return jax.tree.map(lambda new, old: select_rows(changed, new, old), drawn, own)
+
+        # A draw at each step would cost as much as per-step masks; resets are rare.
+        return jax.lax.cond(jnp.any(changed), redraw, lambda own: own, own)
+
+    def merge_shared(self, own: Masks) -> Masks:
+        """All masks: the rows' own, and those that rows share."""
+        return jax.tree.map(
+            lambda mine, mask: mask if mine is None else mine,
+            own,
+            self._masks,
+            is_leaf=lambda node: node is None,
+        )

@@ -1,0 +1,104 @@
+"""Shardings that are part of an array's type, as they are on a mesh with explicit axes.
+
+`jnp.where` and the carry of `jax.lax.scan` want arrays of one sharding there. So a mask is drawn
+with the sharding of the value that it is for, and a carry starts sharded as the inputs are. On all
+other meshes, and on one device, arrays have no such sharding, and these functions do nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ._compat import ShapedArray
+
+
+def explicit_sharding(leaf: Any) -> NamedSharding | None:
+    """The sharding in the type of an array, or of its shape; None if it is not sharded there."""
+    known = isinstance(leaf, jax.ShapeDtypeStruct | ShapedArray)
+    sharding = (leaf if known else jax.typeof(leaf)).sharding
+    if not isinstance(sharding, NamedSharding) or not any(
+        axes is not None and _is_explicit(sharding.mesh, axes) for axes in sharding.spec
+    ):
+        return None
+    return sharding
+
+
+def place_like(value: Any, leaf: Any) -> Any:
+    """A value that broadcasts to a leaf, sharded as the leaf is; unchanged if that is not."""
+    sharding = _sharding_of(np.shape(value), leaf)
+    if sharding is None or sharding == jax.typeof(value).sharding:
+        return value
+    return jax.sharding.reshard(value, sharding)
+
+
+def broadcast_like(value: Any, leaf: Any) -> jax.Array:
+    """A value that is broadcast to the shape of a leaf, sharded as the leaf is."""
+    return place_like(jnp.broadcast_to(value, np.shape(leaf)), leaf)
+
+
+def place_rows(tree: Any, batch: tuple[int, ...], like: Any) -> Any:
+    """Leaves that start with the batch dims, with these sharded as in the array `like`."""
+    sharding = explicit_sharding(like)
+    if sharding is None:
+        return tree
+    rows = sharding.spec[: len(batch)]
+
+    def place(leaf: Any) -> Any:
+        if np.shape(leaf)[: len(batch)] != batch:
+            return leaf
+        spec = P(*rows, *[None] * (np.ndim(leaf) - len(batch)))
+        return jax.sharding.reshard(leaf, sharding.update(spec=spec))
+
+    return jax.tree.map(place, tree)
+
+
+def draw_like(leaf: Any, draw: Callable[..., jax.Array], *args: Any) -> jax.Array:
+    """`draw(*args)`, which broadcasts to a leaf, sharded as the leaf is.
+
+    The compiler shards the draw, so each device draws its own part.
+
+    Args:
+      leaf: the leaf, or its type.
+      draw: makes an array. It must take all arrays that it reads from `args`.
+      *args: pytrees, whose leaves may be other things than arrays too.
+    """
+    sharding = explicit_sharding(leaf)
+    if sharding is None:
+        return draw(*args)
+    leaves, structure = jax.tree.flatten(args)
+    arrays = {at: leaf for at, leaf in enumerate(leaves) if hasattr(leaf, "dtype")}
+
+    def run(arrays: dict[int, Any]) -> jax.Array:
+        filled = [arrays.get(at, leaf) for at, leaf in enumerate(leaves)]
+        return draw(*jax.tree.unflatten(structure, filled))
+
+    drawn = jax.eval_shape(
+        run, jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arrays)
+    )
+    mesh = sharding.mesh
+    axes = tuple(axis for axis in mesh.axis_names if _is_explicit(mesh, axis))
+    placed = _sharding_of(drawn.shape, leaf)
+    sharded = jax.sharding.auto_axes(run, axes=axes, out_sharding=placed)(arrays)
+    return cast(jax.Array, sharded)
+
+
+def _sharding_of(shape: tuple[int, ...], leaf: Any) -> NamedSharding | None:
+    """The sharding of an array that broadcasts to a leaf; its dims of size 1 are not sharded."""
+    sharding = explicit_sharding(leaf)
+    if sharding is None:
+        return None
+    spec = [*sharding.spec, *[None] * (np.ndim(leaf) - len(sharding.spec))]
+    spec = [*[None] * len(shape), *spec][len(spec) :]
+    pairs = zip(shape, spec, strict=True)
+    return sharding.update(spec=P(*(None if size == 1 else axes for size, axes in pairs)))
+
+
+def _is_explicit(mesh: Any, axes: str | tuple[str, ...]) -> bool:
+    first = axes if isinstance(axes, str) else axes[0]
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return types.get(first) == AxisType.Explicit

@@ -1,0 +1,1 @@
+"""Sites of noise: the spec, prefixes of noises, and noises that are resolved late."""

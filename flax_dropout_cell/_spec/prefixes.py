@@ -1,0 +1,93 @@
+"""Prefixes of pytrees: how noises and masks are matched with a value, and facts about leaves."""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._compat import as_weakly_typed
+from .._sharding import explicit_sharding
+from ..noises.protocol import Noise
+
+PyTree = Any
+
+
+def zip_prefix(name: str, prefix: PyTree, value: PyTree) -> list[tuple[Any, PyTree]]:
+    """Pairs each leaf of a prefix with the subtree of the value beneath it."""
+    # `jax.tree.broadcast` would do, but its errors name neither the site nor a noise.
+    entries, structure = jax.tree.flatten(prefix, is_leaf=is_prefix_leaf)
+    try:
+        subtrees = structure.flatten_up_to(value)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"{name} has the structure {structure_str(prefix)}, which is not a prefix of the "
+            f"value's structure {structure_str(value)}: a value takes one noise, or None."
+        ) from None
+    return list(zip(entries, subtrees, strict=True))
+
+
+def structure_str(tree: PyTree) -> str:
+    """A tree as Python writes it, with `*` for leaves; noises and Nones count as leaves."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_prefix_leaf)
+    return tree_str(structure, ["*"] * len(leaves))
+
+
+def tree_str(structure: Any, leaves: list[str]) -> str:
+    """A tree of given texts as Python writes it, cut if it is long."""
+    try:
+        text = repr(jax.tree.unflatten(structure, map(_Text, leaves)))
+    except Exception:  # a constructor of the user's, which texts do not suit
+        text = ""
+    if not text or " object at 0x" in text:
+        text = str(structure).removeprefix("PyTreeDef(").removesuffix(")")
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+class _Text(str):
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def is_prefix_leaf(node: Any) -> bool:
+    """Whether a node of a prefix covers the whole subtree beneath it."""
+    return node is None or isinstance(node, Noise) or is_deferred(node)
+
+
+def is_deferred(node: Any) -> bool:
+    """Whether a node is a `DeferredPrefix`, such as `at_paths` makes."""
+    return hasattr(node, "resolve") and isinstance(getattr(node, "noise", None), Noise)
+
+
+def dtype_of(leaf: Any) -> Any:
+    """A leaf's dtype; for a Python number, the dtype that JAX gives it."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def weaken_like(value: jax.Array, leaf: Any) -> jax.Array:
+    """A value of a leaf's dtype, weakly typed if the leaf is, so that it widens no other value."""
+    is_weak = jax.typeof(leaf).weak_type and not jax.typeof(value).weak_type
+    return as_weakly_typed(value) if is_weak else value
+
+
+def as_ints(name: str, value: Any) -> jax.Array | np.ndarray:
+    """Ints as an array, which stays in NumPy if it lies there: JAX would cut it to 32 bits."""
+    leaves = jax.tree.leaves(value)  # a list of ints too
+    on_host = all(isinstance(leaf, int | np.ndarray | np.generic) for leaf in leaves)
+    array = np.asarray(value) if on_host else jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be ints, got {array.dtype}.")
+    return array
+
+
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether one shape broadcasts to another without changing it."""
+    return len(shape) <= len(to) and all(
+        have in (1, want) for have, want in zip(reversed(shape), reversed(to), strict=False)
+    )
+
+
+def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape, dtype and explicit sharding of a leaf: an array, a tracer or a Python number."""
+    shape = cast(tuple[int, ...], np.shape(leaf))
+    return jax.ShapeDtypeStruct(shape, dtype_of(leaf), sharding=explicit_sharding(leaf))

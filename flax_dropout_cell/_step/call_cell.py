@@ -1,0 +1,227 @@
+"""The call of a cell, with `disturb` if there is noise inside it, and checks of its results."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.tree_util import keystr, tree_leaves_with_path
+
+from .._compat import current_trace
+from .._messages import must_be, short_repr, short_tree_repr
+from .._spec.prefixes import PyTree, shape_of, structure_str
+from ..cells.disturb import undisturbed
+from ..cells.known import cells_with
+
+Cell = Callable[..., tuple[Any, Any]]
+"""`cell(params, carry, x) -> (carry, y)`, any pytrees; `flax.linen.LSTMCell(64).apply` is one."""
+
+_NO_SITES = object()
+
+
+class DisturbFn:
+    """A cell's `disturb` argument: it calls `noise`, and raises on calls that would be wrong.
+
+    Args:
+      names: the sites that have noise.
+      noise: `noise(site, value, previous) -> value`, called at these sites.
+    """
+
+    def __init__(self, names: frozenset[str], noise: Callable[[str, PyTree, PyTree], PyTree]):
+        self._names = names
+        self._noise = noise
+        # Under jax.vmap, all rows of a mask that is drawn outside would be the same. No value
+        # tells: the trace in which the cell was called has to be compared with the present one.
+        self._trace = current_trace()
+        self._called: list[str] = []
+        self._asked: set[str] = set()
+
+    def has(self, site: str) -> bool:
+        """Whether a site has noise."""
+        self._asked.add(site)
+        return site in self._names
+
+    def __call__(self, site: str, value: PyTree, previous: PyTree = None) -> PyTree:
+        """The value, with noise if the site has any."""
+        if not isinstance(site, str):
+            raise TypeError(must_be("the first argument of disturb", "a site's name", site))
+        if current_trace() != self._trace:
+            raise ValueError(
+                f"disturb({site!r}, ..) was called under a transformation that the cell itself "
+                f"opens, such as jax.vmap or jax.lax.scan: all its rows or depths would share one "
+                f"mask. Call it outside, or vmap dropout_scan with a key for each row."
+            )
+        if site in self._called:
+            raise ValueError(
+                f"disturb({site!r}, ..) was called twice in a step, and both would get one mask; "
+                f"give each place a name of its own, such as {'0/' + site!r} and {'1/' + site!r}."
+            )
+        self._called.append(site)
+        return self._noise(site, value, previous) if site in self._names else value
+
+    @property
+    def known(self) -> set[str]:
+        """The sites that the cell has called or asked for."""
+        return {*self._called, *self._asked}
+
+    def check_all_called(self) -> None:
+        """Raises if there is noise at a site that the cell does not have."""
+        for site in sorted(self._names.difference(self._called)):
+            known = sorted(self.known - {site})
+            has = f"it has {', '.join(known)}." if known else "it has none."
+            if ours := cells_with(site):
+                has += f" Use {ours} of this library."
+            problem = f"dropout.inside has noise at {site!r}, but the cell has no site of that name"
+            raise ValueError(f"{problem}: {has}")
+
+
+def call_cell(
+    cell: Cell,
+    params: PyTree,
+    carry: PyTree,
+    x: PyTree,
+    sites: DisturbFn | None = None,
+    *,
+    scanned: bool = False,
+) -> tuple[PyTree, PyTree]:
+    """Runs the cell, with `disturb=` if sites are given, and checks that it returns a pair.
+
+    If it is `scanned`, the new carry must have the shapes and dtypes of the old one.
+    """
+    _check_cell(cell)
+    try:
+        result = (
+            cell(params, carry, x) if sites is None else _offer_sites(cell, params, carry, x, sites)
+        )
+    except Exception as error:
+        _add_shapes(error, carry, x)
+        raise
+    if sites is not None:
+        if result is _NO_SITES:
+            raise _no_sites(sites)
+        sites.check_all_called()
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"cell must return (carry, y), got {short_tree_repr(result)}.")
+    if jax.tree.structure(result[0]) != jax.tree.structure(carry):
+        raise ValueError(
+            f"the cell took a carry {structure_str(carry)} and returned "
+            f"{structure_str(result[0])}; it must return (carry, y), in this order."
+        )
+    if scanned:
+        _check_kept(carry, result[0])
+    return result
+
+
+def _check_kept(carry: PyTree, new_carry: PyTree) -> None:
+    """Raises if `jax.lax.scan` would refuse the new carry, and says which carry to start from."""
+    new_leaves = jax.tree.leaves(new_carry)
+    for (path, old), new in zip(tree_leaves_with_path(carry), new_leaves, strict=True):
+        came, left = jax.typeof(old), jax.typeof(new)
+        same_shape = came.shape == left.shape
+        if same_shape and (came.dtype == left.dtype or came.weak_type):
+            continue
+        what = "shape" if not same_shape else "dtype, or cast it in the cell"
+        raise TypeError(
+            f"carry{keystr(path)} goes into the cell as {short_repr(old)} and comes out as "
+            f"{short_repr(new)}. Start from a carry of that {what}."
+        )
+
+
+def _check_cell(cell: Any) -> None:
+    """Raises if the cell is not a function of (params, carry, x), such as a Flax module."""
+    if isinstance(cell, type) or hasattr(cell, "initialize_carry"):
+        raise TypeError(
+            f"cell must be a function cell(params, carry, x), got {short_repr(cell)}: write "
+            f"nn.LSTMCell(64).apply, or use fdc.linen.RNN or fdc.nnx.RNN around the module."
+        )
+
+
+def _add_shapes(error: Exception, carry: PyTree, x: PyTree) -> None:
+    """Adds the cell's arguments to an error that the cell raised, once."""
+    note = "The cell was called with the carry "
+    if not any(line.startswith(note) for line in getattr(error, "__notes__", ())):
+        error.add_note(
+            f"{note}{short_tree_repr(carry)} and the input {short_tree_repr(x)}, those of one "
+            f"step; dropout_scan reads the first axis of xs as time."
+        )
+
+
+def _offer_sites(cell: Cell, params: PyTree, carry: PyTree, x: PyTree, sites: DisturbFn) -> Any:
+    """Runs the cell with `disturb=`; returns `_NO_SITES` if it does not take that argument."""
+    if not _takes_disturb(cell):
+        return _NO_SITES
+    try:
+        return cell(params, carry, x, disturb=sites)
+    except TypeError as error:
+        # A Flax module's `apply` takes any keyword, and its `__call__` does not.
+        if "unexpected keyword argument 'disturb'" in str(error):
+            return _NO_SITES
+        raise
+
+
+def _takes_disturb(cell: Cell) -> bool:
+    try:
+        parameters = inspect.signature(cell).parameters
+    except (TypeError, ValueError):
+        return True  # a callable that cannot be inspected; its call will tell
+    return "disturb" in parameters or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
+
+
+def _no_sites(sites: DisturbFn) -> TypeError:
+    names = sorted(sites._names)
+    ours = {name: cells_with(name) for name in names if cells_with(name)}
+    where = "".join(f" For {name!r} use {cell} of this library." for name, cell in ours.items())
+    return TypeError(
+        f"dropout.inside has noise at {', '.join(map(repr, names))}, but the cell has no sites: it "
+        f"takes no argument `disturb`.{where} A cell of your own calls disturb(site, value) "
+        f"where noise may sit; see fdc.undisturbed."
+    )
+
+
+def trace_cell(
+    cell: Cell, params: PyTree, carry: PyTree, x: PyTree, names: frozenset[str]
+) -> tuple[PyTree, dict[str, PyTree]]:
+    """The shapes of a cell's output and of the values at its sites `names`."""
+    seen: dict[str, PyTree] = {}
+
+    def note(site: str, value: PyTree, previous: PyTree) -> PyTree:
+        del previous
+        seen[site] = jax.tree.map(shape_of, value)
+        return value
+
+    def run(params: PyTree, carry: PyTree, x: PyTree) -> PyTree:
+        return call_cell(cell, params, carry, x, DisturbFn(names, note) if names else None)[1]
+
+    return eval_shape(run, params, carry, x), seen
+
+
+def sites_of_cell(cell: Cell, params: PyTree, carry: PyTree, x: PyTree) -> list[str]:
+    """The names of all sites that a cell has, with and without noise."""
+    known: set[str] = set()
+
+    # Not `call_cell`, which would refuse a cell that has no sites.
+    def run(params: PyTree, carry: PyTree, x: PyTree) -> None:
+        sites = DisturbFn(frozenset(), undisturbed)
+        _offer_sites(cell, params, carry, x, sites)
+        known.update(sites.known)
+
+    eval_shape(run, params, carry, x)
+    return sorted(known)
+
+
+def eval_shape(run: Callable[..., PyTree], *values: PyTree) -> PyTree:
+    """`jax.eval_shape` for values that may hold other objects than arrays, such as functions."""
+    leaves, structure = jax.tree.flatten(values)
+
+    def run_filled(arrays: list[Any]) -> PyTree:
+        pairs = zip(leaves, arrays, strict=True)
+        filled = [leaf if array is None else array for leaf, array in pairs]
+        return run(*jax.tree.unflatten(structure, filled))
+
+    return jax.eval_shape(run_filled, [leaf if _is_traceable(leaf) else None for leaf in leaves])
+
+
+def _is_traceable(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)

@@ -1,0 +1,46 @@
+"""Checks of arguments that several functions share."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._messages import must_be
+from .._spec.prefixes import as_ints
+from .._spec.recurrent_dropout import Masks, RecurrentDropout, sites_of
+from .row_keys import Rows, rows_by_id
+
+
+def check_dropout(dropout: Any) -> None:
+    """Raises if `dropout` is not a `RecurrentDropout`."""
+    if not isinstance(dropout, RecurrentDropout):
+        wanted = "a RecurrentDropout, such as RecurrentDropout(input=Dropout(keep_prob=0.8))"
+        raise TypeError(must_be("dropout", wanted, dropout))
+
+
+def check_masks(masks: Any, dropout: RecurrentDropout) -> None:
+    """Raises if `masks` is neither `Masks` nor None, or has a mask for a site without noise."""
+    if masks is None:
+        return
+    if not isinstance(masks, Masks):
+        raise TypeError(must_be("masks", "Masks, as draw_masks gives them", masks))
+    for site in sites_of(masks):
+        if site.inside and jax.tree.leaves(site.of(masks)) and site.of(dropout) is None:
+            raise ValueError(f"masks.{site} has a mask where dropout.{site} has no noise.")
+
+
+def check_step(name: str, step: Any) -> None:
+    """Raises if `step` is not the index of a step."""
+    if isinstance(step, bool) or not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+        raise TypeError(must_be(name, "an int", step))
+    if np.shape(step) != ():
+        raise ValueError(f"{name} must be a scalar, got shape {np.shape(step)}.")
+    # Sites have the keys from 2**31 on. Traced steps are trusted.
+    if isinstance(step, int | np.integer) and not 0 <= step < 2**31:
+        raise ValueError(f"{name} must be at least 0 and below 2**31, got {step}.")
+
+
+def as_rows(sequence_ids: Any) -> Rows | None:
+    """The rows' ids, checked; None if rows draw by their place."""
+    return None if sequence_ids is None else rows_by_id(as_ints("sequence_ids", sequence_ids))

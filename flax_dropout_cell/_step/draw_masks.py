@@ -1,0 +1,224 @@
+"""Masks, from the call to the bits: every site, every leaf, every row.
+
+Read from top to bottom: `draw_masks` finds the shape of each site's value, `draw_sites` and
+`draw_site` give each leaf a key of its own, and `draw_leaf` draws one mask, row by row if rows
+have ids. The bits themselves come from `_random`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._random.keys import as_rng, fold_in, is_threefry, leaf_rng
+from .._sharding import draw_like
+from .._spec.match_leaves import Leaf, match_leaves
+from .._spec.prefixes import broadcasts, dtype_of
+from .._spec.recurrent_dropout import (
+    PARAMS,
+    Masks,
+    PyTree,
+    RecurrentDropout,
+    Site,
+    active_noises,
+    draws_at_each_step,
+    draws_once,
+    make_masks,
+    sites_of,
+)
+from .._spec.state_noise import resolve_state_noise
+from ..cells.known import family_of
+from ..noises.protocol import Noise
+from .call_cell import Cell, trace_cell
+from .checks import as_rows, check_dropout
+from .row_keys import Rows
+
+
+def draw_masks(
+    params: PyTree,
+    carry: PyTree,
+    x: PyTree,
+    rng: jax.Array | None,
+    *,
+    cell: Cell,
+    dropout: RecurrentDropout,
+    sequence_ids: jax.typing.ArrayLike | None = None,
+) -> Masks:
+    """Draws the masks of the variational noises, for one sequence.
+
+    Call it before the loop, once per sequence, and pass the result to every `dropout_cell` of
+    that sequence (Gal and Ghahramani 2016, arXiv:1512.05287, section 4). Each mask depends on
+    `rng`, its site, its leaf and its noise.
+
+    Args:
+      params: the cell's weights.
+      carry: a carry. Only the shapes and dtypes of `carry`, `params` and `x` are used, so each
+        may be a `jax.ShapeDtypeStruct`.
+      x: the input at one step, without the time axis.
+      rng: the sequence's key. None will do if no noise does anything.
+      cell: `cell(params, carry, x) -> (carry, y)`. It is only traced, for the shapes of its output
+        and of its sites inside.
+      dropout: the noise at each site.
+      sequence_ids: ints `[*batch]`. Each row then draws by its id instead of by its place.
+
+    Returns:
+      `Masks` with the variational leaves filled in, None elsewhere.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_dropout_cell as fdc
+      >>> spec = fdc.RecurrentDropout(output=fdc.Dropout(keep_prob=0.8, variational=True))
+      >>> masks = fdc.draw_masks(
+      ...     None, jnp.zeros((4, 8)), jnp.ones((4, 8)), jax.random.key(0),
+      ...     cell=lambda params, h, x: (h, x + h), dropout=spec,
+      ... )
+      >>> masks.output.shape, masks.state
+      ((4, 8), None)
+    """
+    check_dropout(dropout)
+    key = as_rng(rng)
+    dropout = resolve_state_noise(dropout, carry, family_of(cell))
+    rows = as_rows(sequence_ids)
+    if key is None:
+        if active_noises(dropout):
+            raise ValueError("draw_masks needs a key such as jax.random.key(0), got rng=None.")
+        return Masks()
+    values = site_values(params, carry, x, cell, dropout)
+    return draw_sites(dropout, values, key, rows)
+
+
+def site_values(
+    params: PyTree,
+    carry: PyTree,
+    x: PyTree,
+    cell: Cell,
+    dropout: RecurrentDropout,
+    is_drawn: Callable[[PyTree], bool] = draws_once,
+) -> Masks:
+    """The value at each site, or its shapes and dtypes, as far as the masks drawn need them."""
+    # Params, x and the carry are at hand. Only the cell itself tells its y and its sites.
+    y, inside = None, {}
+    if is_drawn(dropout.output) or is_drawn(dropout.inside):
+        y, inside = trace_cell(cell, params, carry, x, inside_names(dropout))
+    return Masks(params, x, carry, y, inside)
+
+
+def inside_names(dropout: RecurrentDropout) -> frozenset[str]:
+    """The sites inside a cell that have noise."""
+    return frozenset(name for name, prefix in dropout.inside.items() if active_noises(prefix))
+
+
+def draw_sites(
+    dropout: RecurrentDropout,
+    values: Masks,
+    rng: jax.Array,
+    rows: Rows | None = None,
+    *,
+    per_row_only: bool = False,
+) -> Masks:
+    """Draws the variational masks for `values`: each site's value, or its shapes and dtypes."""
+
+    def draw(site: Site) -> PyTree:
+        return draw_site(site, dropout, site.of(values), rng, rows, per_row_only=per_row_only)
+
+    with jax.named_scope("draw_masks"):
+        return make_masks({site: draw(site) for site in sites_of(values)})
+
+
+def draw_site(
+    site: Site,
+    dropout: RecurrentDropout,
+    value: PyTree,
+    rng: jax.Array,
+    rows: Rows | None = None,
+    *,
+    per_row_only: bool = False,
+    at_step: bool = False,
+) -> PyTree:
+    """Draws a site's variational masks for a value, or for its shapes and dtypes.
+
+    If `per_row_only`, it draws only masks that rows do not share. If `at_step`, it draws the
+    per-step masks instead, from a step's key.
+    """
+    is_drawn = draws_at_each_step if at_step else draws_once
+    if not is_drawn(site.of(dropout)):
+        return None
+
+    def draw(index: int, leaf: Leaf) -> jax.Array | None:
+        if leaf.noise is None or not is_drawn(leaf.noise):
+            return None
+        if per_row_only and rows is not None and not _by_row(site, leaf.noise, leaf.value, rows):
+            return None
+        return draw_leaf(site, leaf.noise, site_rng(rng, site, index), leaf.value, rows)
+
+    # Leaves without noise count too, so that noise on one leaf moves no mask of another.
+    leaves, structure = match_leaves(site, dropout, None, value)
+    return jax.tree.unflatten(structure, [draw(*pair) for pair in enumerate(leaves)])
+
+
+def site_rng(rng: jax.Array, site: Site, index: int) -> jax.Array:
+    """The key of a leaf's mask."""
+    if site.inside:
+        return leaf_rng(rng, "inside", index, inside=site.name)
+    return leaf_rng(rng, site.name, index)
+
+
+def draw_leaf(site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: Rows | None) -> jax.Array:
+    """Draws one leaf's mask; raises if it does not broadcast to the leaf."""
+    shape, dtype = tuple(np.shape(leaf)), dtype_of(leaf)
+    if rows is not None and not _by_row(site, noise, leaf, rows):
+        rows = None
+
+    def draw(noise: Noise, rng: jax.Array, rows: Rows | None) -> jax.Array:
+        if rows is None:
+            return noise.draw_mask(rng, shape, dtype)
+        return draw_rows(noise, rng, shape, dtype, rows)
+
+    mask = draw_like(leaf, draw, noise, rng, rows)
+    if not broadcasts(np.shape(mask), shape):
+        raise ValueError(
+            f"dropout.{site}: {type(noise).__name__}.draw_mask gave the shape {np.shape(mask)}, "
+            f"which does not broadcast to the value's shape {shape}."
+        )
+    return mask
+
+
+def _by_row(site: Site, noise: Noise, leaf: Any, rows: Rows) -> bool:
+    shape = tuple(np.shape(leaf))
+    if site != PARAMS and shape[: len(rows.batch)] != rows.batch:
+        raise ValueError(
+            f"a value at {site} has shape {shape} at a step, which does not start with the batch "
+            f"dims of sequence_ids or resets, {rows.batch}."
+        )
+    return draws_by_row(str(site), noise, shape, len(rows.batch))
+
+
+def draws_by_row(site: str, noise: Noise, shape: tuple[int, ...], batch_ndim: int) -> bool:
+    """Whether each row has a mask of its own; weights, and masks shared over the batch, do not."""
+    dims = getattr(noise, "broadcast_dims", ())
+    return site != "params" and not any(dim % len(shape) < batch_ndim for dim in dims)
+
+
+def draw_rows(
+    noise: Noise, rng: jax.Array, shape: tuple[int, ...], dtype: Any, rows: Rows
+) -> jax.Array:
+    """Draws each row's mask from the row's own key."""
+    batch_ndim = len(rows.batch)
+    dims = getattr(noise, "broadcast_dims", ())
+    if dims:  # counted for the whole batch; a row has no batch dims
+        inner = tuple(dim % len(shape) - batch_ndim for dim in dims)
+        noise = dataclasses.replace(noise, broadcast_dims=inner)  # type: ignore[type-var]
+
+    def draw_row(row: Rows) -> jax.Array:
+        row_rng = fold_in(fold_in(rng, row.id_low), row.id_high)
+        return noise.draw_mask(row_rng, shape[batch_ndim:], dtype)
+
+    flat = jax.tree.map(lambda words: words.reshape(math.prod(rows.batch)), rows)
+    # Under vmap, JAX's rbg gives all rows the bits of the first key, and the bytes of as many rows
+    # as a symbolic batch has cannot be exported.
+    at_once = is_threefry(rng) and all(isinstance(size, int) for size in rows.batch)
+    masks = jax.vmap(draw_row)(flat) if at_once else jax.lax.map(draw_row, flat)
+    return masks.reshape(rows.batch + masks.shape[1:])

@@ -1,0 +1,40 @@
+"""Per-row keys: masks that follow a row's id, not its position in the batch."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Rows(NamedTuple):
+    """The id of each row as two 32-bit words, `[*batch]` each; equal ids draw equal masks."""
+
+    id_low: jax.Array
+    id_high: jax.Array
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The batch dims."""
+        return self.id_low.shape
+
+
+def rows_by_id(ids: jax.Array | np.ndarray) -> Rows:
+    """Rows that draw by integer ids; an id gives the same words in every integer type."""
+    # The upper word is that of the id as a 64-bit integer: the sign of a signed one, else 0.
+    bits = jnp.iinfo(ids.dtype).bits
+    high = ids >> (32 if bits == 64 else bits - 1)
+    if bits < 64 and jnp.issubdtype(ids.dtype, jnp.unsignedinteger):
+        high = high >> 1
+    return Rows(jnp.asarray(ids.astype(jnp.uint32)), jnp.asarray(high.astype(jnp.uint32)))
+
+
+def rows_by_start(steps: jax.Array) -> Rows:
+    """Rows that draw by their place, and by the step at which their sequence starts.
+
+    Args:
+      steps: ints `[time, *batch]`.
+    """
+    places = jnp.arange(math.prod(steps.shape[1:]), dtype=jnp.uint32).reshape(steps.shape[1:])
+    return Rows(steps.astype(jnp.uint32), jnp.broadcast_to(places, steps.shape))

@@ -1,0 +1,1 @@
+"""Dropout around a recurrent layer: embeddings, Monte Carlo, regularization."""

@@ -1,0 +1,31 @@
+"""The `dropout` stream of linen modules."""
+
+import flax.linen as nn
+import jax
+
+
+def dropout_key(
+    module: nn.Module, rng: jax.Array | None, name: str, *, at_call: bool = True
+) -> jax.Array | None:
+    """The key to draw from: `rng`, or the next one of the module's stream; None in `init`.
+
+    Args:
+      module: the module whose stream it is.
+      rng: the key that the call was given.
+      name: the name of the module that draws, for the error.
+      at_call: whether its call takes `rng`, as a wrapper's call in a host does not.
+
+    Raises:
+      ValueError: there is neither, and this is not `init`.
+    """
+    if rng is not None:
+        return rng
+    if module.has_rng("dropout"):
+        return module.make_rng("dropout")
+    if module.is_initializing():  # its outputs are thrown away
+        return None
+    raise ValueError(
+        f"{name} needs a 'dropout' stream in training: pass rngs={{'dropout': key}} to apply"
+        f"{' or rng=key at the call' if at_call else ''}, or evaluate with deterministic=True."
+        + ("" if at_call else " In nn.scan, call initialize_carry before the scan.")
+    )

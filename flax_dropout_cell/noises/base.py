@@ -1,0 +1,61 @@
+"""The base of this library's noises: arguments by name, and those that every noise has."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from .._messages import must_be, short_repr
+
+
+class NamedNoise:
+    """A noise whose numbers go by name, with `variational` and `broadcast_dims`.
+
+    A subclass is a frozen dataclass with these two fields beside its own, whose first one has no
+    default. Noises of users need not be one: `Noise` is a protocol.
+
+    Attributes:
+      written: the way to write one, for the error of a number without a name.
+      probability: the name of the field from which `draw_keep_mask` draws the mask; such masks are
+        the same bits under `jax.vmap`, so a scan may draw those of all steps at once.
+    """
+
+    written: ClassVar[str]
+    probability: ClassVar[str | None] = None
+    variational: bool
+    broadcast_dims: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.variational, bool):
+            raise TypeError(must_be("variational", "True or False", self.variational))
+        dims = self.broadcast_dims
+        if not isinstance(dims, Sequence) or not all(isinstance(dim, int) for dim in dims):
+            raise TypeError(must_be("broadcast_dims", "a sequence of ints such as (0,)", dims))
+        # A tuple, because the field is part of a hash.
+        object.__setattr__(self, "broadcast_dims", tuple(dims))
+
+    def mask_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a mask for a value: 1 in each of `broadcast_dims`."""
+        shared = list(shape)
+        for dim in self.broadcast_dims:
+            if not -len(shape) <= dim < len(shape):
+                raise ValueError(f"broadcast_dims has {dim}, but the value has shape {shape}.")
+            shared[dim] = 1
+        return tuple(shared)
+
+
+def keyword_only(cls: Any) -> Any:
+    """Makes numbers without their names an error that shows how the noise is written."""
+    # Python's own error would name `positional arguments`, and not that nn.Dropout(0.2) is a rate
+    # and this library's number a probability to keep: the one mistake that would train silently.
+    init, first = cls.__init__, dataclasses.fields(cls)[0].name
+
+    @functools.wraps(init)
+    def __init__(self: Any, *positional: Any, **named: Any) -> None:
+        if positional or first not in named:
+            got = ", ".join([*map(short_repr, positional), *named]) or "nothing"
+            raise TypeError(f"{cls.__name__} takes its numbers by name: {cls.written}, got {got}.")
+        init(self, **named)
+
+    cls.__init__ = __init__
+    return cls

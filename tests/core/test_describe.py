@@ -1,0 +1,274 @@
+"""The table and the picture of a spec agree with the masks, value by value."""
+
+import builtins
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from matplotlib.figure import Figure
+
+import flax_dropout_cell as fdc
+from flax_dropout_cell._inspect.plot_masks import draw_strips
+
+STEPS, ROWS, UNITS, START = 12, 3, 16, 5
+KEY = jax.random.key(3)
+FRESH = fdc.Dropout(keep_prob=0.5, scale=False)
+FROZEN = fdc.Dropout(keep_prob=0.5, variational=True, scale=False)
+
+
+def table(text: str) -> str:
+    return "\n".join(line.strip() for line in text.strip().splitlines())
+
+
+def test_the_table_of_the_core() -> None:
+    """Every kind of row: weights by name, an array for a number, shared axes, sites inside."""
+    params = fdc.init_lstm(KEY, 4, UNITS)
+    carry = fdc.LSTMState(jnp.zeros((ROWS, UNITS)), jnp.zeros((ROWS, UNITS)))
+    spec = fdc.RecurrentDropout(
+        params=fdc.recurrent_kernels(fdc.Dropout(keep_prob=0.5, variational=True)),
+        input=fdc.Dropout(keep_prob=0.8, variational=True, broadcast_dims=(0,)),
+        state=(fdc.Zoneout(prob=0.1), fdc.Dropout(keep_prob=jnp.float32(0.9))),
+        output=fdc.Dropout(keep_prob=1.0),
+        inside={"candidate": fdc.GaussianNoise(stddev=0.2, broadcast_dims=(1,))},
+    )
+    shown = fdc.describe(params, carry, jnp.ones((ROWS, 4)), cell=fdc.lstm_cell, dropout=spec)
+    assert repr(shown) == table(
+        """
+        site                     value            noise                         drawn      mask           shared over
+        params.recurrent_kernel  float32[16, 64]  Dropout(keep_prob=0.5)        once       bool[16, 64]   steps, rows
+        input                    float32[3, 4]    Dropout(keep_prob=0.8)        once       bool[1, 4]     steps, axis 0
+        state.c                  float32[3, 16]   Zoneout(prob=0.1)             each step  bool[3, 16]
+        state.h                  float32[3, 16]   Dropout(keep_prob=float32[])  each step  bool[3, 16]
+        inside['candidate']      float32[3, 16]   GaussianNoise(stddev=0.2)     each step  float32[3, 1]  axis 1
+        not disturbed: params.input_kernel, params.bias, output
+        free sites inside the cell: hidden, input_per_gate, memory, recurrent, recurrent_per_gate
+        """  # noqa: E501
+    )
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_the_table_of_a_layer(framework: str) -> None:
+    """One noise for an LSTM's state stands at h; a layer needs neither weights nor a key."""
+    dropout = fdc.RecurrentDropout(state=FROZEN, output=FRESH)
+    if framework == "linen":
+        layer = fdc.linen.RNN(nn.LSTMCell(UNITS), dropout)
+    else:
+        layer = fdc.nnx.RNN(nnx.LSTMCell(4, UNITS, rngs=nnx.Rngs(0)), dropout)
+    expected = table(
+        """
+        site      value           noise                                drawn      mask         shared over
+        state[1]  float32[3, 16]  Dropout(keep_prob=0.5, scale=False)  once       bool[3, 16]  steps
+        output    float32[3, 16]  Dropout(keep_prob=0.5, scale=False)  each step  bool[3, 16]
+        not disturbed: params (12 leaves), input, state[0]
+        free sites inside the cell: none
+        """  # noqa: E501
+    )
+    assert repr(layer.describe(jnp.ones((ROWS, STEPS, 4)))) == expected
+    time_first = jax.ShapeDtypeStruct((STEPS, ROWS, 4), jnp.float32)
+    assert repr(layer.describe(time_first, time_major=True)) == expected
+
+
+def test_a_layer_that_knows_its_cell_is_described_by_it() -> None:
+    """A GRU's h explodes under scaling noise: refused here as in training."""
+    layer = fdc.linen.RNN(nn.GRUCell(UNITS), fdc.RecurrentDropout(state=fdc.Dropout(keep_prob=0.5)))
+    with pytest.raises(ValueError, match="would explode"):
+        layer.describe(jnp.ones((ROWS, STEPS, 4)))
+
+
+@jax.custom_vjp
+def clip_gradient(h):
+    return h
+
+
+clip_gradient.defvjp(lambda h: (h, None), lambda _, g: (jnp.clip(g, -1, 1),))
+
+
+class ClippedGRU(nn.GRUCell):
+    def __call__(self, carry, inputs):
+        return super().__call__(clip_gradient(carry), inputs)
+
+
+class NNXClippedGRU(nnx.GRUCell):
+    def __call__(self, carry, inputs):
+        return super().__call__(clip_gradient(carry), inputs)
+
+
+@pytest.mark.parametrize("host", ["core", "linen", "nnx"])
+def test_a_cell_that_the_scan_leaves_alone_is_told(host: str) -> None:
+    """Its gradients are right, but all of them are added up in the loop."""
+    spec, x = fdc.RecurrentDropout(input=FROZEN), jnp.ones((ROWS, STEPS, 4))
+    if host == "core":
+
+        def cell(w, h, x):
+            h = clip_gradient(jnp.tanh(x @ w + h))
+            return h, h
+
+        arguments = jnp.ones((4, UNITS)), jnp.zeros((ROWS, UNITS)), x[:, 0]
+        shown = fdc.describe(*arguments, cell=cell, dropout=spec)
+    elif host == "linen":
+        shown = fdc.linen.RNN(ClippedGRU(UNITS), spec).describe(x)
+    else:
+        shown = fdc.nnx.RNN(NNXClippedGRU(4, UNITS, rngs=nnx.Rngs(0)), spec).describe(x)
+    reason = "the step has a jax.custom_vjp, which has no forward derivative"
+    assert shown.plain == reason
+    assert repr(shown).endswith(f"\njax.lax.scan as it is: {reason}")
+
+
+def describe_a_row(host: str, linear: bool) -> Any:
+    """One row of 128 features, and as many units."""
+    spec, x, size = fdc.RecurrentDropout(), jnp.ones((1, STEPS, 128)), 128
+    if host == "core":
+        init, cell = (
+            (fdc.init_min_gru, fdc.min_gru_cell) if linear else (fdc.init_gru, fdc.gru_cell)
+        )
+        params = init(jax.random.key(0), size, size)
+        return fdc.describe(params, x[:, 0], x[:, 0], cell=cell, dropout=spec)
+    if host == "linen":
+        cell = fdc.linen.MinGRUCell if linear else fdc.linen.GRUCell
+        return fdc.linen.RNN(cell(size), spec).describe(x)
+    cell = fdc.nnx.MinGRUCell if linear else fdc.nnx.GRUCell
+    return fdc.nnx.RNN(cell(size, size, rngs=nnx.Rngs(0)), spec).describe(x)
+
+
+@pytest.mark.parametrize("host", ["core", "linen", "nnx"])
+def test_where_the_scan_cuts_a_cell_is_told(host: str) -> None:
+    nonlinear, linear = (describe_a_row(host, each) for each in (False, True))
+    assert "\nbefore the loop: dot_general: float32[1," in repr(nonlinear)
+    assert nonlinear.after == () and not nonlinear.is_linear
+    assert "\nbefore the loop: dot_general: float32[1," in repr(linear)
+    assert repr(linear).endswith(
+        "\na linear recurrence: no loop on a GPU or TPU, or with parallel=True"
+    )
+
+
+def probe(params, carry, x, *, disturb=fdc.undisturbed):
+    """Emits the value at each site: the input, the incoming carry, a site inside."""
+    ones = jnp.ones((ROWS, UNITS))
+    weights = jnp.broadcast_to(params, x.shape)
+    return ones, {"x": x, "h": carry, "w": weights, "z": disturb("z", ones), "y": ones}
+
+
+def test_strips_are_the_masks_of_the_scan() -> None:
+    xs, one = jnp.ones((STEPS, ROWS, UNITS)), jnp.ones((ROWS, UNITS))
+    spec = fdc.RecurrentDropout(
+        params=FROZEN,
+        input=FROZEN,
+        state=FRESH,
+        output={"x": None, "h": None, "w": None, "z": None, "y": FRESH},
+        inside={"z": FRESH},
+    )
+    arguments = {"cell": probe, "dropout": spec}
+    _, ys = fdc.dropout_scan(jnp.ones(UNITS), one, xs, KEY, start=START, **arguments)
+    row = 1
+    drawn = draw_strips(jnp.ones(UNITS), one, xs, KEY, start=START, row=row, **arguments)
+    strips = {path: strip.mask for path, strip in drawn.items()}
+    kept = {name: np.asarray(values[:, row] == 1).T for name, values in ys.items()}
+    assert list(strips) == ["params", "input", "state", "output['y']", "inside['z']"]
+    np.testing.assert_array_equal(strips["params"], kept["w"])
+    np.testing.assert_array_equal(strips["input"], kept["x"])
+    np.testing.assert_array_equal(strips["output['y']"], kept["y"])
+    np.testing.assert_array_equal(strips["inside['z']"], kept["z"])
+    # A step sees the state that the step before has disturbed.
+    np.testing.assert_array_equal(strips["state"][:, :-1], kept["h"][:, 1:])
+
+    masks = fdc.draw_masks(jnp.ones(UNITS), one, xs[0], KEY, **arguments)
+    for path, mask in (("params", masks.params), ("input", masks.input[row])):
+        np.testing.assert_array_equal(strips[path], np.repeat(mask[:, None], STEPS, axis=1))
+    for path in ("state", "output['y']", "inside['z']"):
+        assert not (strips[path] == strips[path][:, :1]).all()
+
+
+def test_the_figure() -> None:
+    xs = jnp.ones((STEPS, ROWS, UNITS))
+    spec = fdc.RecurrentDropout(input=FROZEN, state=fdc.GaussianNoise(stddev=1.0))
+    arguments = {"cell": lambda p, h, x: (h + x, h), "dropout": spec, "start": START, "row": 2}
+    figure = fdc.plot_masks(None, xs[0], xs, KEY, max_units=4, **arguments)
+    strips = draw_strips(None, xs[0], xs, KEY, **arguments)
+    titles = [axes.get_title(loc="left") for axes in figure.axes[:2]]
+    assert titles == [
+        "input: Dropout(keep_prob=0.5, scale=False)",
+        "state: GaussianNoise(stddev=1.0)",
+    ]
+    assert figure.axes[2].get_ylabel() == "mask"  # the bar of the shades, and of nothing else
+    assert len(figure.axes) == 3
+    for axes, strip in zip(figure.axes[:2], strips.values(), strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), strip.mask[:4])
+        assert axes.images[0].get_extent() == [START - 0.5, START + STEPS - 0.5, 3.5, -0.5]
+
+
+def test_a_picture_says_what_its_noise_does() -> None:
+    spec = fdc.RecurrentDropout(
+        input=FRESH, state=fdc.Zoneout(prob=0.5), params={"w": fdc.Dropout(keep_prob=0.5)}
+    )
+    arguments = {"cell": lambda p, h, x: (h + x, h), "dropout": spec}
+    xs = jnp.ones((STEPS, ROWS, UNITS))
+    grid = Figure().subplots(3)
+    figure = fdc.plot_masks({"w": jnp.ones((2, 3))}, xs[0], xs, KEY, ax=grid, **arguments)
+    assert figure is grid[0].figure
+    words = {axes.get_title(loc="left"): axes.get_title(loc="right") for axes in grid}
+    assert words == {
+        "params['w']: Dropout(keep_prob=0.5)": "blue: kept, blank: dropped",
+        "input: Dropout(keep_prob=0.5, scale=False)": "blue: kept, blank: dropped",
+        "state: Zoneout(prob=0.5)": "blue: new value, blank: held back",
+    }
+    assert [axes.get_ylabel() for axes in grid] == ["weight [2, 3]", "unit", "unit"]
+    with pytest.raises(ValueError, match=r"one axes for each array with masks, .*; got 2"):
+        fdc.plot_masks({"w": jnp.ones((2, 3))}, xs[0], xs, KEY, ax=grid[:2], **arguments)
+
+
+def test_the_picture_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs"))
+    path = importlib.import_module("make_images").masks(tmp_path)
+    assert path.name == "masks.png" and path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def plot(spec, key: Any = KEY, **options):
+    xs = jnp.ones((STEPS, ROWS, UNITS))
+    return fdc.plot_masks(
+        None, xs[0], xs, key, cell=lambda p, h, x: (h, x), dropout=spec, **options
+    )
+
+
+def test_what_cannot_be_plotted(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = fdc.RecurrentDropout(input=FRESH)
+    with pytest.raises(ValueError, match="no masks to plot"):
+        plot(fdc.RecurrentDropout())
+    with pytest.raises(ValueError, match="plot_masks needs a key such as"):
+        plot(spec, key=None)
+    with pytest.raises(ValueError, match="row must be one of the 3 rows at input, got 3"):
+        plot(spec, row=3)
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"pip install 'flax_dropout_cell\[plots\]'"):
+        plot(spec)
+
+
+def test_zoneout_on_the_carry_of_a_gru_says_that_the_output_has_none() -> None:
+    params, h, x = fdc.init_gru(jax.random.key(0), 3, 8), jnp.zeros((4, 8)), jnp.ones((4, 3))
+    zoneout = fdc.Zoneout(prob=0.5)
+    specs = {
+        True: fdc.RecurrentDropout(state=zoneout),
+        False: fdc.RecurrentDropout(inside={"hidden": zoneout}),
+    }
+    for at_state, spec in specs.items():
+        new_h, y = fdc.dropout_cell(
+            params, h, x, jax.random.key(1), step=0, cell=fdc.gru_cell, dropout=spec
+        )
+        assert bool((new_h != y).any()) == at_state
+        table = repr(fdc.describe(params, h, x, cell=fdc.gru_cell, dropout=spec))
+        assert ("the output comes before the noise at state" in table) == at_state

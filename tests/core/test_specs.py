@@ -1,0 +1,180 @@
+"""A spec is a pytree: its numbers are structure, its arrays are data."""
+
+import dataclasses
+from typing import Any
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flax_dropout_cell as fdc
+
+RNG = jax.random.key(3)
+
+
+def spec_of(keep_prob, **options) -> fdc.RecurrentDropout:
+    noise = fdc.Dropout(keep_prob=keep_prob, variational=True, **options)
+    return fdc.RecurrentDropout(
+        input=noise, state=({"a": None}, [noise]), params={"w": (noise, None)}, inside={"m": noise}
+    )
+
+
+def draw(spec: fdc.RecurrentDropout, rng: jax.Array = RNG) -> jax.Array:
+    def emit(params, carry, x):
+        return carry, x
+
+    only_input = dataclasses.replace(spec, state=None, params=None, inside={})
+    _, ys = fdc.dropout_scan(None, None, jnp.ones((3, 4, 64)), rng, cell=emit, dropout=only_input)
+    return ys
+
+
+@pytest.mark.parametrize("number", [0.5, 0.7, 1, 0, np.float32(0.7), np.int64(1)])
+def test_numbers_are_structure(number) -> None:
+    spec = spec_of(number)
+    assert jax.tree.leaves(spec) == []
+    assert hash(spec) == hash(spec_of(number))
+    assert spec == spec_of(number)
+    assert spec != spec_of(0.25)
+
+
+@pytest.mark.parametrize("array", [jnp.float32(0.7), np.array(0.7, "float32")])
+def test_arrays_are_data(array) -> None:
+    spec = spec_of(array)
+    assert [leaf is array for leaf in jax.tree.leaves(spec)] == [True] * 4
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(spec)]
+    assert paths[0] == ".input.keep_prob"
+    assert spec == spec_of(array)
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(spec)
+
+
+@pytest.mark.parametrize("make", [spec_of, lambda number: spec_of(jnp.float32(number))])
+def test_a_rebuilt_spec_is_the_spec(make) -> None:
+    spec = make(0.7)
+    leaves, structure = jax.tree.flatten(spec)
+    rebuilt = jax.tree.unflatten(structure, leaves)
+    assert rebuilt == spec
+    assert jax.tree.structure(rebuilt) == structure
+    np.testing.assert_array_equal(draw(rebuilt), draw(spec))
+
+
+def test_a_spec_is_a_static_argument_with_any_containers() -> None:
+    run = jax.jit(draw, static_argnums=0)
+    np.testing.assert_array_equal(run(spec_of(0.5), RNG), draw(spec_of(0.5)))
+    np.testing.assert_array_equal(run(spec_of(0.7), RNG), draw(spec_of(0.7)))
+
+
+@pytest.mark.parametrize("keep_prob", [0.5, 0.75, 0.7, 1, 0])
+def test_a_spec_of_numbers_is_the_same_passed_in_or_closed_over(keep_prob) -> None:
+    spec = spec_of(keep_prob)
+    closed_over = jax.jit(lambda rng: draw(spec, rng))(RNG)
+    np.testing.assert_array_equal(jax.jit(draw)(spec, RNG), closed_over)
+    mapped = jax.vmap(draw, in_axes=(None, 0))(spec, RNG[None])
+    np.testing.assert_array_equal(mapped[0], closed_over)
+    scanned, _ = jax.lax.scan(lambda spec, _: (spec, None), spec, None, length=2)
+    assert scanned == spec
+
+
+def test_a_number_retraces_and_an_array_does_not() -> None:
+    chex.clear_trace_counter()
+    run = jax.jit(chex.assert_max_traces(draw, n=2))
+    for keep_prob in (0.5, 0.7, 0.5):
+        run(spec_of(keep_prob), RNG)
+    chex.clear_trace_counter()
+    run = jax.jit(chex.assert_max_traces(draw, n=1))
+    for keep_prob in (0.5, 0.7, 0.9):
+        run(spec_of(jnp.float32(keep_prob)), RNG)
+
+
+def test_an_array_can_be_mapped_from_any_axis() -> None:
+    keep_probs = jnp.array([0.5, 0.7, 0.9])
+    noise = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=keep_probs, variational=True))
+    for axes in (0, -1, jax.tree.map(lambda _: -1, noise)):
+        mapped = jax.vmap(draw, in_axes=(axes, None))(noise, RNG)
+        for index, keep_prob in enumerate(keep_probs):
+            np.testing.assert_array_equal(mapped[index], draw(spec_of(keep_prob)))
+
+
+def test_tree_functions_put_anything_there() -> None:
+    spec = spec_of(jnp.float32(0.7))
+    sizes = jax.tree.map(jnp.size, spec)
+    assert jax.tree.leaves(sizes) == [1] * 4
+    assert jax.tree.structure(sizes) == jax.tree.structure(spec)
+    labels = jax.tree.map(lambda _: "frozen", spec)
+    assert labels.input.keep_prob == "frozen"
+    nones = jax.tree.map(lambda _: None, spec)
+    assert nones.inside["m"].keep_prob is None
+    assert spec_of(0.7) == jax.tree.map(jnp.size, spec_of(0.7))
+
+
+def test_gradients_keep_the_structure() -> None:
+    spec = fdc.RecurrentDropout(output=fdc.Dropout(keep_prob=jnp.float32(0.7)))
+    grads = jax.grad(lambda spec: draw_output(spec).sum())(spec)
+    assert jax.tree.structure(grads) == jax.tree.structure(spec)
+    assert grads.output.keep_prob.shape == ()
+    halves = jax.tree.map(lambda grad: grad / 2, grads)
+    np.testing.assert_allclose(halves.output.keep_prob * 2, grads.output.keep_prob)
+
+
+def draw_output(spec: fdc.RecurrentDropout) -> jax.Array:
+    _, y = fdc.dropout_cell(
+        None, None, jnp.ones(64), RNG, step=0, cell=lambda p, c, x: (c, x), dropout=spec
+    )
+    return y
+
+
+def test_equinox_and_optax_take_a_spec_in_a_field() -> None:
+    class Model(eqx.Module):
+        w: jax.Array
+        dropout: fdc.RecurrentDropout
+
+    model = Model(jnp.ones(2), spec_of(jnp.float32(0.7)))
+    arrays, rest = eqx.partition(model, eqx.is_array)
+    assert eqx.combine(arrays, rest).dropout == model.dropout
+    grads = eqx.filter_grad(lambda model: (model.w**2).sum())(model)
+    np.testing.assert_array_equal(grads.w, [2, 2])
+    for keep_prob in (0.7, jnp.float32(0.7)):
+        model = Model(jnp.ones(2), spec_of(keep_prob))
+        mask = Model(True, jax.tree.map(lambda _: False, model.dropout))  # type: ignore
+        optimizer = optax.masked(optax.sgd(0.1, momentum=0.9), mask)
+        weights: Any = model
+        updates, _ = optimizer.update(weights, optimizer.init(weights))
+        assert jax.tree.structure(updates) == jax.tree.structure(model)
+
+
+def test_replacing_a_number_by_an_array_and_back() -> None:
+    noise = fdc.Dropout(keep_prob=0.5)
+    array = dataclasses.replace(noise, keep_prob=jnp.float32(0.5))
+    assert len(jax.tree.leaves(array)) == 1
+    assert jax.tree.leaves(dataclasses.replace(array, keep_prob=0.5)) == []
+
+
+def test_construction_by_the_user_is_checked() -> None:
+    with pytest.raises(TypeError, match=r"nn.Dropout\(0.2\) is Dropout\(keep_prob=0.8\)"):
+        fdc.Dropout(0.2)  # type: ignore
+    with pytest.raises(TypeError, match=r"holds the class Dropout; give an instance"):
+        fdc.RecurrentDropout(input=fdc.Dropout)
+    with pytest.raises(TypeError, match=r"dropout.inside\['m'\] must hold noises .* got 0.5"):
+        fdc.RecurrentDropout(inside={"m": 0.5})
+    with pytest.raises(TypeError, match=r"dropout\.inside must be a dict"):
+        fdc.RecurrentDropout(inside=fdc.Dropout(keep_prob=0.5))  # type: ignore
+
+
+@pytest.mark.parametrize("name", ["variational", "is_identity", "needs_previous", "amplifies"])
+def test_a_flag_that_is_a_method_is_refused(name) -> None:
+    class Mistaken:
+        variational = False
+
+        def draw_mask(self, rng, shape, dtype): ...
+
+        def apply(self, mask, value, previous): ...
+
+        def expected(self, value, previous): ...
+
+    setattr(Mistaken, name, lambda self: True)
+    with pytest.raises(TypeError, match=f"Mistaken.{name} must be True or False, got the function"):
+        fdc.RecurrentDropout(input=Mistaken())

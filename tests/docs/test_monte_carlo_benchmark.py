@@ -1,0 +1,80 @@
+"""The benchmark of Monte Carlo averages, beside averages that are taken by hand."""
+
+import dataclasses
+import importlib
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from configs import CONFIGS
+from corpus import Corpus
+from language_model import LanguageModel
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+WINDOW, SAMPLES, END = 4, 3, 1
+TEXT = np.array([3, 4, 1, 2, 5, 6, 3, 1, 4, 2, 2, 1, 6])
+READ = np.array([END, *TEXT[:-1]])  # the word before each: a text begins after a sentence
+CORPUS = Corpus(["<unk>", "<eos>", *"abcde"], TEXT, TEXT, TEXT)
+
+
+@pytest.fixture
+def monte_carlo(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("monte_carlo")
+
+
+def pieces_of(masks: str) -> list[slice]:
+    """The stretches of the read words in which masks stay."""
+    if masks == "set":
+        cuts = []
+    elif masks == "window":
+        cuts = [*range(WINDOW, len(READ), WINDOW)]
+    else:
+        cuts = [*np.flatnonzero(READ[1:] == END) + 1]
+    edges = [0, *map(int, cuts), len(READ)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+@pytest.mark.parametrize("masks", ["set", "window", "sentence"])
+def test_perplexities_by_hand(monte_carlo, masks: str) -> None:
+    tiny = dict(embedding_size=5, hidden_size=5, layers=2, window=WINDOW)
+    config = dataclasses.replace(CONFIGS["inan-small"], **tiny)
+    model = LanguageModel(config, len(CORPUS.vocabulary))
+    carry = model.zero_carry(1)
+    params = model.init(jax.random.key(2), jnp.zeros((1, 1), jnp.int32), carry)
+    params = jax.tree.map(lambda leaf: 8 * leaf, params)  # so that masks are felt
+
+    def logits_of(rng: jax.Array) -> np.ndarray:
+        """One sample's logits: `model.apply` on a piece at a time, each with masks of its own."""
+        state, logits = carry, []
+        for number, piece in enumerate(pieces_of(masks), start=1):
+            options: dict[str, Any] = {"start": piece.start, "rngs": {"dropout": rng}}
+            if masks == "window":
+                options = {"rngs": {"dropout": jax.random.fold_in(rng, piece.start)}}
+            words = jnp.asarray(READ[piece])[None]
+            if masks == "sentence":
+                options["sequence_ids"] = jnp.full(words.shape, number)
+            outputs: Any = model.apply(params, words, state, keep_words=True, **options)
+            part, state, _ = outputs
+            logits.append(np.asarray(part[0], np.float64))
+        return np.concatenate(logits)
+
+    rngs = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1), SAMPLES)
+    logits = np.stack([logits_of(rng) for rng in rngs])
+    if masks == "set":
+        assert np.abs(logits[0] - logits[1]).max() > 0.1
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    wanted = {
+        "1.0": probabilities.mean(0),
+        "0.5": np.sqrt(probabilities).mean(0) ** 2,
+        "0.0": np.exp(np.log(probabilities).mean(0)),
+    }
+    got = monte_carlo.run_test(config, CORPUS, params, masks, SAMPLES)["perplexity"]
+    for power, mean in wanted.items():
+        of_words = (mean / mean.sum(-1, keepdims=True))[range(len(TEXT)), TEXT]
+        np.testing.assert_allclose(got[power], np.exp(-np.log(of_words).mean()), rtol=1e-5)
+    assert set(got) == set(wanted)

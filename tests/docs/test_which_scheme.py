@@ -1,0 +1,210 @@
+"""The ten sentences at the top of *Which scheme?*, each written anew from the stored results."""
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/which_scheme.md"
+TASKS = {
+    "chorales": "the chorales",
+    "words": "words",
+    "digits": "digits",
+    "sunspots": "the sunspots",
+}
+GAL, AVERAGED = "Gal, tied", "Gal, tied, Monte Carlo"
+
+
+@functools.cache
+def stored(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / f"docs/results/{name}.json").read_text())
+
+
+def rows_of(task: str, cell: str = "lstm") -> dict[str, dict[str, Any]]:
+    return {row["scheme"]: row for row in stored(f"schemes_{task}")["rows"] if row["cell"] == cell}
+
+
+def loss(task: str, scheme: str, cell: str = "lstm") -> float:
+    return float(np.mean(rows_of(task, cell)[scheme]["test_nll"]))
+
+
+def error(task: str, scheme: str, cell: str = "lstm") -> float:
+    """The standard error of a mean test loss."""
+    losses = rows_of(task, cell)[scheme]["test_nll"]
+    return float(np.std(losses, ddof=1) / len(losses) ** 0.5)
+
+
+def gap(task: str, first: str, second: str, cell: str = "lstm") -> float:
+    """How far the first loss is above the second, in standard errors."""
+    spread = np.hypot(error(task, first, cell), error(task, second, cell))
+    return float((loss(task, first, cell) - loss(task, second, cell)) / spread)
+
+
+def best(task: str, *, one_pass: bool = False) -> str:
+    schemes = [name for name in rows_of(task) if not (one_pass and name == AVERAGED)]
+    return min(schemes, key=lambda name: loss(task, name))
+
+
+def gain(task: str, scheme: str) -> float:
+    return loss(task, "none") - loss(task, scheme)
+
+
+def tasks_with(holds: Any) -> str:
+    return " and ".join(name for task, name in TASKS.items() if holds(task))
+
+
+def costs() -> dict[str, float]:
+    """The time of a training, as a multiple of the bare model's."""
+    seconds = stored("benchmark_scheme_costs")["seconds"]["lstm"]
+    return {name: float(np.median(np.divide(seconds[name], seconds["none"]))) for name in seconds}
+
+
+def start_with_gal() -> str:
+    shares = [
+        f"{gain(task, GAL) / gain(task, best(task, one_pass=True)):.0%}"
+        for task in ("chorales", "words")
+    ]
+    worse = [name for name in TASKS if gain(name, GAL) < 0]
+    return (
+        f"Start with Gal's tied variational dropout, `fdc.recipes.gal2016`. On the chorales it has "
+        f"{shares[0]} of the gain of the best scheme of one pass, on words {shares[1]}; its mean "
+        f"loss is {'sometimes' if worse else 'never'} higher than without dropout, and training "
+        f"takes {costs()[GAL]:.2f} times as long."
+    )
+
+
+def what_to_keep() -> str:
+    (wide, keep), (small, keep_words), (_, keep_long) = (
+        (stored(f"schemes_{task}")["config"]["units"], rows_of(task)[GAL]["strength"])
+        for task in ("chorales", "words", "digits")
+    )
+    return (
+        f"Keep {keep} of a layer of {wide} units and {keep_words} of one of {small} on words; "
+        f"start from {keep_long} if the network must remember for long."
+    )
+
+
+def more_is_worse() -> str:
+    ratios = []
+    for cell in ("lstm", "gru"):
+        rows = rows_of("digits", cell)
+        bare = rows["none"]["valid_nll_by_strength"][0]
+        for scheme in (GAL, "weight-drop"):
+            half = rows[scheme]["strengths"].index(0.5)
+            ratios.append(rows[scheme]["valid_nll_by_strength"][half] / bare)
+    return (
+        f"On long memory, the digits read pixel by pixel, more is worse: schemes that keep half of "
+        f"h, or half of its weights, have {min(ratios):.1f} to {max(ratios):.1f} times the "
+        f"validation loss of no dropout."
+    )
+
+
+def try_zoneout() -> str:
+    cells = [cell for cell in ("lstm", "gru") if gap("digits", "zoneout", "none", cell) < -2]
+    (strength,) = {rows_of("digits", cell)["zoneout"]["strength"] for cell in cells}
+    names = " and ".join({"lstm": "the LSTM", "gru": "the GRU"}[cell] for cell in cells)
+    return f"There, try zoneout with {strength} first: it helps {names}."
+
+
+def average() -> str:
+    same = tasks_with(lambda task: abs(gap(task, AVERAGED, GAL)) < 2)
+    return (
+        f"Average over Monte Carlo samples if you can pay for them at test time. That is the best "
+        f"of all on {tasks_with(lambda task: best(task) == AVERAGED)}; on {same} it makes no "
+        f"difference that five seeds can show."
+    )
+
+
+def weight_drop() -> str:
+    def close(task: str) -> bool:
+        return abs(loss(task, "weight-drop") / loss(task, GAL) - 1) < 0.01
+
+    return f"Weight-drop is within 1% of Gal's scheme on {tasks_with(close)}."
+
+
+def untied() -> str:
+    def gap_of(task: str) -> float:
+        return gap(task, "Gal, untied", GAL)
+
+    times = costs()
+    others = max(time for name, time in times.items() if name != "Gal, untied")
+    return (
+        f"Untied masks are better than tied ones on {tasks_with(lambda task: gap_of(task) < -2)}, "
+        f"worse on {tasks_with(lambda task: gap_of(task) > 2)}, and no different on "
+        f"{tasks_with(lambda task: abs(gap_of(task)) <= 2)}; training takes "
+        f"{times['Gal, untied']:.1f} times as long with them, and at most {others:.1f} times with "
+        f"every other scheme ([the costs](#what-each-scheme-costs))."
+    )
+
+
+def zaremba() -> str:
+    def close(task: str) -> bool:
+        return loss(task, "Zaremba") - loss(task, best(task)) < error(task, "Zaremba")
+
+    share = gain("chorales", "Zaremba") / gain("chorales", GAL)
+    return (
+        f"Zaremba's dropout, which leaves the path from step to step alone, is within a standard "
+        f"error of the best on {tasks_with(close)}; on the chorales it has {share:.0%} of the gain "
+        f"of Gal's."
+    )
+
+
+def train_longer() -> str:
+    bare, gal, dropped = (
+        round(np.mean(rows_of("chorales")[name]["best_epoch"]))
+        for name in ("none", GAL, "weight-drop")
+    )
+    return (
+        f"Dropout needs longer training: on the chorales the LSTM is best after {bare} epochs "
+        f"without it, after {gal} with Gal's and after {dropped} with weight-drop."
+    )
+
+
+def not_everywhere() -> str:
+    gaps = [
+        gap(task, scheme, "none", cell)
+        for task in TASKS
+        for cell in ("lstm", "gru")
+        for scheme in rows_of(task, cell)
+        if scheme != "none"
+    ]
+    unclear = sum(each >= -2 for each in gaps)
+    return (
+        f"Dropout does not always help: {unclear} of the {len(gaps)} rows with dropout in the "
+        f"tables below are not better than none by two standard errors. All trainings stop early."
+    )
+
+
+SENTENCES = [
+    start_with_gal,
+    what_to_keep,
+    more_is_worse,
+    try_zoneout,
+    average,
+    weight_drop,
+    untied,
+    zaremba,
+    train_longer,
+    not_everywhere,
+]
+
+
+def page_sentences() -> list[str]:
+    top = PAGE.read_text().split("\n## ")[0]
+    return [" ".join(item.split()) for item in re.split(r"^\d+\. ", top, flags=re.M)[1:]]
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_the_page_says_what_the_results_say(number: int) -> None:
+    assert len(page_sentences()) == len(SENTENCES)
+    assert page_sentences()[number] == SENTENCES[number]()
+
+
+if __name__ == "__main__":
+    for number, sentence in enumerate(SENTENCES, 1):
+        print(f"{number}. {sentence()}")

@@ -1,0 +1,237 @@
+"""Noises that do nothing need no stream; `deterministic=` at the call; cells that write."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from quick_prng import quick_key
+
+import flax_dropout_cell as fdc
+
+KEY, X, IDS = quick_key(0), jnp.ones((2, 5, 3)), jnp.zeros((2, 5), int)
+ONE = fdc.Dropout(keep_prob=1.0, variational=True)
+NOTHING = {
+    "empty": fdc.RecurrentDropout(),
+    "keep_prob 1": fdc.RecurrentDropout(
+        input=ONE, state=(None, ONE), output=fdc.Dropout(keep_prob=1), params=ONE
+    ),
+    "inside": fdc.RecurrentDropout(inside={"recurrent": ONE}),
+}
+NOISE = fdc.Dropout(keep_prob=0.5, variational=True)
+SPEC = fdc.RecurrentDropout(input=NOISE, output=fdc.Dropout(keep_prob=0.5))
+nothing = pytest.mark.parametrize("spec", NOTHING.values(), ids=NOTHING)
+
+
+def linen_runs(spec: Any) -> dict[str, Any]:
+    """Modules that train without a stream, each beside the bare one with its weights."""
+    cell, bare = fdc.linen.LSTMCell(4), nn.RNN(nn.LSTMCell(4))
+    return {
+        "layer": (fdc.linen.RNN(cell, spec), bare),
+        "DropoutCell": (nn.RNN(fdc.linen.DropoutCell(cell, spec)), bare),
+        "twice": (nn.RNN(fdc.linen.DropoutCell(fdc.linen.DropoutCell(cell, spec), spec)), bare),
+        "wrapper": (
+            nn.RNN(fdc.linen.RNNCellDropoutWrapper(cell, variational_recurrent=True)),
+            bare,
+        ),
+    }
+
+
+def nnx_runs(spec: Any) -> dict[str, Any]:
+    def cell() -> Any:
+        return fdc.nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0))
+
+    return {
+        "layer": fdc.nnx.RNN(cell(), spec),
+        "DropoutCell": nnx.RNN(fdc.nnx.DropoutCell(cell(), spec)),
+        "twice": nnx.RNN(fdc.nnx.DropoutCell(fdc.nnx.DropoutCell(cell(), spec), spec)),
+        "wrapper": nnx.RNN(fdc.nnx.RNNCellDropoutWrapper(cell())),
+    }
+
+
+class TestNoStream:
+    @nothing
+    def test_linen(self, spec: fdc.RecurrentDropout) -> None:
+        variables = nn.RNN(nn.LSTMCell(4)).init(KEY, X)
+        for name, (module, bare) in linen_runs(spec).items():
+            ys = module.apply(variables, X)
+            np.testing.assert_allclose(ys, bare.apply(variables, X), rtol=1e-5, err_msg=name)
+
+    @nothing
+    def test_nnx(self, spec: fdc.RecurrentDropout) -> None:
+        bare: Any = nnx.RNN(nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0)))
+        for name, module in nnx_runs(spec).items():
+            np.testing.assert_allclose(module(X), bare(X), rtol=1e-5, err_msg=name)
+
+    def test_embeddings(self) -> None:
+        linen = fdc.linen.Embed(7, 3, keep_prob=1.0)
+        variables = linen.init(KEY, IDS)
+        np.testing.assert_array_equal(
+            linen.apply(variables, IDS), nn.Embed(7, 3).apply(variables, IDS)
+        )
+        module = fdc.nnx.Embed(7, 3, keep_prob=1.0, rngs=nnx.Rngs(params=0))
+        assert module(IDS).shape == (2, 5, 3)
+
+    def test_a_stream_that_is_there_is_not_read(self) -> None:
+        module = fdc.nnx.RNN(
+            nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0)), NOTHING["empty"], rngs=nnx.Rngs(1)
+        )
+        module(X)
+        assert module.rngs is not None
+        assert int(module.rngs.count[...]) == 0
+
+    def test_an_array_of_ones_may_change_so_it_needs_one(self) -> None:
+        spec = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=jnp.float32(1)))
+        layer = fdc.linen.RNN(nn.LSTMCell(4), spec)
+        variables = layer.init(KEY, X)
+        with pytest.raises(ValueError, match="needs a 'dropout' stream"):
+            layer.apply(variables, X)
+
+    def test_masks_of_other_noises_are_still_refused(self) -> None:
+        trained = nn.RNN(fdc.linen.DropoutCell(nn.LSTMCell(4), SPEC), return_carry=True)
+        variables = trained.init(KEY, X)
+        carry, _ = trained.apply(variables, X, rngs={"dropout": KEY})
+        quiet = nn.RNN(fdc.linen.DropoutCell(nn.LSTMCell(4), fdc.RecurrentDropout()))
+        with pytest.raises(ValueError, match="another spec"):
+            quiet.apply(variables, X, initial_carry=carry)
+
+
+class TestDeterministicAtTheCall:
+    """A step of a wrapper evaluates, or trains, whatever the module's own setting is."""
+
+    @pytest.mark.parametrize("own", [False, True])
+    @pytest.mark.parametrize("depth", [1, 2])
+    @pytest.mark.parametrize("framework", ["linen", "nnx"])
+    def test_steps(self, framework: str, depth: int, own: bool) -> None:
+        x, key = X[:, 0], quick_key(3)
+        if framework == "linen":
+            cell: Any = nn.GRUCell(4)
+            variables = cell.init(KEY, jnp.zeros((2, 4)), x)
+            bare = cell.apply(variables, jnp.zeros((2, 4)), x)[1]
+            for _ in range(depth):
+                cell = fdc.linen.DropoutCell(cell, SPEC, deterministic=own)
+
+            def step(**options: Any) -> Any:
+                carry = cell.redraw_masks(jnp.zeros((2, 4)), x, rng=key, **options)
+                return cell.apply(variables, carry, x, **options)[1]
+        else:
+            cell = nnx.GRUCell(3, 4, rngs=nnx.Rngs(0))
+            bare = cell(jnp.zeros((2, 4)), x)[1]
+            for _ in range(depth):
+                cell = fdc.nnx.DropoutCell(cell, SPEC, own)
+
+            def step(**options: Any) -> Any:
+                carry = cell.redraw_masks(jnp.zeros((2, 4)), x, rngs=key, **options)
+                return cell(carry, x, **options)[1]
+
+        np.testing.assert_allclose(step(deterministic=True), bare, rtol=1e-6)
+        assert np.any(step(deterministic=False) == 0)
+        assert np.any(step() == 0) == (not own)
+
+    def test_evaluation_keeps_the_masks_in_the_carry(self) -> None:
+        cell: Any = fdc.nnx.RNNCellDropoutWrapper(
+            nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), 0.5, variational_recurrent=True, rngs=nnx.Rngs(1)
+        )
+        carry = cell.initialize_carry((2, 3), nnx.Rngs(2))
+        after, _ = cell(carry, X[:, 0], deterministic=True)
+        np.testing.assert_array_equal(after.masks.input, carry.masks.input)
+
+
+@pytest.mark.parametrize("way", ["remat", "jit", "jit, static"])
+def test_deterministic_under_linens_transformations(way: str) -> None:
+    """As `docs/flax_hosts.md` writes it: the field, or a static argument."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+            if way == "jit, static":
+                layer = nn.jit(fdc.linen.RNN, static_argnames="deterministic")
+                return layer(nn.GRUCell(4), SPEC)(x, deterministic=not train)
+            layer = nn.remat(fdc.linen.RNN) if way == "remat" else nn.jit(fdc.linen.RNN)
+            return layer(nn.GRUCell(4), SPEC, deterministic=not train)(x)
+
+    variables = Model().init(KEY, X, train=False)
+    bare = nn.RNN(nn.GRUCell(4)).apply({"params": {"cell": variables["params"]["GRUCell_0"]}}, X)
+    evaluated: Any = Model().apply(variables, X, train=False)
+    np.testing.assert_allclose(evaluated, np.asarray(bare), rtol=1e-5)
+    trained = Model().apply(variables, X, train=True, rngs={"dropout": KEY})
+    assert 0.2 < (np.asarray(trained) == 0).mean() < 0.8
+
+
+class Writes(nnx.RNNCellBase):
+    """A cell that keeps running means, or draws from a stream of its own."""
+
+    num_feature_axes = 1  # type: ignore[assignment]
+
+    def __init__(self, inner: Any) -> None:
+        self.dense, self.inner = nnx.Linear(3, 4, rngs=nnx.Rngs(0)), inner
+
+    def __call__(self, carry: jax.Array, x: jax.Array) -> Any:
+        h = jnp.tanh(self.inner(self.dense(x)) + carry)
+        return h, h
+
+    def initialize_carry(self, input_shape: Any, rngs: Any = None, carry_init: Any = None) -> Any:
+        return jnp.zeros((*input_shape[:-1], 4))
+
+
+class TestNNXCellsThatWrite:
+    @pytest.mark.parametrize("rngs", [None, KEY], ids=["stream", "key"])
+    @pytest.mark.parametrize("jit", [False, True])
+    @pytest.mark.parametrize(
+        "inner",
+        [lambda: nnx.BatchNorm(4, rngs=nnx.Rngs(0)), lambda: nnx.Dropout(0.5, rngs=nnx.Rngs(0))],
+        ids=["BatchNorm", "Dropout"],
+    )
+    def test_training_is_refused(self, inner: Any, jit: bool, rngs: Any) -> None:
+        layer = fdc.nnx.RNN(Writes(inner()), SPEC, rngs=nnx.Rngs(1))
+        call = nnx.jit(lambda layer, x: layer(x, rngs=rngs)) if jit else layer.__call__
+        args = (layer, X) if jit else (X,)
+        with pytest.raises(
+            TypeError, match="Writes writes a variable, or draws from an rng stream"
+        ):
+            call(*args)
+
+    def test_evaluation_works(self) -> None:
+        layer = fdc.nnx.RNN(Writes(nnx.BatchNorm(4, rngs=nnx.Rngs(0))), SPEC)
+        layer.eval()
+        assert layer(X).shape == (2, 5, 4)
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_reset_carry(framework: str, time_major: bool) -> None:
+    """After a reset a row goes on as a sequence that starts from that carry."""
+    x = jax.random.normal(KEY, (2, 6, 3))
+    resets = jnp.zeros((2, 6), bool).at[0, 2].set(True).at[1, 4].set(True)
+    first = (jnp.full((4,), 0.5), jnp.arange(4.0))
+    if framework == "linen":
+        cell = nn.LSTMCell(4)
+        variables = nn.RNN(cell).init(KEY, x)
+
+        def run(x: Any, **options: Any) -> Any:
+            layer = fdc.linen.RNN(cell, fdc.RecurrentDropout(), time_major=time_major)
+            return layer.apply(variables, x, **options)
+
+        def stock(x: Any, carry: Any) -> Any:
+            return nn.RNN(cell).apply(variables, x, initial_carry=carry)
+    else:
+        module = nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0))
+
+        def run(x: Any, **options: Any) -> Any:
+            layer: Any = fdc.nnx.RNN(module, fdc.RecurrentDropout(), time_major=time_major)
+            return layer(x, **options)
+
+        def stock(x: Any, carry: Any) -> Any:
+            return nnx.RNN(module)(x, initial_carry=carry)
+
+    swap = (lambda a: jnp.swapaxes(a, 0, 1)) if time_major else (lambda a: a)
+    ys = swap(run(swap(x), resets=swap(resets), reset_carry=first))
+    for row, step in ((0, 2), (1, 4)):
+        carry = jax.tree.map(lambda leaf: leaf[None], first)
+        fresh = stock(x[row : row + 1, step:], carry)
+        np.testing.assert_allclose(ys[row : row + 1, step:], fresh, rtol=1e-5)
+    with pytest.raises(ValueError, match="reset_carry was given without resets"):
+        run(swap(x), reset_carry=first)

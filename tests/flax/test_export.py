@@ -1,0 +1,44 @@
+"""Layers and wrappers are exported with a symbolic batch and a symbolic time."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from asserts import assert_close
+from jax import export
+
+import flax_dropout_cell as fdc
+
+RNG = jax.random.key(6)
+XS = jax.random.normal(jax.random.key(1), (4, 5, 3))
+SPEC = fdc.RecurrentDropout(
+    input=fdc.Dropout(keep_prob=0.7, variational=True), output=fdc.Dropout(keep_prob=0.7)
+)
+HOSTS = {
+    "layer": lambda cell, **options: fdc.linen.RNN(cell, SPEC, **options),
+    "wrapper": lambda cell, **options: nn.RNN(fdc.linen.DropoutCell(cell, SPEC, **options)),
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("trains", [True, False], ids=["training", "evaluation"])
+def test_export_with_a_symbolic_batch_and_time(host, trains) -> None:
+    model = HOSTS[host](nn.GRUCell(8), deterministic=not trains)
+    variables = model.init({"params": RNG, "dropout": RNG}, XS)
+    run = jax.jit(lambda xs: model.apply(variables, xs, rngs={"dropout": RNG} if trains else {}))
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape("batch, time, 3"), jnp.float32)
+    exported = export.deserialize(export.export(run)(shape).serialize())
+    assert_close(exported.call(XS), run(XS))
+
+
+def test_export_of_training_with_resets() -> None:
+    layer = fdc.linen.RNN(nn.GRUCell(8), SPEC)
+    variables = layer.init({"params": RNG, "dropout": RNG}, XS)
+    resets = jnp.arange(20).reshape(4, 5) % 3 == 0
+    run = jax.jit(
+        lambda xs, resets: layer.apply(variables, xs, resets=resets, rngs={"dropout": RNG})
+    )
+    shape = export.symbolic_shape("batch, time, 3")
+    args = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:2], bool)
+    exported = export.deserialize(export.export(run)(*args).serialize())
+    assert_close(exported.call(XS, resets), run(XS, resets))

@@ -1,0 +1,179 @@
+"""`nn.jit` compiles a module's fields in as constants, once for each value."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_dropout_cell as fdc
+
+XS = jnp.ones((2, 3, 4))
+RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+
+
+class Echo(nn.RNNCellBase):
+    """Emits its inputs."""
+
+    @nn.nowrap
+    def initialize_carry(self, rng: jax.Array, input_shape: Any) -> jax.Array:
+        return jnp.zeros(input_shape[:-1])
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+    def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
+        return carry, inputs
+
+
+def spec_of(keep_prob: Any) -> fdc.RecurrentDropout:
+    return fdc.RecurrentDropout(output=fdc.Dropout(keep_prob=keep_prob, variational=True))
+
+
+Lift = Callable[[Any], Any]
+HOSTS: dict[str, Callable[[Any, Lift], Any]] = {
+    "RNN": lambda p, lift: lift(fdc.linen.RNN)(Echo(), spec_of(p), name="layer"),
+    "DropoutCell": lambda p, lift: lift(nn.RNN)(
+        fdc.linen.DropoutCell(Echo(), spec_of(p)), name="layer"
+    ),
+    "RNNCellDropoutWrapper": lambda p, lift: lift(nn.RNN)(
+        fdc.linen.RNNCellDropoutWrapper(Echo(), 1.0, p, variational_recurrent=True), name="layer"
+    ),
+}
+
+
+def run(host: str, keep_prob: Any, lift: Lift) -> Any:
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, xs: jax.Array) -> Any:
+            return HOSTS[host](keep_prob, lift)(xs)
+
+    return Model().apply({}, XS, rngs=RNGS)
+
+
+def assert_kept_once(ys: Any, keep_prob: float) -> None:
+    assert set(np.unique(ys)) == {0.0, 1 / np.float32(keep_prob)}
+    np.testing.assert_array_equal(ys, np.broadcast_to(ys[:, :1], ys.shape))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_numbers_pass_through_nn_jit_and_arrays_through_jit(host: str) -> None:
+    assert_kept_once(run(host, 0.7, nn.jit), 0.7)
+    compiled = jax.jit(lambda keep_prob: run(host, keep_prob, lambda layer: layer))
+    np.testing.assert_array_equal(compiled(jnp.float32(0.7)), run(host, 0.7, lambda layer: layer))
+
+
+WITH_SPEC = ("RNN", "DropoutCell")
+
+
+@pytest.mark.parametrize("host", WITH_SPEC)
+def test_an_array_in_a_spec_is_a_constant_of_its_value(host: str) -> None:
+    """Concrete, traced, mapped or differentiated: no value runs in another one's program."""
+    compiled = jax.jit(lambda keep_prob: run(host, keep_prob, nn.jit))
+    for keep_prob in (0.7, 0.4, 0.7):
+        number = run(host, keep_prob, nn.jit)
+        assert_kept_once(number, keep_prob)
+        for make in (jnp.float32, lambda value: np.asarray(value, np.float32)):
+            np.testing.assert_array_equal(run(host, make(keep_prob), nn.jit), number)
+            np.testing.assert_array_equal(compiled(make(keep_prob)), number)
+    keep_probs = jnp.array([0.25, 0.8], jnp.float32)
+    mapped = jax.vmap(lambda keep_prob: run(host, keep_prob, nn.jit))(keep_probs)
+    np.testing.assert_array_equal(mapped.max((1, 2, 3)), 1 / keep_probs)
+    total, slope = jax.value_and_grad(lambda p: run(host, p, nn.jit).sum())(jnp.float32(0.7))
+    np.testing.assert_allclose(slope, -total / 0.7, rtol=1e-6)
+
+
+def test_one_program_for_each_value_of_an_array() -> None:
+    traces = []
+
+    class Traced(Echo):
+        def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
+            traces.append(inputs)
+            return carry, inputs
+
+    layer = nn.jit(fdc.linen.RNN)
+    counts = []
+    for keep_prob in (0.7, 0.7, 0.4, 0.7):
+        ys = layer(Traced(), spec_of(jnp.float32(keep_prob))).apply({}, XS, rngs=RNGS)
+        assert_kept_once(ys, keep_prob)
+        counts.append(len(traces))
+    assert 0 < counts[0] == counts[1] < counts[2] == counts[3]
+
+
+def test_traced_arrays_share_no_program() -> None:
+    """One compiled layer in two traces, and twice in one, each time with another value."""
+    layer = nn.jit(fdc.linen.RNN)
+
+    def apply(keep_prob: jax.Array) -> Any:
+        return layer(Echo(), spec_of(keep_prob)).apply({}, XS, rngs=RNGS)
+
+    for keep_prob in (0.7, 0.4):
+        both = jax.jit(lambda p: (apply(p), apply(p / 2)))(jnp.float32(keep_prob))
+        for ys, expected in zip(both, (keep_prob, keep_prob / 2), strict=True):
+            np.testing.assert_array_equal(ys.max(), 1 / np.float32(expected))
+
+
+class Times:
+    """A noise that is no dataclass and is not registered: to JAX and Flax an object."""
+
+    variational = True
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def draw_mask(self, rng: jax.Array, shape: Any, dtype: Any) -> jax.Array:
+        return jnp.full(shape, self.factor, dtype)
+
+    def apply(self, mask: Any, value: jax.Array, previous: Any = None) -> jax.Array:
+        return value * mask
+
+    def expected(self, value: jax.Array, previous: Any = None) -> jax.Array:
+        return value
+
+
+def test_noises_that_are_gone_leave_no_program_behind() -> None:
+    """A new object may be where an old one was, with its id."""
+    layer = nn.jit(fdc.linen.RNN)
+    for factor in (2.0, 3.0, 4.0, 5.0):
+        spec = fdc.RecurrentDropout(output=Times(factor))
+        ys = layer(Echo(), spec).apply({}, XS, rngs=RNGS)
+        np.testing.assert_array_equal(ys, factor * XS)
+        del spec
+
+
+def test_a_wrappers_array_is_refused_by_name() -> None:
+    """A field that is an array itself gives Flax nothing to hash."""
+    text = r"output_keep_prob of RNNCellDropoutWrapper is an array, float32\[\]. Give a number, or"
+    for keep_prob in (jnp.float32(0.7), np.asarray(0.7, np.float32)):
+        with pytest.raises(ValueError, match=text) as error:
+            run("RNNCellDropoutWrapper", keep_prob, nn.jit)
+    assert len(str(error.value)) < 400
+    with pytest.raises(ValueError, match=text):
+        jax.jit(lambda p: run("RNNCellDropoutWrapper", p, nn.jit))(jnp.float32(0.7))
+
+
+def test_an_embeddings_array_is_refused() -> None:
+    embed = nn.jit(fdc.linen.Embed)(3, 4, jnp.float32(0.5))
+    with pytest.raises(ValueError, match="keep_prob of Embed is an array"):
+        embed.init(RNGS, jnp.zeros((2,), int))
+
+
+def test_an_array_that_is_an_argument_of_the_compiled_module() -> None:
+    """Written as the error says, one program serves all values, each with its own result."""
+    traces = []
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, xs: jax.Array, keep_prob: jax.Array) -> Any:
+            traces.append(keep_prob)
+            return fdc.linen.RNN(Echo(), spec_of(keep_prob))(xs)
+
+    model = nn.jit(Layer)()
+    for keep_prob in (0.7, 0.4, 0.7):
+        ys = model.apply({}, XS, jnp.float32(keep_prob), rngs=RNGS)
+        assert_kept_once(ys, keep_prob)
+    assert len(traces) == 1

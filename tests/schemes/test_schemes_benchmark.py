@@ -1,0 +1,261 @@
+"""The comparison of schemes: one budget for all, and a table of the measured numbers."""
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flax_dropout_cell as fdc
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield SimpleNamespace(
+            schemes=importlib.import_module("schemes"),
+            **{
+                name: importlib.import_module(f"scheme_{name}")
+                for name in ("cells", "noises", "tables", "tasks")
+            },
+        )
+
+
+def make_task(tasks):
+    """Sequences of two bits, of which each is the one before, turned round."""
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 2, (8, 1, 2))
+    series = ((first + np.arange(7)[None, :, None]) % 2).astype(np.float32)
+    split = tasks.Split(series[:, :-1], series[:, 1:], np.array([6, 5, 4, 6, 6, 3, 6, 6], np.int32))
+
+    def nlls(outputs, targets):
+        return optax.sigmoid_binary_cross_entropy(outputs, targets).sum(-1)
+
+    def hits(averaged, targets):
+        return ((averaged > 0.5) == (targets > 0.5)).mean(-1)
+
+    score = tasks.Score("bits", lambda outputs, _: jax.nn.sigmoid(outputs), hits)
+    return tasks.Task(
+        (split,) * 3, 2, nlls, tasks.all_steps, True, "step", "made up", {}, score=score
+    )
+
+
+def test_a_comparison_picks_by_validation_and_runs_all_seeds(modules):
+    config = modules.schemes.Config(
+        units=4, epochs=3, batch=4, learning_rate=0.03, seeds=3, mc_samples=2
+    )
+    # All but one keep next to nothing: no training can learn from that.
+    scheme = modules.noises.Scheme(
+        "Gal", modules.noises.gal, (1e-6, 1.0, 1e-6, 1e-6), monte_carlo=True
+    )
+    row = modules.schemes.compare(make_task(modules.tasks), config, "lstm", scheme)
+    assert row["strength"] == 1.0
+    np.testing.assert_allclose(row["valid_nll_by_strength"][1], np.mean(row["valid_nll"]))
+    assert row["valid_nll_by_strength"][1] < row["valid_nll_by_strength"][0]
+    assert row["seed"] == [0, 1, 2] and len(set(row["test_nll"])) == 3
+    # The splits are one, and where all is kept, Monte Carlo is evaluation.
+    np.testing.assert_allclose(row["valid_nll"], row["test_nll"], rtol=1e-5)
+    curves = np.array(row["curves"])
+    assert curves.shape == (3, 3, 2)
+    np.testing.assert_allclose(curves[:, :, 1].min(1), row["valid_nll"], atol=1e-4)
+    assert (1 + curves[:, :, 1].argmin(1)).tolist() == row["best_epoch"]
+
+
+def test_validation_drops_nothing(modules):
+    config = modules.schemes.Config(units=4, epochs=2, batch=4, seeds=2)
+    row = modules.schemes.compare(
+        make_task(modules.tasks),
+        config,
+        "gru",
+        modules.noises.Scheme("", modules.noises.gal, (0.3,)),
+    )
+    curves = np.array(row["curves"])[:, :, 1]
+    np.testing.assert_allclose(curves.min(1), row["valid_nll"], atol=1e-4)
+
+
+@pytest.mark.parametrize("cell", ["lru", "min_gru"])
+def test_linear_cells_have_two_layers_with_masks_of_their_own(modules, cell):
+    """Layer by layer, with a key for each, and step by step instead of in parallel."""
+    task, config = make_task(modules.tasks), modules.schemes.Config(units=4)
+    model = modules.schemes.Model(cell, task, config)
+    split = modules.tasks.Split(*map(jnp.asarray, task.splits[0]))
+    params, rng = model.init(jax.random.key(0)), jax.random.key(1)
+    specs = [modules.noises.linear_zoneout(0.5, 1.0, cell)] * 2
+    layers, ys = modules.cells.CELLS[cell], split.inputs.swapaxes(0, 1)
+    for weights, key in zip(params["layers"], jax.random.split(rng, 2), strict=True):
+        carry = layers.first_carry(8, 4)
+        _, ys = fdc.dropout_scan(
+            weights, carry, ys, key, cell=layers.cell, dropout=specs[0],
+            seq_lengths=split.lengths, parallel=False,
+        )  # fmt: skip
+    by_hand = ys.swapaxes(0, 1) @ params["kernel"] + params["bias"]
+    np.testing.assert_allclose(model.predict(params, split, rng, specs), by_hand, atol=1e-5)
+
+
+@pytest.fixture
+def model(modules):
+    return modules.schemes.Model("gru", make_task(modules.tasks), modules.schemes.Config(units=4))
+
+
+def test_padding_does_not_count(modules, model):
+    split = modules.tasks.Split(*map(jnp.asarray, model.task.splits[0]))
+    params = model.init(jax.random.key(0))
+    spec = modules.noises.SCHEMES["none"].noise(None, None, "gru")
+    weights = model.task.weights(split.lengths, 6)
+    assert weights.sum(1).tolist() == split.lengths.tolist()
+    assert modules.tasks.last_step(split.lengths, 6)[5].tolist() == [0, 0, 1, 0, 0, 0]
+    torn = split._replace(inputs=jnp.where(weights[..., None] > 0, split.inputs, jnp.nan))
+    outputs = [model.predict(params, part, None, [spec]) for part in (split, torn)]
+    np.testing.assert_array_equal(*outputs)
+
+
+def test_monte_carlo_averages_probabilities(modules, model):
+    """The likelihood and the score are those of the mean over the samples, computed by hand."""
+    split = modules.tasks.Split(*map(jnp.asarray, model.task.splits[0]))
+    params, rng = model.init(jax.random.key(0)), jax.random.key(1)
+    params["kernel"] *= 4  # Far enough from a half for samples to disagree.
+    spec = modules.noises.gal(0.3, 0.3, "gru")
+    nll, score = model.evaluate(params, split, rng, [spec], 3)
+    keys = jax.random.split(rng, 3)
+    logits = np.array([model.predict(params, split, key, [spec]) for key in keys], np.float64)
+    on, weights = 1 / (1 + np.exp(-logits)), model.task.weights(split.lengths, 6)
+    likelihoods = np.where(split.targets > 0.5, on, 1 - on).prod(-1)
+    mean = np.average(-np.log(likelihoods.mean(0)), weights=weights)
+    np.testing.assert_allclose(nll, mean, rtol=1e-5)
+    right = ((on.mean(0) > 0.5) == (split.targets > 0.5)).mean(-1)
+    np.testing.assert_allclose(score, np.average(right, weights=weights), rtol=1e-6)
+    alone = ((on[0] > 0.5) == (split.targets > 0.5)).mean(-1)
+    assert abs(score - np.average(alone, weights=weights)) > 0.01
+
+
+def test_the_band_holds_what_lies_between_its_quantiles(modules):
+    score = modules.tasks.load_sunspots(None).score
+    ahead = 11
+    outputs = jnp.zeros((1, 2 * ahead)).at[:, ahead:].set(jnp.log(2.0))  # mean 0, deviation 2
+    targets = jnp.array([[-9.0, -2.6, -2.5, -1.0, 0.0, 1.0, 2.5, 2.6, 9.0, 0.1, 0.2]])
+    probabilities = score.probabilities(outputs, targets)
+    # A normal's 80% lies within 1.2816 deviations: four of these years do not.
+    np.testing.assert_allclose(score.hits(probabilities, targets), [7 / 11], rtol=1e-6)
+
+
+def test_every_scheme_has_four_strengths_and_a_noise_of_each(modules):
+    for cell, names in modules.noises.COMPARED.items():
+        for scheme in map(modules.noises.SCHEMES.get, names):
+            assert len(set(scheme.strengths)) == (1 if scheme.name == "none" else 4)
+            specs = [scheme.noise(strength, strength, cell) for strength in scheme.strengths]
+            assert len(set(specs)) == len(specs)
+
+
+def make_row(scheme, test):
+    return {
+        "scheme": scheme,
+        "cell": "lstm",
+        "strength": 0.9,
+        "test_nll": test,
+    }
+
+
+def test_the_table_compares_with_the_bare_model(modules):
+    report = {
+        "unit": "step",
+        "score": None,
+        "rows": [
+            make_row("none", [8.0, 9.0, 10.0]),
+            make_row("Gal, tied", [7.0, 8.0, 9.0]),
+        ],
+    }
+    assert modules.tables.format_table(report).splitlines()[2:] == [
+        "| none | lstm |  | 9.00 ± 1.00 |  |",
+        # Of two standard errors of 1 / sqrt(3), in quadrature.
+        "| Gal, tied | lstm | 0.9 | 8.00 ± 1.00 | -1.00 (1.2) |",
+    ]
+
+
+def test_the_verdict_names_what_did_not_help(modules):
+    """Standard errors here: 0.08 of a mean, 0.12 of a difference."""
+    bare = make_row("none", [9.9, 10.0, 10.1, 10.2, 9.8, 10.3])
+
+    def verdict(*tests):
+        named = [make_row(name, tests) for name, tests in zip("AB", tests, strict=False)]
+        return modules.tables.format_verdict({"rows": [bare, *named]})
+
+    close, clear = ([value - by for value in bare["test_nll"]] for by in (0.1, 0.5))
+    two = "two standard errors"
+    assert verdict(close, clear) == f"- LSTM: *B* is best. Not better than none by {two}: *A*."
+    assert verdict(close) == f"- LSTM: *A* is best, but no scheme is better than none by {two}."
+    assert verdict(clear, clear).endswith(f"every scheme is better than none by more than {two}.")
+
+
+def test_chorales_are_cut_where_they_are_long(modules, tmp_path):
+    songs = [np.arange(length) for length in (129, 64, 66)]
+    pieces = modules.tasks.cut_long(songs, 64)
+    assert [(int(piece[0]), len(piece)) for piece in pieces] == [
+        (0, 65), (64, 65), (0, 64), (0, 65), (64, 2)
+    ]  # fmt: skip
+    predicted = [piece[1:] for piece in pieces]
+    assert sum(map(len, predicted)) == sum(len(song) - 1 for song in songs)
+    with pytest.raises(FileNotFoundError, match="must hold jsb_chorales"):
+        modules.tasks.load_chorales(None)
+
+
+def test_words_are_cut_into_windows_that_do_not_overlap(modules):
+    task = modules.tasks.load_words(None)
+    for split in task.splits:
+        np.testing.assert_array_equal(split.inputs[:, 1:], split.targets[:, :-1])
+        assert split.inputs.max() < task.words == task.outputs
+    train = task.splits[0]
+    np.testing.assert_array_equal(train.inputs[1:, 0], train.targets[:-1, -1])
+
+
+@pytest.mark.parametrize(
+    ("files", "arguments", "message"),
+    [
+        ({}, ["chorales"], "--data FOLDER must hold jsb_chorales.mat"),
+        ({"jsb_chorales.mat": ""}, ["chorales", "--data", "."], "chorales cannot be read: "),
+        ({}, ["sunspots", "--batch", "500"], "--batch is 500, of 136 sequences"),
+        ({}, ["sunspots", "--epochs", "0"], "argument --epochs: "),
+        ({"schemes_sunspots.json": "{"}, ["sunspots"], "schemes_sunspots.json cannot be read: "),
+        ({"schemes_sunspots.json": "[]"}, ["sunspots"], "is of another config"),
+        ({"schemes_sunspots.json": '{"config": 1}'}, ["sunspots"], "is of another config"),
+    ],
+)
+def test_bad_input_is_one_line(modules, tmp_path, monkeypatch, capsys, files, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for name, text in files.items():
+        Path(name).write_text(text)
+    monkeypatch.setattr("sys.argv", ["schemes.py", *arguments, "--out", "."])
+    with pytest.raises(SystemExit):
+        modules.schemes.main()
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+def test_stored_results_are_whole(modules):
+    """Every task has a row for each scheme of each cell, and each row says how it was made."""
+    for task in modules.tasks.TASKS:
+        report = json.loads((ROOT / f"docs/results/schemes_{task}.json").read_text())
+        assert report["task"] == task
+        # The linear cells have not been run on all tasks.
+        ran = {row["cell"] for row in report["rows"]} | {"lstm", "gru"}
+        compared = [
+            (cell, name)
+            for cell, names in modules.noises.COMPARED.items()
+            if cell in ran
+            for name in names
+        ]
+        assert [(row["cell"], row["scheme"]) for row in report["rows"]] == compared
+        for row in report["rows"]:
+            assert {"device", "versions", "command", "seconds"} <= set(row)
+            assert len(row["test_nll"]) == len(row["valid_nll"]) == len(row["seed"]) == 5
+            assert len(row["strengths"]) == len(row["valid_nll_by_strength"])
+            assert row["strength"] == row["strengths"][np.argmin(row["valid_nll_by_strength"])]
+            np.testing.assert_allclose(min(row["valid_nll_by_strength"]), np.mean(row["valid_nll"]))
+            assert len(row["curves"][0]) == row["epochs"] == report["config"]["epochs"]
