@@ -10,18 +10,21 @@ import flax_dropout_cell as fdc
 KEPT = (0.9, 0.8, 0.65, 0.5)
 ZONED_OUT = (0.05, 0.15, 0.3, 0.5)
 STDDEVS = (0.02, 0.05, 0.1, 0.2)
+RATES = (0.25, 0.5, 1.0, 2.0)
 
 
 class Scheme(NamedTuple):
     """A scheme: its noise of a strength, the strengths to pick from, and how it is tested.
 
     `noise(strength, before, cell)` takes what to keep of the inputs apart: some tasks drop none.
+    With `scales_rate`, a strength is a factor of the learning rate.
     """
 
     name: str
     noise: Callable[[Any, Any, str], fdc.RecurrentDropout]
     strengths: tuple[float, ...]
     monte_carlo: bool = False
+    scales_rate: bool = False
 
 
 def no_dropout(_: Any, __: Any, cell: str) -> fdc.RecurrentDropout:
@@ -89,7 +92,7 @@ def linear_weight_drop(keep: Any, before: Any, cell: str) -> fdc.RecurrentDropou
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme("none", no_dropout, (0.0,)),
+        Scheme("none", no_dropout, RATES, scales_rate=True),
         Scheme("Zaremba", zaremba, KEPT),
         Scheme("Gal, tied", gal, KEPT),
         Scheme("Gal, tied, Monte Carlo", gal, KEPT, monte_carlo=True),

@@ -3,8 +3,9 @@
     python benchmarks/schemes.py chorales --data FOLDER     # the folder holds jsb_chorales.mat
     python benchmarks/schemes.py digits
 
-Every scheme gets the same budget: the same model and training, four strengths, and five seeds of
-each; the strength with the best mean validation is tested. Every training keeps the weights of
+Every scheme gets the same budget: the same model and training, four settings, and five seeds of
+each; the setting with the best mean validation is tested. A scheme's settings are its strengths,
+those of no dropout are learning rates. Every training keeps the weights of
 the epoch that is best by validation, that without dropout too. The runs of a scheme are one
 program, by `jax.vmap` over seeds and strengths. Results go to a JSON, scheme by scheme: started
 again, it goes on with the schemes that are missing. It ends with a table and a figure.
@@ -147,11 +148,14 @@ def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Cal
     train, valid, test = (Split(*map(jnp.asarray, split)) for split in task.splits)
     model = Model(cell_name, task, config)
     batches = len(train.inputs) // config.batch
-    schedule = optax.cosine_decay_schedule(config.learning_rate, config.epochs * batches)
-    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(schedule))
     samples = config.mc_samples if scheme.monte_carlo else 0
 
     def run(rng: jax.Array, strength: jax.Array) -> Any:
+        rate = config.learning_rate * (strength if scheme.scales_rate else 1.0)
+        schedule = optax.cosine_decay_schedule(rate, config.epochs * batches)
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(config.max_grad_norm), optax.adam(schedule)
+        )
         # A layer's outputs are the next one's inputs, which are not dropped twice.
         before = [strength if task.drops_inputs else 1.0] + [1.0] * (CELLS[cell_name].count - 1)
         specs = [scheme.noise(strength, keep, cell_name) for keep in before]
@@ -272,12 +276,14 @@ def main() -> None:
     if not isinstance(old, dict) or old.get("config") != report["config"]:
         parser.error(f"{path} is of another config; give another --out")
     report["rows"] = old["rows"]
+    order = [(cell, name) for cell, names in COMPARED.items() for name in names]
     done = {(row["cell"], row["scheme"]) for row in report["rows"]}
     for cell in arguments.cell or COMPARED:
         for name in arguments.scheme or COMPARED[cell]:
             if (cell, name) in done:
                 continue
             report["rows"].append(compare(task, config, cell, SCHEMES[name]))
+            report["rows"].sort(key=lambda row: order.index((row["cell"], row["scheme"])))
             write(path, report)
             draw(report, path.with_suffix(".png"))
             print(format_table(report), flush=True)
