@@ -147,11 +147,28 @@ def test_the_band_holds_what_lies_between_its_quantiles(modules):
 
 
 def test_every_scheme_has_four_strengths_and_a_noise_of_each(modules):
+    """Without dropout, it is the learning rate that has four."""
     for cell, names in modules.noises.COMPARED.items():
         for scheme in map(modules.noises.SCHEMES.get, names):
-            assert len(set(scheme.strengths)) == (1 if scheme.name == "none" else 4)
+            assert len(set(scheme.strengths)) == 4
             specs = [scheme.noise(strength, strength, cell) for strength in scheme.strengths]
-            assert len(set(specs)) == len(specs)
+            assert len(set(specs)) == (1 if scheme.name == "none" else 4)
+
+
+def test_without_dropout_the_learning_rate_is_tuned(modules):
+    """A row at rates of 0 and twice 0.01 is the row at 0.02, and learns nothing at 0."""
+    bare = modules.noises.SCHEMES["none"]
+
+    def run(rate, *factors):
+        config = modules.schemes.Config(units=4, epochs=3, batch=4, learning_rate=rate, seeds=2)
+        scheme = bare._replace(strengths=factors)
+        return modules.schemes.compare(make_task(modules.tasks), config, "lstm", scheme)
+
+    tuned, alone, still = run(0.01, 0.0, 2.0), run(0.02, 1.0), run(0.01, 0.0)
+    assert tuned["strength"] == 2.0
+    np.testing.assert_allclose(tuned["test_nll"], alone["test_nll"], rtol=1e-5)
+    assert (np.ptp(np.array(still["curves"])[:, :, 1], axis=1) == 0).all()
+    assert tuned["valid_nll_by_strength"][0] == pytest.approx(np.mean(still["valid_nll"]), 1e-6)
 
 
 def make_row(scheme, test):
