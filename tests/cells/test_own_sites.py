@@ -87,10 +87,10 @@ def run_equinox(change: Change, noise: Any) -> None:
 
 def scan(cell: Any, noise: Any) -> None:
     h, xs = jnp.zeros((2, 3)), jnp.ones((4, 2, 3))
-    fdc.dropout_scan(None, h, xs, KEY, cell=cell, dropout=spec_of(noise))
+    fdc.dropout_scan(None, h, xs, KEY, cell=cell, dropout=noise_at_a(noise))
 
 
-def spec_of(noise: Any) -> fdc.RecurrentDropout:
+def noise_at_a(noise: Any) -> fdc.RecurrentDropout:
     return fdc.RecurrentDropout(inside={"a": noise})
 
 
@@ -111,12 +111,12 @@ class LinenCell(nn.RNNCellBase):
 
 
 def run_linen_layer(change: Change, noise: Any) -> None:
-    layer = fdc.linen.RNN(LinenCell(change), spec_of(noise))
+    layer = fdc.linen.RNN(LinenCell(change), noise_at_a(noise))
     layer.apply({}, jnp.ones((2, 4, 3)), rng=KEY)  # type: ignore[call-arg]
 
 
 def run_linen_wrapper(change: Change, noise: Any) -> None:
-    rnn = nn.RNN(fdc.linen.DropoutCell(LinenCell(change), spec_of(noise)))
+    rnn = nn.RNN(fdc.linen.DropoutCell(LinenCell(change), noise_at_a(noise)))
     rnn.apply({}, jnp.ones((2, 4, 3)), rngs={"dropout": KEY})
 
 
@@ -136,13 +136,13 @@ class NNXCell(nnx.RNNCellBase):
 
 
 def run_nnx_layer(change: Change, noise: Any) -> None:
-    layer: Any = fdc.nnx.RNN(NNXCell(change), spec_of(noise))
+    layer: Any = fdc.nnx.RNN(NNXCell(change), noise_at_a(noise))
     layer(jnp.ones((2, 4, 3)), rngs=KEY)
 
 
 def run_nnx_wrapper(change: Change, noise: Any) -> None:
     rngs = nnx.Rngs(dropout=KEY)
-    rnn: Any = nnx.RNN(fdc.nnx.DropoutCell(NNXCell(change), spec_of(noise), rngs=rngs))
+    rnn: Any = nnx.RNN(fdc.nnx.DropoutCell(NNXCell(change), noise_at_a(noise), rngs=rngs))
     rnn(jnp.ones((2, 4, 3)))
 
 

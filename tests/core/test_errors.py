@@ -33,10 +33,6 @@ def scan(spec=None, rng=RNG, carry=CARRY, xs=X, cell=cell, **options):
     return fdc.dropout_scan(None, carry, xs, rng, cell=cell, dropout=spec, **options)
 
 
-def spec_of(**sites):
-    return fdc.RecurrentDropout(**sites)
-
-
 @pytest.mark.parametrize("bad", [-0.1, 1.5, 2, -1, float("nan"), float("inf"), np.float32(1.01)])
 def test_keep_prob_out_of_range(bad) -> None:
     with pytest.raises(ValueError, match=f"keep_prob must be between 0 and 1, got {bad}"):
@@ -62,32 +58,34 @@ def test_keep_prob_out_of_range(bad) -> None:
             r"broadcast_dims must be a sequence of ints such as \(0,\), got 0",
         ),
         (
-            lambda: step(spec_of(input=fdc.Dropout(keep_prob="0.5"))),
+            lambda: step(fdc.RecurrentDropout(input=fdc.Dropout(keep_prob="0.5"))),
             TypeError,
             "keep_prob must be a number in .0, 1. or an array, got '0.5'",
         ),
         (
-            lambda: step(spec_of(input=fdc.Dropout(keep_prob=None))),
+            lambda: step(fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=None))),
             TypeError,
             "keep_prob must be a number in .0, 1. or an array, got None",
         ),
         (
-            lambda: step(spec_of(input=fdc.Dropout(keep_prob=jnp.ones(4)))),
+            lambda: step(fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=jnp.ones(4)))),
             ValueError,
             r"keep_prob has shape \(4,\), which does not broadcast to \(2, 3\); .*jax.vmap",
         ),
         (
-            lambda: step(spec_of(input=fdc.Dropout(keep_prob=jnp.ones((), int)))),
+            lambda: step(fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=jnp.ones((), int)))),
             TypeError,
             "keep_prob must be a floating-point array, got int32",
         ),
         (
-            lambda: step(spec_of(input=fdc.Dropout(keep_prob=0.5, broadcast_dims=(2,)))),
+            lambda: step(
+                fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=0.5, broadcast_dims=(2,)))
+            ),
             ValueError,
             r"broadcast_dims has 2, but the value has shape \(2, 3\)",
         ),
         (
-            lambda: step(spec_of(input=0.5)),
+            lambda: step(fdc.RecurrentDropout(input=0.5)),
             TypeError,
             r"dropout.input must hold noises such as Dropout\(keep_prob=0.8\) or None, got 0.5",
         ),
@@ -97,90 +95,103 @@ def test_keep_prob_out_of_range(bad) -> None:
             "dropout must be a RecurrentDropout, such as .*, got a Dropout",
         ),
         (
-            lambda: step(spec_of(input=FROZEN)),
+            lambda: step(fdc.RecurrentDropout(input=FROZEN)),
             ValueError,
             "dropout.input is variational and has no mask: call draw_masks before the loop",
         ),
         (
-            lambda: step(spec_of(input=NOISE), rng=None, masks=fdc.Masks()),
+            lambda: step(fdc.RecurrentDropout(input=NOISE), rng=None, masks=fdc.Masks()),
             ValueError,
             "dropout.input draws at each step, so it needs a key as rng; got None",
         ),
         (
-            lambda: step(spec_of(state=(NOISE, NOISE, NOISE))),
+            lambda: step(fdc.RecurrentDropout(state=(NOISE, NOISE, NOISE))),
             ValueError,
             r"dropout.state has the structure \(\*, \*, \*\), which is not a prefix of the value's "
             r"structure \(\*, \*\)",
         ),
         (
-            lambda: step(spec_of(input=(NOISE, FROZEN))),
+            lambda: step(fdc.RecurrentDropout(input=(NOISE, FROZEN))),
             ValueError,
             r"dropout.input has the structure \(\*, \*\), .* structure \*: a value takes one noise",
         ),
         (
-            lambda: step(spec_of(state=(None, NOISE)), carry=(X, jnp.ones((B, F), int))),
+            lambda: step(
+                fdc.RecurrentDropout(state=(None, NOISE)), carry=(X, jnp.ones((B, F), int))
+            ),
             TypeError,
             r"state\[1\] is int32\[2, 3\], but noise needs floating-point values; "
             r"give dropout.state a structure with None there",
         ),
         (
-            lambda: step(spec_of(input=NOISE), x=jnp.ones((B, F), bool)),
+            lambda: step(fdc.RecurrentDropout(input=NOISE), x=jnp.ones((B, F), bool)),
             TypeError,
             "input is bool",
         ),
         (
-            lambda: step(spec_of(state=(NOISE, None)), carry=(RNG, X)),
+            lambda: step(fdc.RecurrentDropout(state=(NOISE, None)), carry=(RNG, X)),
             TypeError,
             r"state\[0\] is key<fry>\[\]",
         ),
         (
-            lambda: step(spec_of(input=FROZEN), masks=fdc.Masks(input=jnp.ones((5, F), bool))),
+            lambda: step(
+                fdc.RecurrentDropout(input=FROZEN), masks=fdc.Masks(input=jnp.ones((5, F), bool))
+            ),
             ValueError,
             r"masks.input has shape \(5, 3\), which does not broadcast to the value's shape "
             r"\(2, 3\)",
         ),
         (
             lambda: step(
-                spec_of(state=(FROZEN, FROZEN)), masks=fdc.Masks(state=jnp.ones((B, F), bool))
+                fdc.RecurrentDropout(state=(FROZEN, FROZEN)),
+                masks=fdc.Masks(state=jnp.ones((B, F), bool)),
             ),
             ValueError,
             r"masks.state has one mask for \(\*, \*\); give each leaf its own",
         ),
         (
-            lambda: step(spec_of(), masks=fdc.Masks(input=jnp.ones((B, F), bool))),
+            lambda: step(fdc.RecurrentDropout(), masks=fdc.Masks(input=jnp.ones((B, F), bool))),
             ValueError,
             "masks.input has a mask where dropout.input has no noise",
         ),
         (
-            lambda: step(spec_of(input=FROZEN), masks=(None, jnp.ones(3), None, None)),
+            lambda: step(fdc.RecurrentDropout(input=FROZEN), masks=(None, jnp.ones(3), None, None)),
             TypeError,
             "masks must be Masks, as draw_masks gives them, got ",
         ),
-        (lambda: step(spec_of(input=NOISE), rng=0), TypeError, "rng must be one key.*, got 0"),
         (
-            lambda: step(spec_of(input=NOISE), rng=jax.random.split(RNG)),
+            lambda: step(fdc.RecurrentDropout(input=NOISE), rng=0),
+            TypeError,
+            "rng must be one key.*, got 0",
+        ),
+        (
+            lambda: step(fdc.RecurrentDropout(input=NOISE), rng=jax.random.split(RNG)),
             TypeError,
             r"rng must be one key.*, got key<fry>\[2\]",
         ),
         (
-            lambda: step(spec_of(input=NOISE), rng=jnp.zeros(2)),
+            lambda: step(fdc.RecurrentDropout(input=NOISE), rng=jnp.zeros(2)),
             TypeError,
             r"rng must be one key.*, got float32\[2\]",
         ),
         (
             lambda: step(
-                spec_of(state={"h": NOISE}), carry=(X, X), cell=lambda p, c, x: ({"h": x}, x)
+                fdc.RecurrentDropout(state={"h": NOISE}),
+                carry=(X, X),
+                cell=lambda p, c, x: ({"h": x}, x),
             ),
             ValueError,
             r"the cell took a carry \(\*, \*\) and returned",
         ),
         (
-            lambda: step(spec_of(input=NOISE), cell=lambda p, c, x: x),
+            lambda: step(fdc.RecurrentDropout(input=NOISE), cell=lambda p, c, x: x),
             TypeError,
             r"cell must return \(carry, y\), got ",
         ),
         (
-            lambda: fdc.draw_masks(None, CARRY, X, None, cell=cell, dropout=spec_of(input=FROZEN)),
+            lambda: fdc.draw_masks(
+                None, CARRY, X, None, cell=cell, dropout=fdc.RecurrentDropout(input=FROZEN)
+            ),
             ValueError,
             r"draw_masks needs a key such as jax.random.key\(0\), got rng=None",
         ),
@@ -202,7 +213,7 @@ def test_keep_prob_out_of_range(bad) -> None:
             r"the padding, \(3,\)",
         ),
         (
-            lambda: scan(spec_of(input=FROZEN), rng=None, masks=fdc.Masks()),
+            lambda: scan(fdc.RecurrentDropout(input=FROZEN), rng=None, masks=fdc.Masks()),
             ValueError,
             "dropout.input is variational and has no mask",
         ),
@@ -212,7 +223,7 @@ def test_keep_prob_out_of_range(bad) -> None:
             "dropout must be a RecurrentDropout, such as .*, got a Dropout",
         ),
         (
-            lambda: DropoutCell("lstm", spec_of()),
+            lambda: DropoutCell("lstm", fdc.RecurrentDropout()),
             TypeError,
             "'lstm' is not an RNNCell of flax.linen: give a cell such as nn.LSTMCell",
         ),
@@ -239,12 +250,12 @@ def variables():
 def test_training_without_a_dropout_stream(rngs, noise) -> None:
     """Also where linen would fall back to the params stream without a word."""
     with pytest.raises(ValueError, match="DropoutCell needs a 'dropout' stream in training: pass"):
-        rnn_of(spec_of(input=noise)).apply(variables(), XS, rngs=rngs)
+        rnn_of(fdc.RecurrentDropout(input=noise)).apply(variables(), XS, rngs=rngs)
 
 
 def test_init_and_evaluation_need_no_dropout_stream() -> None:
     for noise in (NOISE, FROZEN):
-        spec = spec_of(input=noise, params=noise)
+        spec = fdc.RecurrentDropout(input=noise, params=noise)
         rnn_of(spec).init(RNG, XS)
         evaluated = rnn_of(spec, deterministic=True).apply(variables(), XS)
         np.testing.assert_array_equal(evaluated, nn.RNN(nn.LSTMCell(F)).apply(variables(), XS))
@@ -253,17 +264,17 @@ def test_init_and_evaluation_need_no_dropout_stream() -> None:
 def test_a_carry_that_is_not_the_wrappers() -> None:
     bare = (jnp.zeros((B, F)),) * 2
     with pytest.raises(TypeError, match="the carry must be a DropoutCarry, got tuple: start with"):
-        rnn_of(spec_of(input=NOISE)).apply(
+        rnn_of(fdc.RecurrentDropout(input=NOISE)).apply(
             variables(), XS, initial_carry=bare, rngs={"dropout": RNG}
         )
 
 
 def test_training_on_from_a_carry_of_evaluation() -> None:
-    evaluated, _ = rnn_of(spec_of(input=NOISE), deterministic=True).apply(
+    evaluated, _ = rnn_of(fdc.RecurrentDropout(input=NOISE), deterministic=True).apply(
         variables(), XS, return_carry=True
     )
     with pytest.raises(ValueError, match="the carry was made in evaluation and has no masks: call"):
-        rnn_of(spec_of(input=NOISE)).apply(
+        rnn_of(fdc.RecurrentDropout(input=NOISE)).apply(
             variables(), XS, initial_carry=evaluated, rngs={"dropout": RNG}
         )
 
@@ -281,7 +292,7 @@ def test_one_noise_over_a_cell_that_holds_lstms() -> None:
 
     stack = Stack((nn.LSTMCell(F), nn.LSTMCell(F)))
     with pytest.raises(ValueError, match="one noise for the whole state would reach every leaf"):
-        DropoutCell(stack, spec_of(state=FROZEN)).initialize_carry(RNG, (B, F))
+        DropoutCell(stack, fdc.RecurrentDropout(state=FROZEN)).initialize_carry(RNG, (B, F))
     wrapper = fdc.linen.RNNCellDropoutWrapper(stack, state_keep_prob=0.5)
     with pytest.raises(ValueError, match="of Stack would reach the memory c of the LSTMCell"):
         wrapper.initialize_carry(RNG, (B, F))
@@ -318,13 +329,13 @@ XS = jnp.ones((4, B, F))
 )
 def test_a_scans_carry_that_changes(carry, cell, text) -> None:
     with pytest.raises(TypeError, match=text):
-        scan(spec_of(state=FROZEN), carry=carry, xs=XS, cell=cell)
+        scan(fdc.RecurrentDropout(state=FROZEN), carry=carry, xs=XS, cell=cell)
 
 
 def test_a_number_starts_a_scan_as_in_jax() -> None:
     """It has no dtype of its own."""
     for start in (0.0, 0):
-        total, _ = scan(spec_of(), carry=start, xs=jnp.ones(4), cell=add)
+        total, _ = scan(fdc.RecurrentDropout(), carry=start, xs=jnp.ones(4), cell=add)
         assert (total, total.dtype) == (4, jnp.float32)
 
 
@@ -335,14 +346,16 @@ def test_a_mask_that_was_drawn_for_one_row() -> None:
         fdc.Dropout(keep_prob=0.5, variational=True, broadcast_dims=(0,)),
     )
     for noise, carry in ((FROZEN, row), (shared, row), (FROZEN, jnp.zeros((B, F)))):
-        spec = spec_of(state=noise)
+        spec = fdc.RecurrentDropout(state=noise)
         masks = fdc.draw_masks(None, carry, X, RNG, cell=add, dropout=spec)
         if (noise, carry is row) != (FROZEN, True):
             step(spec, masks=masks, carry=row, cell=add)
             continue
         with pytest.raises(ValueError, match=r"shape \(1, 3\) and leaves .* \(2, 3\), so all rows"):
             step(spec, masks=masks, carry=row, cell=add)
-    step(spec_of(state=NOISE), carry=row, cell=add)  # a fresh mask has the shape that comes out
+    step(
+        fdc.RecurrentDropout(state=NOISE), carry=row, cell=add
+    )  # a fresh mask has the shape that comes out
 
 
 def test_a_misspelt_submodule() -> None:
@@ -391,9 +404,9 @@ class FlipWithoutModes:
 )
 def test_a_noise_of_ones_own_that_is_none(noise, rng, text) -> None:
     with pytest.raises(TypeError, match=text):
-        step(spec_of(input=noise), rng)
+        step(fdc.RecurrentDropout(input=noise), rng)
 
 
 def test_a_noise_of_ones_own_that_is_one() -> None:
-    _, y = step(spec_of(input=Flip()))
+    _, y = step(fdc.RecurrentDropout(input=Flip()))
     np.testing.assert_array_equal(np.abs(y), X)

@@ -10,6 +10,7 @@ import pytest
 from hosts import HOSTS, SPECS
 from jax.test_util import check_grads
 from quick_prng import quick_key
+from specs import noise_everywhere
 
 import flax_dropout_cell as fdc
 
@@ -37,21 +38,15 @@ def values(dtype):
     return params, carry, jax.random.normal(keys[3], (T, B, F), dtype)
 
 
-def spec_of(variational):
-    noise = fdc.Dropout(keep_prob=0.6, variational=variational)
-    return fdc.RecurrentDropout(params=noise, input=noise, state=(None, noise), output=noise)
-
-
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("variational", [True, False], ids=["variational", "step"])
 def test_finite_differences(variational) -> None:
     """In float64, with the masks held fast by the key."""
     rng = RNG if variational else quick_key(3)  # each step's draws take long to compile
+    spec = noise_everywhere(fdc.Dropout(keep_prob=0.6, variational=variational))
 
     def loss(params, carry, xs):
-        carry, ys = fdc.dropout_scan(
-            params, carry, xs, rng, cell=lstm, dropout=spec_of(variational)
-        )
+        carry, ys = fdc.dropout_scan(params, carry, xs, rng, cell=lstm, dropout=spec)
         return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves((carry, ys)))
 
     check_grads(jax.jit(loss), values("float64"), order=1, modes=("fwd", "rev"), rtol=1e-6)

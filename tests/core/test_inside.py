@@ -30,7 +30,7 @@ def cell(params, h, x, *, disturb=fdc.undisturbed):
     return h, {"a": a, **b, "old": old}
 
 
-def spec_of(**inside) -> fdc.RecurrentDropout:
+def noise_inside(**inside) -> fdc.RecurrentDropout:
     return fdc.RecurrentDropout(inside=inside)
 
 
@@ -40,7 +40,7 @@ def scan(spec, rng: Any = RNG, cell=cell, **options):
 
 @pytest.mark.parametrize("noise", [FROZEN, FRESH], ids=["variational", "step"])
 def test_masks_sit_where_they_are_named_and_live_as_long_as_they_should(noise) -> None:
-    ys = jax.jit(lambda: scan(spec_of(a=noise, pair={"left": None, "right": noise})))()
+    ys = jax.jit(lambda: scan(noise_inside(a=noise, pair={"left": None, "right": noise})))()
     np.testing.assert_array_equal(ys["left"], XS)
     np.testing.assert_array_equal(ys["old"], XS)
     for name in ("a", "right"):
@@ -52,7 +52,7 @@ def test_masks_sit_where_they_are_named_and_live_as_long_as_they_should(noise) -
 
 
 def test_a_loop_of_steps_has_the_masks_of_the_scan() -> None:
-    spec = spec_of(a=FROZEN, pair=FRESH, old=FRESH)
+    spec = noise_inside(a=FROZEN, pair=FRESH, old=FRESH)
     masks = fdc.draw_masks(None, H, XS[0], RNG, cell=cell, dropout=spec)
     assert set(masks.inside) == {"a"}
     options = {"cell": cell, "dropout": spec, "masks": masks}
@@ -66,7 +66,7 @@ def test_a_loop_of_steps_has_the_masks_of_the_scan() -> None:
 
 def test_a_site_draws_by_its_name_alone() -> None:
     """Other sites come and go; a renamed one draws anew; the key is the contract's."""
-    alone, among = scan(spec_of(a=FRESH)), scan(spec_of(old=FROZEN, pair=FRESH, a=FRESH))
+    alone, among = scan(noise_inside(a=FRESH)), scan(noise_inside(old=FROZEN, pair=FRESH, a=FRESH))
     np.testing.assert_array_equal(alone["a"], among["a"])
     outer = fdc.RecurrentDropout(input=FROZEN, inside={"a": FRESH})
     kept = scan(outer)["a"] != 0
@@ -77,7 +77,7 @@ def test_a_site_draws_by_its_name_alone() -> None:
     def renamed(params, h, x, *, disturb=fdc.undisturbed):
         return h, {"a": disturb("other", x)}
 
-    assert not np.array_equal(scan(spec_of(other=FRESH), cell=renamed)["a"], alone["a"])
+    assert not np.array_equal(scan(noise_inside(other=FRESH), cell=renamed)["a"], alone["a"])
     assert name_hash("a") == int.from_bytes(hashlib.sha256(b"a").digest()[:4], "big")
     fold = jax.random.fold_in
     slot = fold(fold(RNG, 0), np.uint32(2**31 + 4 * 2**28))
@@ -86,13 +86,13 @@ def test_a_site_draws_by_its_name_alone() -> None:
 
 
 def test_evaluation_gives_what_is_expected() -> None:
-    ys = scan(spec_of(a=fdc.Dropout(keep_prob=0.25, scale=False), pair=FROZEN), rng=None)
+    ys = scan(noise_inside(a=fdc.Dropout(keep_prob=0.25, scale=False), pair=FROZEN), rng=None)
     np.testing.assert_array_equal(ys["a"], XS / 4)
     np.testing.assert_array_equal(ys["left"], XS)
 
 
 def test_frozen_masks_are_applied_without_a_key() -> None:
-    spec = spec_of(a=FROZEN)
+    spec = noise_inside(a=FROZEN)
     masks = fdc.draw_masks(None, H, XS[0], jax.random.key(8), cell=cell, dropout=spec)
     ys = scan(spec, rng=None, masks=masks)
     np.testing.assert_array_equal(ys["a"][2] != 0, masks.inside["a"])
@@ -107,7 +107,11 @@ def test_a_site_without_noise_adds_nothing() -> None:
         run = jax.jit(lambda rng, xs: fdc.dropout_scan(None, H, xs, rng, cell=cell, dropout=spec))
         return run.lower(RNG, XS).as_text()
 
-    for spec in (fdc.RecurrentDropout(), spec_of(a=None), spec_of(a=fdc.Dropout(keep_prob=1))):
+    for spec in (
+        fdc.RecurrentDropout(),
+        noise_inside(a=None),
+        noise_inside(a=fdc.Dropout(keep_prob=1)),
+    ):
         assert program(cell, spec) == program(bare, fdc.RecurrentDropout())
 
 
@@ -117,23 +121,23 @@ def test_disturb_is_passed_only_where_there_is_noise() -> None:
 
     scan(fdc.RecurrentDropout(input=FRESH), cell=bare)
     with pytest.raises(TypeError, match=r"noise at 'a', but the cell has no sites"):
-        scan(spec_of(a=FRESH), cell=bare)
+        scan(noise_inside(a=FRESH), cell=bare)
     with pytest.raises(
         TypeError, match=r"takes no argument `disturb`. For .candidate. use lstm_cell"
     ):
         flax_cell = nn.SimpleCell(UNITS)
         variables = flax_cell.init(RNG, H, XS[0])
-        spec = spec_of(candidate=FRESH)
+        spec = noise_inside(candidate=FRESH)
         fdc.dropout_cell(variables, H, XS[0], RNG, step=0, cell=flax_cell.apply, dropout=spec)
 
 
 def test_a_site_that_the_cell_has_not() -> None:
     with pytest.raises(ValueError, match=r"noise at 'b', .* it has a, old, pair."):
-        scan(spec_of(b=FRESH))
+        scan(noise_inside(b=FRESH))
     with pytest.raises(ValueError, match=r"it has a, old, pair. Use lstm_cell of this library"):
-        scan(spec_of(memory=fdc.Dropout(keep_prob=0.5, scale=False)))
+        scan(noise_inside(memory=fdc.Dropout(keep_prob=0.5, scale=False)))
     with pytest.raises(ValueError, match=r"masks.inside\['b'\] has a mask where"):
-        scan(spec_of(a=FROZEN), masks=fdc.Masks(inside={"b": H > 0}))
+        scan(noise_inside(a=FROZEN), masks=fdc.Masks(inside={"b": H > 0}))
 
 
 def mapped(params, h, x, *, disturb=fdc.undisturbed):
@@ -189,7 +193,7 @@ def linen(params, h, x, *, disturb=fdc.undisturbed):
 @pytest.mark.parametrize("noise", [FROZEN, FRESH], ids=["variational", "step"])
 def test_disturb_under_a_transformation_of_the_cells_own_is_refused(cell, noise) -> None:
     with pytest.raises(ValueError, match="called under a transformation that the cell itself"):
-        scan(spec_of(a=noise), cell=cell)
+        scan(noise_inside(a=noise), cell=cell)
     cell(None, H, XS[0])
 
 
@@ -197,7 +201,7 @@ def test_disturb_under_a_transformation_of_the_cells_own_is_refused(cell, noise)
 def test_a_mask_that_is_brought_is_applied(keep_prob) -> None:
     """A noise that would draw no mask applies the one that it is given, as at the input."""
     mask, noise = jnp.arange(UNITS) % 2 == 0, fdc.Dropout(keep_prob=keep_prob)
-    inside = scan(spec_of(a=noise), rng=None, masks=fdc.Masks(inside={"a": mask}))
+    inside = scan(noise_inside(a=noise), rng=None, masks=fdc.Masks(inside={"a": mask}))
     at_input = scan(
         fdc.RecurrentDropout(input=noise), rng=None, masks=fdc.Masks(input=mask)
     )  # fmt: skip
@@ -212,12 +216,12 @@ def test_one_name_twice_in_a_step_is_refused(noise) -> None:
         return disturb("a", h), disturb("a", x)
 
     with pytest.raises(ValueError, match="called twice in a step"):
-        scan(spec_of(a=noise), cell=twice)
+        scan(noise_inside(a=noise), cell=twice)
 
 
 def test_transformations_around_the_scan_are_welcome() -> None:
     """vmap, grad and remat of the whole are the user's own business."""
-    spec = spec_of(a=FROZEN)
+    spec = noise_inside(a=FROZEN)
     keys = jax.random.split(RNG, 2)
     mapped = jax.vmap(lambda rng: scan(spec, rng)["a"])(keys)
     np.testing.assert_array_equal(mapped[1], scan(spec, keys[1])["a"])
@@ -243,10 +247,10 @@ def test_a_noise_that_needs_the_step_before() -> None:
         def expected(self, value, previous):
             return previous
 
-    assert set(np.unique(scan(spec_of(old=Previous()))["old"])) == {1.0, 3.0}
-    np.testing.assert_array_equal(scan(spec_of(old=Previous()), rng=None)["old"], 3 * XS)
+    assert set(np.unique(scan(noise_inside(old=Previous()))["old"])) == {1.0, 3.0}
+    np.testing.assert_array_equal(scan(noise_inside(old=Previous()), rng=None)["old"], 3 * XS)
     with pytest.raises(ValueError, match=r"inside\['a'\]: Previous needs the value of the step"):
-        scan(spec_of(a=Previous()))
+        scan(noise_inside(a=Previous()))
     for site in ("input", "output"):
         with pytest.raises(ValueError, match=r"Put it at state, or inside .* memory and hidden"):
             sites: Any = {site: Previous()}

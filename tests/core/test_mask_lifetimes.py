@@ -57,7 +57,7 @@ def test_masks_differ_over_sites_leaves_and_examples(host: str, spec: str) -> No
 @both_modes
 def test_masks_of_one_kind_differ_over_sites_leaves_and_examples(noise: fdc.Dropout) -> None:
     """With one noise everywhere: the other specs never have one kind at all sites."""
-    spec = probes.spec_of(noise)
+    spec = probes.noise_everywhere(noise)
     run = jax.jit(lambda rng, xs: hosts.run_dropout_scan(spec, rng, xs).seen)
     assert_all_differ(jax.tree.map(np.asarray, run(jax.random.key(0), probes.ones())))
 
@@ -112,7 +112,7 @@ def test_one_site_does_not_move_another(host: str, spec: str) -> None:
 
 
 def test_one_leaf_does_not_move_another() -> None:
-    spec = probes.spec_of(PER_STEP)
+    spec = probes.noise_everywhere(PER_STEP)
     both = hosts.run_dropout_scan(spec, quick_key(0), probes.ones())
     one = fdc.RecurrentDropout(state={"a": None, "b": PER_STEP})
     run = hosts.run_dropout_scan(one, quick_key(0), probes.ones())
@@ -131,8 +131,12 @@ def test_directions_have_masks_of_their_own(host: str, spec: str) -> None:
 
 def test_a_step_never_shares_a_mask_with_the_sequence() -> None:
     """The same site and leaf, variational and per-step, under one key."""
-    frozen = hosts.run_dropout_scan(probes.spec_of(VARIATIONAL), jax.random.key(0), probes.ones())
-    fresh = hosts.run_dropout_scan(probes.spec_of(PER_STEP), jax.random.key(0), probes.ones())
+    frozen = hosts.run_dropout_scan(
+        probes.noise_everywhere(VARIATIONAL), jax.random.key(0), probes.ones()
+    )
+    fresh = hosts.run_dropout_scan(
+        probes.noise_everywhere(PER_STEP), jax.random.key(0), probes.ones()
+    )
     for site, other in itertools.product(SITE_NAMES, repeat=2):
         for t in range(STEPS):
             assert differ(frozen.seen[site][0], fresh.seen[other][t]), (site, other)
@@ -162,7 +166,9 @@ def test_pairs_of_masks_are_independent(noise: fdc.Dropout) -> None:
     """Correlations over sites, leaves, steps and examples stay within 5 sigma."""
     units = 20_000
     run = hosts.run_dropout_scan(
-        probes.spec_of(noise), jax.random.key(0), probes.ones(steps=3, batch=2, units=units)
+        probes.noise_everywhere(noise),
+        jax.random.key(0),
+        probes.ones(steps=3, batch=2, units=units),
     )
     steps = range(1 if noise.variational else 3)
     masks = {

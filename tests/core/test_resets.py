@@ -21,8 +21,8 @@ from reset_case import (
     T,
     cell,
     first_carry,
+    noise_everywhere,
     scan,
-    spec_of,
 )
 
 import flax_dropout_cell as fdc
@@ -68,7 +68,7 @@ def test_a_reset_is_named_by_its_absolute_step(noise) -> None:
     """So, without ids, a window that begins before a reset has the whole's masks from there on."""
     _, whole = scan(noise, resets=RESETS)
     rows = np.array([1, 2])  # both reset at step 7
-    options: Any = {"cell": cell, "dropout": spec_of(noise)}
+    options: Any = {"cell": cell, "dropout": noise_everywhere(noise)}
     running = fdc.draw_masks(PARAMS, first_carry(), XS[0], jax.random.key(9), **options)
     for start in (5, 4):
         _, window = scan(noise, XS[5:], masks=running, resets=RESETS[5:], start=start)
@@ -112,7 +112,7 @@ def test_a_cut_without_ids_is_refused_where_masks_are_of_sequences() -> None:
 
 def test_masks_that_are_brought_for_some_sites_leave_the_others_refused() -> None:
     noise = NOISES["variational"]
-    options: Any = {"cell": cell, "dropout": spec_of(noise)}
+    options: Any = {"cell": cell, "dropout": noise_everywhere(noise)}
     masks = fdc.draw_masks(PARAMS, first_carry(), XS[0], jax.random.key(9), **options)
     second_piece(noise, masks=masks)
     with pytest.raises(ValueError, match="give sequence_ids"):
@@ -165,7 +165,7 @@ def test_backward_has_the_same_masks(noise, by_id) -> None:
 @impls
 def test_packed_documents_get_what_they_get_alone(noise, impl) -> None:
     """Two documents in a row, padding behind them: each as if it ran by itself with its id."""
-    rng, spec = jax.random.key(4, impl=impl), spec_of(noise)
+    rng, spec = jax.random.key(4, impl=impl), noise_everywhere(noise)
     lengths, ids = (5, 7), (30, 11)
     documents = [XS[:n, :1] + n for n in lengths]
     zeros = jax.tree.map(jnp.zeros_like, first_carry(1))
@@ -191,7 +191,7 @@ def test_an_actor_and_a_learner_see_the_same_masks(impl) -> None:
     once, fresh = (dataclasses.replace(noise, scale=False) for noise in NOISES.values())
     output = {"h": None, "inside": None, "state": None, "out": fresh}
     state = {"h": fresh, "seen": once}
-    spec = dataclasses.replace(spec_of(once), output=output, state=state)
+    spec = dataclasses.replace(noise_everywhere(once), output=output, state=state)
     params = {name: exact_lstm.integers(draw, *leaf.shape) for name, leaf in PARAMS.items()}
     done = jax.random.bernoulli(jax.random.key(3), 0.2, (2 * T, B))
     done = done.at[T].set(False)  # episodes run on between the rollouts
@@ -259,7 +259,7 @@ def test_masks_that_rows_share_belong_to_the_whole_call() -> None:
 @noises
 def test_evaluation_resets_the_carry(noise) -> None:
     _, ys = fdc.dropout_scan(
-        PARAMS, first_carry(), XS, None, cell=cell, dropout=spec_of(noise), resets=RESETS
+        PARAMS, first_carry(), XS, None, cell=cell, dropout=noise_everywhere(noise), resets=RESETS
     )
     np.testing.assert_array_equal(ys["state"][4, 0], 0)
     np.testing.assert_array_equal(ys["inside"], 1)
@@ -294,7 +294,7 @@ def test_without_resets_the_program_knows_nothing_of_them() -> None:
     """The loop carries no ids of rows; the next test checks where masks are drawn."""
 
     def program(**options):
-        spec = spec_of(NOISES["variational"])
+        spec = noise_everywhere(NOISES["variational"])
         return (
             jax.jit(lambda rng: scan(spec, XS, rng, **options)).lower(jax.random.key(0)).as_text()
         )
@@ -307,7 +307,7 @@ def test_without_resets_the_program_knows_nothing_of_them() -> None:
 
 def test_new_masks_are_drawn_where_a_row_resets_and_nowhere_else() -> None:
     def program(**options):
-        spec = spec_of(NOISES["variational"])
+        spec = noise_everywhere(NOISES["variational"])
         return jax.make_jaxpr(lambda rng: scan(spec, XS, rng, **options))(jax.random.key(0)).jaxpr
 
     draws = [

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from asserts import assert_close, assert_same
 from quick_prng import quick_key
+from specs import noise_everywhere
 
 import flax_dropout_cell as fdc
 
@@ -21,14 +22,11 @@ XS = jax.random.normal(jax.random.key(1), (T, B, F))
 LENGTHS = jnp.array([3, 7, 1, 5])
 
 
-def spec_of(variational: bool) -> fdc.RecurrentDropout:
-    noise = fdc.Dropout(keep_prob=0.7, variational=variational)
-    return fdc.RecurrentDropout(
-        input=noise,
-        state=(None, noise),
-        output=fdc.Dropout(keep_prob=0.5, variational=variational),
-        params=fdc.Dropout(keep_prob=0.9, variational=variational),
+def dropout_everywhere(variational: bool) -> fdc.RecurrentDropout:
+    noise, output, params = (
+        fdc.Dropout(keep_prob=keep, variational=variational) for keep in (0.7, 0.5, 0.9)
     )
+    return noise_everywhere(noise, output=output, params=params)
 
 
 def with_keep_prob(spec: fdc.RecurrentDropout, keep_prob: float) -> fdc.RecurrentDropout:
@@ -45,7 +43,7 @@ MIXED = fdc.RecurrentDropout(
     output=fdc.Dropout(keep_prob=0.5, variational=True),
     params=fdc.Dropout(keep_prob=0.9),
 )
-SPECS = {"variational": spec_of(True), "step": spec_of(False), "mixed": MIXED}
+SPECS = {"variational": dropout_everywhere(True), "step": dropout_everywhere(False), "mixed": MIXED}
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
@@ -224,15 +222,15 @@ def test_unroll_changes_nothing() -> None:
 @specs
 def test_frozen_masks_need_no_key(spec) -> None:
     """Masks that are brought for every leaf are applied, and nothing is drawn."""
-    frozen = with_keep_prob(spec_of(True), 0.7)
+    frozen = with_keep_prob(dropout_everywhere(True), 0.7)
     masks = draw(frozen)
-    per_step = with_keep_prob(spec_of(False), 0.7)
+    per_step = with_keep_prob(dropout_everywhere(False), 0.7)
     for rng in (None, quick_key(99)):
         assert_same(scan(per_step, rng=rng, masks=masks), scan(frozen, rng=None, masks=masks))
 
 
 def test_masks_that_are_brought_win_over_drawn_ones() -> None:
-    spec = spec_of(True)
+    spec = dropout_everywhere(True)
     mine = fdc.Masks(state=(None, jnp.zeros((B, H), bool)))
     carry, _ = scan(spec, masks=mine)
     assert (carry[1] == 0).all()

@@ -16,7 +16,7 @@ import flax_dropout_cell as fdc
 RNG = jax.random.key(3)
 
 
-def spec_of(keep_prob, **options) -> fdc.RecurrentDropout:
+def nested_spec(keep_prob, **options) -> fdc.RecurrentDropout:
     noise = fdc.Dropout(keep_prob=keep_prob, variational=True, **options)
     return fdc.RecurrentDropout(
         input=noise, state=({"a": None}, [noise]), params={"w": (noise, None)}, inside={"m": noise}
@@ -34,25 +34,25 @@ def draw(spec: fdc.RecurrentDropout, rng: jax.Array = RNG) -> jax.Array:
 
 @pytest.mark.parametrize("number", [0.5, 0.7, 1, 0, np.float32(0.7), np.int64(1)])
 def test_numbers_are_structure(number) -> None:
-    spec = spec_of(number)
+    spec = nested_spec(number)
     assert jax.tree.leaves(spec) == []
-    assert hash(spec) == hash(spec_of(number))
-    assert spec == spec_of(number)
-    assert spec != spec_of(0.25)
+    assert hash(spec) == hash(nested_spec(number))
+    assert spec == nested_spec(number)
+    assert spec != nested_spec(0.25)
 
 
 @pytest.mark.parametrize("array", [jnp.float32(0.7), np.array(0.7, "float32")])
 def test_arrays_are_data(array) -> None:
-    spec = spec_of(array)
+    spec = nested_spec(array)
     assert [leaf is array for leaf in jax.tree.leaves(spec)] == [True] * 4
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(spec)]
     assert paths[0] == ".input.keep_prob"
-    assert spec == spec_of(array)
+    assert spec == nested_spec(array)
     with pytest.raises(TypeError, match="unhashable"):
         hash(spec)
 
 
-@pytest.mark.parametrize("make", [spec_of, lambda number: spec_of(jnp.float32(number))])
+@pytest.mark.parametrize("make", [nested_spec, lambda number: nested_spec(jnp.float32(number))])
 def test_a_rebuilt_spec_is_the_spec(make) -> None:
     spec = make(0.7)
     leaves, structure = jax.tree.flatten(spec)
@@ -64,13 +64,13 @@ def test_a_rebuilt_spec_is_the_spec(make) -> None:
 
 def test_a_spec_is_a_static_argument_with_any_containers() -> None:
     run = jax.jit(draw, static_argnums=0)
-    np.testing.assert_array_equal(run(spec_of(0.5), RNG), draw(spec_of(0.5)))
-    np.testing.assert_array_equal(run(spec_of(0.7), RNG), draw(spec_of(0.7)))
+    np.testing.assert_array_equal(run(nested_spec(0.5), RNG), draw(nested_spec(0.5)))
+    np.testing.assert_array_equal(run(nested_spec(0.7), RNG), draw(nested_spec(0.7)))
 
 
 @pytest.mark.parametrize("keep_prob", [0.5, 0.75, 0.7, 1, 0])
 def test_a_spec_of_numbers_is_the_same_passed_in_or_closed_over(keep_prob) -> None:
-    spec = spec_of(keep_prob)
+    spec = nested_spec(keep_prob)
     closed_over = jax.jit(lambda rng: draw(spec, rng))(RNG)
     np.testing.assert_array_equal(jax.jit(draw)(spec, RNG), closed_over)
     mapped = jax.vmap(draw, in_axes=(None, 0))(spec, RNG[None])
@@ -83,11 +83,11 @@ def test_a_number_retraces_and_an_array_does_not() -> None:
     chex.clear_trace_counter()
     run = jax.jit(chex.assert_max_traces(draw, n=2))
     for keep_prob in (0.5, 0.7, 0.5):
-        run(spec_of(keep_prob), RNG)
+        run(nested_spec(keep_prob), RNG)
     chex.clear_trace_counter()
     run = jax.jit(chex.assert_max_traces(draw, n=1))
     for keep_prob in (0.5, 0.7, 0.9):
-        run(spec_of(jnp.float32(keep_prob)), RNG)
+        run(nested_spec(jnp.float32(keep_prob)), RNG)
 
 
 def test_an_array_can_be_mapped_from_any_axis() -> None:
@@ -96,11 +96,11 @@ def test_an_array_can_be_mapped_from_any_axis() -> None:
     for axes in (0, -1, jax.tree.map(lambda _: -1, noise)):
         mapped = jax.vmap(draw, in_axes=(axes, None))(noise, RNG)
         for index, keep_prob in enumerate(keep_probs):
-            np.testing.assert_array_equal(mapped[index], draw(spec_of(keep_prob)))
+            np.testing.assert_array_equal(mapped[index], draw(nested_spec(keep_prob)))
 
 
 def test_tree_functions_put_anything_there() -> None:
-    spec = spec_of(jnp.float32(0.7))
+    spec = nested_spec(jnp.float32(0.7))
     sizes = jax.tree.map(jnp.size, spec)
     assert jax.tree.leaves(sizes) == [1] * 4
     assert jax.tree.structure(sizes) == jax.tree.structure(spec)
@@ -108,7 +108,7 @@ def test_tree_functions_put_anything_there() -> None:
     assert labels.input.keep_prob == "frozen"
     nones = jax.tree.map(lambda _: None, spec)
     assert nones.inside["m"].keep_prob is None
-    assert spec_of(0.7) == jax.tree.map(jnp.size, spec_of(0.7))
+    assert nested_spec(0.7) == jax.tree.map(jnp.size, nested_spec(0.7))
 
 
 def test_gradients_keep_the_structure() -> None:
@@ -132,13 +132,13 @@ def test_equinox_and_optax_take_a_spec_in_a_field() -> None:
         w: jax.Array
         dropout: fdc.RecurrentDropout
 
-    model = Model(jnp.ones(2), spec_of(jnp.float32(0.7)))
+    model = Model(jnp.ones(2), nested_spec(jnp.float32(0.7)))
     arrays, rest = eqx.partition(model, eqx.is_array)
     assert eqx.combine(arrays, rest).dropout == model.dropout
     grads = eqx.filter_grad(lambda model: (model.w**2).sum())(model)
     np.testing.assert_array_equal(grads.w, [2, 2])
     for keep_prob in (0.7, jnp.float32(0.7)):
-        model = Model(jnp.ones(2), spec_of(keep_prob))
+        model = Model(jnp.ones(2), nested_spec(keep_prob))
         mask = Model(True, jax.tree.map(lambda _: False, model.dropout))  # type: ignore
         optimizer = optax.masked(optax.sgd(0.1, momentum=0.9), mask)
         weights: Any = model

@@ -44,7 +44,7 @@ def probe(params: Any, carry: Any, x: jax.Array, *, disturb: Any = fdc.undisturb
     return (carry[0], jnp.ones_like(carry[1])), y | {"output": ONES}
 
 
-def spec_of(noise: Noise, *, params: Noise = None) -> fdc.RecurrentDropout:
+def noise_at_all_but_params(noise: Noise, *, params: Noise = None) -> fdc.RecurrentDropout:
     output = dict.fromkeys(SLOTS, None) | {"output": noise}
     inside = {"gate": noise}
     return fdc.RecurrentDropout(
@@ -98,7 +98,7 @@ NOISES = {
 
 @pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES)
 def test_masks_as_arrays_are_those_drawn_by_hand(noise: Noise) -> None:
-    masks = draw(spec_of(noise, params=noise), start=2)
+    masks = draw(noise_at_all_but_params(noise, params=noise), start=2)
     for site in SLOTS:
         wanted = [by_hand(noise, site, 2 + step) for step in range(T)]
         np.testing.assert_array_equal(masks[site], np.stack(wanted), err_msg=site)
@@ -107,7 +107,7 @@ def test_masks_as_arrays_are_those_drawn_by_hand(noise: Noise) -> None:
 @pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES)
 def test_variational_noises_have_none(noise: Noise) -> None:
     noise = dataclasses.replace(noise, variational=True)
-    assert not jax.tree.leaves(draw(spec_of(noise, params=noise)))
+    assert not jax.tree.leaves(draw(noise_at_all_but_params(noise, params=noise)))
 
 
 def test_zoneouts_masks() -> None:
@@ -150,7 +150,7 @@ def test_dropout_scan_draws_the_same_masks(
         monkeypatch.setattr(step_masks, "MAX_BYTES", 0)
     of_scan, of_draw = options
     noise = fdc.Dropout(keep_prob=0.7)
-    spec = spec_of(noise, params=noise)
+    spec = noise_at_all_but_params(noise, params=noise)
     wanted = seen(draw(spec, **of_draw), reverse=of_scan.get("reverse", False))
     for site, got in run(spec, **of_scan).items():
         np.testing.assert_allclose(got, wanted[site], rtol=1e-6, err_msg=site)
@@ -160,10 +160,10 @@ def test_dropout_scan_draws_the_same_masks(
 def test_other_prngs_draw_step_by_step(impl: str) -> None:
     """Under vmap they would give all steps one mask."""
     key, noise = jax.random.key(3, impl=impl), fdc.Dropout(keep_prob=0.7)
-    masks = draw(spec_of(noise), key)
+    masks = draw(noise_at_all_but_params(noise), key)
     assert not np.array_equal(masks["input"][0], masks["input"][1])
     wanted = seen({site: mask for site, mask in masks.items() if mask is not None})
-    got = run(spec_of(noise), key)
+    got = run(noise_at_all_but_params(noise), key)
     for site in wanted:
         np.testing.assert_allclose(got[site], wanted[site], rtol=1e-6, err_msg=site)
 
@@ -172,7 +172,10 @@ def test_a_mask_that_is_brought_is_used() -> None:
     """At its leaf; the others' are drawn as if it were not there."""
     noise = fdc.Dropout(keep_prob=0.7)
     frozen = fdc.Masks(input=jnp.zeros((B, H), bool))
-    got, wanted = run(spec_of(noise), masks=frozen), seen(draw(spec_of(noise, params=noise)))
+    got, wanted = (
+        run(noise_at_all_but_params(noise), masks=frozen),
+        seen(draw(noise_at_all_but_params(noise, params=noise))),
+    )
     assert not got["input"].any()
     for site in ("state", "output", "gate"):
         np.testing.assert_allclose(got[site], wanted[site], rtol=1e-6, err_msg=site)
@@ -180,17 +183,23 @@ def test_a_mask_that_is_brought_is_used() -> None:
 
 def test_a_step_at_a_time_draws_the_same_masks() -> None:
     noise = fdc.Dropout(keep_prob=0.7)
-    masks = draw(spec_of(noise))
+    masks = draw(noise_at_all_but_params(noise))
     for step in range(T):
         _, y = fdc.dropout_cell(
-            ONES, (ONES, ONES), ONES, KEY, step=step, cell=probe, dropout=spec_of(noise)
+            ONES,
+            (ONES, ONES),
+            ONES,
+            KEY,
+            step=step,
+            cell=probe,
+            dropout=noise_at_all_but_params(noise),
         )
         for site in ("input", "output", "gate"):
             np.testing.assert_array_equal(y[site] > 0, masks[site][step], err_msg=site)
 
 
 def test_under_vmap_each_key_draws_its_own_masks() -> None:
-    keys, spec = jax.random.split(KEY, 4), spec_of(fdc.Dropout(keep_prob=0.7))
+    keys, spec = jax.random.split(KEY, 4), noise_at_all_but_params(fdc.Dropout(keep_prob=0.7))
     many = jax.vmap(lambda key: run(spec, key))(keys)
     for at, key in enumerate(keys):
         one = run(spec, key)
@@ -212,7 +221,7 @@ def test_nothing_to_draw(steps: int, rows: int) -> None:
 
 
 def test_mistakes() -> None:
-    spec = spec_of(fdc.Dropout(keep_prob=0.7))
+    spec = noise_at_all_but_params(fdc.Dropout(keep_prob=0.7))
     with pytest.raises(ValueError, match="draw_step_masks needs a key"):
         draw(spec, None)
     with pytest.raises(TypeError, match="start must be an int"):

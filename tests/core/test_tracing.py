@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from quick_prng import quick_key
+from specs import noise_everywhere
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell.linen import DropoutCell
@@ -27,9 +28,8 @@ def _count_traces_afresh() -> None:
     chex.clear_trace_counter()
 
 
-def spec_of(variational: bool, keep_prob: Any = 0.7) -> fdc.RecurrentDropout:
-    noise = fdc.Dropout(keep_prob=keep_prob, variational=variational)
-    return fdc.RecurrentDropout(params=noise, input=noise, state=(None, noise), output=noise)
+def dropout_everywhere(variational: bool, keep_prob: Any = 0.7) -> fdc.RecurrentDropout:
+    return noise_everywhere(fdc.Dropout(keep_prob=keep_prob, variational=variational))
 
 
 def equations(jaxpr: Any, in_scan: bool = False) -> Iterator[tuple[str, bool]]:
@@ -78,21 +78,21 @@ programs = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 
 @programs
 def test_variational_draws_stand_outside_the_loop(program) -> None:
-    found = random_primitives(*program(spec_of(variational=True)))
+    found = random_primitives(*program(dropout_everywhere(variational=True)))
     assert "random_bits" in found[False]
     assert not found[True]
 
 
 @programs
 def test_per_step_draws_stand_inside_the_loop(program) -> None:
-    found = random_primitives(*program(spec_of(variational=False, keep_prob=0.5)))
+    found = random_primitives(*program(dropout_everywhere(variational=False, keep_prob=0.5)))
     assert "random_bits" in found[True]
     assert "random_bits" not in found[False]
 
 
 def test_per_step_draws_of_many_bits_stand_before_it() -> None:
     """Those of weights alone stand inside, because all steps' weights would not fit."""
-    spec = spec_of(variational=False)
+    spec = dropout_everywhere(variational=False)
     found = random_primitives(*core_program(dataclasses.replace(spec, params=None)))
     assert "random_bits" in found[False]
     assert not found[True]
@@ -104,7 +104,7 @@ def test_per_step_draws_of_many_bits_stand_before_it() -> None:
 @programs
 @pytest.mark.parametrize("variational", [True, False], ids=["variational", "step"])
 def test_the_gradient_draws_where_the_value_does(program, variational) -> None:
-    run, params, rng = program(spec_of(variational))
+    run, params, rng = program(dropout_everywhere(variational))
 
     def loss(params, rng):
         return sum(leaf.sum() for leaf in jax.tree.leaves(run(params, rng)))
@@ -114,7 +114,7 @@ def test_the_gradient_draws_where_the_value_does(program, variational) -> None:
 
 
 def test_evaluation_draws_nothing() -> None:
-    run, params, _ = core_program(spec_of(False))
+    run, params, _ = core_program(dropout_everywhere(False))
     found = random_primitives(lambda params: run(params, None), params)
     assert not found[True] and not found[False]
 
@@ -135,7 +135,7 @@ def rough_program(spec: fdc.RecurrentDropout, rng: jax.Array) -> Any:
 @pytest.mark.parametrize("variational", [True, False], ids=["variational", "step"])
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
 def test_compiled_and_not_compiled_agree(variational, impl) -> None:
-    spec, rng = spec_of(variational, keep_prob=0.5), jax.random.key(0, impl=impl)
+    spec, rng = dropout_everywhere(variational, keep_prob=0.5), jax.random.key(0, impl=impl)
     compiled = jax.jit(lambda rng: rough_program(spec, rng))(rng)
     with jax.disable_jit():
         plain = rough_program(spec, rng)
@@ -149,7 +149,7 @@ def test_typed_and_raw_keys_agree(impl, keep_prob) -> None:
     with jax.default_prng_impl(impl):
         raw = jax.random.key_data(typed)
         for variational in (True, False):
-            spec = spec_of(variational, keep_prob)
+            spec = dropout_everywhere(variational, keep_prob)
             jax.tree.map(
                 np.testing.assert_array_equal, rough_program(spec, typed), rough_program(spec, raw)
             )
@@ -160,7 +160,7 @@ def test_both_threefries_work() -> None:
     draws = []
     for partitionable in (True, False):
         with jax.threefry_partitionable(partitionable):
-            carry, ys = rough_program(spec_of(False, 0.5), jax.random.key(0))
+            carry, ys = rough_program(dropout_everywhere(False, 0.5), jax.random.key(0))
             draws.append(ys)
             assert 0 < (ys == 0).mean() < 1
             del carry
@@ -178,7 +178,7 @@ def test_no_retrace_over_training_steps(variational) -> None:
     @jax.jit
     @chex.assert_max_traces(n=1)
     def train_step(params, state, rng, keep_prob, start):
-        spec = spec_of(variational, keep_prob)
+        spec = dropout_everywhere(variational, keep_prob)
 
         def loss(params):
             _, ys = fdc.dropout_scan(
@@ -196,7 +196,7 @@ def test_no_retrace_over_training_steps(variational) -> None:
 
 
 def test_no_retrace_in_nn_rnn() -> None:
-    run, params, _ = linen_program(spec_of(variational=False))
+    run, params, _ = linen_program(dropout_everywhere(variational=False))
     apply = jax.jit(chex.assert_max_traces(run, n=1))
     ys = [apply(params, quick_key(seed)) for seed in range(3)]
     assert (ys[0] != ys[1]).any() and (ys[1] != ys[2]).any()
@@ -221,7 +221,7 @@ def test_no_tracer_leaks() -> None:
     with jax.checking_leaks():
         for variational in (True, False):
             for program in PROGRAMS.values():
-                run, params, rng = program(spec_of(variational))
+                run, params, rng = program(dropout_everywhere(variational))
                 take = jax.grad(lambda p, r, run=run: jax.tree.leaves(run(p, r))[0].sum())
                 jax.jit(take).trace(params, rng)
 
@@ -235,14 +235,19 @@ def test_dtypes_stay(dtype) -> None:
     params, carry, xs = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, carry, XS))
     for variational in (True, False):
         out = fdc.dropout_scan(
-            params, carry, xs, quick_key(0), cell=cell.apply, dropout=spec_of(variational)
+            params,
+            carry,
+            xs,
+            quick_key(0),
+            cell=cell.apply,
+            dropout=dropout_everywhere(variational),
         )
         assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype(dtype)}
         assert not any(jnp.isnan(leaf).any() for leaf in jax.tree.leaves(out))
 
 
 def test_vmap_over_keys_is_a_loop_over_keys() -> None:
-    spec = spec_of(False, 0.5)
+    spec = dropout_everywhere(False, 0.5)
     keys = jax.random.split(jax.random.key(0), 3)
     together = jax.vmap(lambda key: rough_program(spec, key))(keys)
     for index, key in enumerate(keys):
@@ -254,7 +259,7 @@ def test_vmap_over_keys_is_a_loop_over_keys() -> None:
 
 
 def test_checkpointing_redraws_the_same_masks() -> None:
-    spec = spec_of(False, 0.5)
+    spec = dropout_everywhere(False, 0.5)
 
     def cell(params, carry, x):
         c, h = carry

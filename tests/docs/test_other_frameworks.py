@@ -80,7 +80,7 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
 }
 
 
-def spec_of(example: Example, noise: fdc.Dropout) -> fdc.RecurrentDropout:
+def spec_of_example(example: Example, noise: fdc.Dropout) -> fdc.RecurrentDropout:
     structure = jax.tree.structure(example.carry)
     state = jax.tree.unflatten(structure, [noise if there else None for there in example.disturbed])
     return fdc.RecurrentDropout(input=noise, state=state, output=noise)
@@ -114,7 +114,7 @@ def masks_of(example: Example, rng: jax.Array, variational: bool) -> list[fdc.Ma
     A step's masks are those that `draw_masks` draws from the step's key: sites and leaves have the
     same offsets there.
     """
-    spec = spec_of(example, fdc.Dropout(keep_prob=KEEP_PROB, variational=True))
+    spec = spec_of_example(example, fdc.Dropout(keep_prob=KEEP_PROB, variational=True))
     args = (example.params, example.carry, inputs()[0])
     steps = [rng if variational else jax.random.fold_in(rng, t) for t in range(STEPS)]
     return [fdc.draw_masks(*args, key, cell=example.cell, dropout=spec) for key in steps]
@@ -129,7 +129,7 @@ def assert_close(got: Any, want: Any) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_dropout_scan_is_the_loop_by_hand(name: str, variational: bool) -> None:
     example, rng = EXAMPLES[name](), quick_key(2)
-    spec = spec_of(example, fdc.Dropout(keep_prob=KEEP_PROB, variational=variational))
+    spec = spec_of_example(example, fdc.Dropout(keep_prob=KEEP_PROB, variational=variational))
     masks = masks_of(example, rng, variational)
 
     def with_scan(params: Any) -> tuple[jax.Array, Any]:
@@ -156,7 +156,7 @@ def test_dropout_scan_is_the_loop_by_hand(name: str, variational: bool) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_evaluation_is_the_bare_cell(name: str) -> None:
     example = EXAMPLES[name]()
-    spec = spec_of(example, fdc.Dropout(keep_prob=KEEP_PROB, variational=True))
+    spec = spec_of_example(example, fdc.Dropout(keep_prob=KEEP_PROB, variational=True))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         got = fdc.dropout_scan(
             example.params, example.carry, inputs(), None, cell=example.cell, dropout=spec

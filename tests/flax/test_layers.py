@@ -135,7 +135,7 @@ def test_evaluation_is_the_stock_layer(framework: Framework) -> None:
 @noises
 def test_masks_live_as_long_as_they_should(framework: Framework, noise) -> None:
     """Read off at each site, they are those of `dropout_scan`, bit for bit."""
-    spec, xs = probes.spec_of(noise), probes.ones()
+    spec, xs = probes.noise_everywhere(noise), probes.ones()
     layer = framework.layer(framework.probe(), spec, xs, time_major=True, return_carry=True)
     run = jax.jit(lambda key: probes.seen(*layer.run(xs, key)))
     seen = run(jax.random.key(0))
@@ -194,7 +194,7 @@ def test_windows_of_one_step_are_the_whole(framework: Framework) -> None:
         running, y = run(layer.params, running, XS[:, t : t + 1], t)
         ys.append(y)
     assert_same((running, jnp.concatenate(ys, 1)), (carry, whole))
-    spec = probes.spec_of(VARIATIONAL)
+    spec = probes.noise_everywhere(VARIATIONAL)
     probe = framework.layer(framework.probe(), spec, probes.ones(), time_major=True)
     windows = [probe.run(probes.ones(1), KEY, start=t)["input"] for t in range(2)]
     assert_same(jnp.concatenate(windows), probe.run(probes.ones(2), KEY)["input"])
@@ -252,7 +252,9 @@ def test_an_actor_and_a_learner_see_the_same_masks(framework: Framework, impl: s
 @frameworks
 def test_a_reset_starts_from_the_cells_first_carry(framework: Framework) -> None:
     xs = probes.ones(4, 2)
-    layer = framework.layer(framework.probe(), probes.spec_of(VARIATIONAL), xs, time_major=True)
+    layer = framework.layer(
+        framework.probe(), probes.noise_everywhere(VARIATIONAL), xs, time_major=True
+    )
     resets = jnp.zeros((4, 2), bool).at[2, 0].set(True)
     zeros = jax.tree.map(jnp.zeros_like, layer.carry)
     ys = layer.run(xs, KEY, initial_carry=zeros, resets=resets)

@@ -138,7 +138,7 @@ def test_a_subclass_of_an_lstm_is_an_lstm() -> None:
 @pytest.mark.parametrize("noise", [VARIATIONAL, PER_STEP], ids=["variational", "step"])
 def test_a_carry_that_is_handed_on_goes_on(noise) -> None:
     """Two windows are one sequence that was cut, bit for bit."""
-    cell = DropoutCell(probes.LinenProbe(), probes.spec_of(noise))
+    cell = DropoutCell(probes.LinenProbe(), probes.noise_everywhere(noise))
     rnn = nn.RNN(cell, time_major=True, return_carry=True)
     xs = probes.ones(steps=6)
     variables = rnn.init(RNG, xs)
@@ -152,7 +152,7 @@ def test_a_carry_that_is_handed_on_goes_on(noise) -> None:
 
 def test_new_masks_on_an_old_state() -> None:
     """`redraw_masks`, inside a model and outside of one."""
-    spec = probes.spec_of(VARIATIONAL)
+    spec = probes.noise_everywhere(VARIATIONAL)
     xs = probes.ones()
 
     class Model(nn.Module):
@@ -185,7 +185,7 @@ def test_new_masks_on_an_old_state() -> None:
 @pytest.mark.parametrize("noise", [VARIATIONAL, PER_STEP], ids=["variational", "step"])
 def test_seq_lengths(noise, reverse) -> None:
     """Each row's outputs and carry are those of a batch that is cut at that row's length."""
-    cell = DropoutCell(probes.LinenProbe(), probes.spec_of(noise))
+    cell = DropoutCell(probes.LinenProbe(), probes.noise_everywhere(noise))
     rnn = nn.RNN(cell, time_major=True, reverse=reverse, return_carry=True)
     lengths = [2, 5, 1, 3]
     xs = probes.ones() * jnp.arange(1.0, 6.0)[:, None, None]
@@ -207,7 +207,7 @@ def test_seq_lengths(noise, reverse) -> None:
 @pytest.mark.parametrize("noise", [VARIATIONAL, PER_STEP], ids=["variational", "step"])
 def test_a_padded_window_and_then_the_next(noise) -> None:
     """Frozen masks go on, per-step masks are all new, whatever the rows' lengths were."""
-    spec = probes.spec_of(noise)
+    spec = probes.noise_everywhere(noise)
     rnn = nn.RNN(DropoutCell(probes.LinenProbe(), spec), time_major=True, return_carry=True)
     xs = probes.ones()
     variables = rnn.init(RNG, xs)
@@ -247,7 +247,7 @@ def test_a_users_stack_of_dropout_cells(noise) -> None:
         def num_feature_axes(self) -> int:
             return 1
 
-    spec = probes.spec_of(noise)
+    spec = probes.noise_everywhere(noise)
     stack = Stack(tuple(DropoutCell(probes.LinenProbe(), spec) for _ in range(2)))
     rnn = nn.RNN(stack, time_major=True)
     xs = probes.ones()
@@ -264,7 +264,7 @@ def test_a_users_stack_of_dropout_cells(noise) -> None:
 @pytest.mark.parametrize("noise", [VARIATIONAL, PER_STEP], ids=["variational", "step"])
 def test_an_unbound_cell_inside_a_module_reads_the_modules_stream(noise) -> None:
     """Linen's own idiom, `parent=None`, where nn.RNN hands in a constant key."""
-    spec = probes.spec_of(noise)
+    spec = probes.noise_everywhere(noise)
 
     class Inline(nn.RNNCellBase):
         @nn.compact
@@ -309,7 +309,7 @@ def test_a_wrapper_in_a_wrapper() -> None:
 
 
 def test_one_cell_in_two_directions_has_two_draws() -> None:
-    cell = DropoutCell(probes.LinenProbe(), probes.spec_of(VARIATIONAL))
+    cell = DropoutCell(probes.LinenProbe(), probes.noise_everywhere(VARIATIONAL))
     shared = nn.RNN(cell, time_major=True)
     both = nn.Bidirectional(
         shared, shared, time_major=True, merge_fn=lambda f, b: jnp.stack([f, b])
@@ -325,7 +325,7 @@ def test_two_layers_have_masks_of_their_own() -> None:
     class Model(nn.Module):
         @nn.compact
         def __call__(self, xs: jax.Array) -> Any:
-            spec = probes.spec_of(VARIATIONAL)
+            spec = probes.noise_everywhere(VARIATIONAL)
             rnns = [
                 nn.RNN(DropoutCell(probes.LinenProbe(), spec), time_major=True) for _ in range(2)
             ]
@@ -339,7 +339,9 @@ def test_two_layers_have_masks_of_their_own() -> None:
 
 def test_a_training_step_redraws() -> None:
     """Under jit, with the key of each step: other masks each time, and no new program."""
-    rnn = nn.RNN(DropoutCell(probes.LinenProbe(), probes.spec_of(VARIATIONAL)), time_major=True)
+    rnn = nn.RNN(
+        DropoutCell(probes.LinenProbe(), probes.noise_everywhere(VARIATIONAL)), time_major=True
+    )
     xs = probes.ones()
     variables = rnn.init(RNG, xs)
     step = jax.jit(lambda rng: train(rnn, variables, xs, rng)["input"][0])
@@ -350,7 +352,9 @@ def test_a_training_step_redraws() -> None:
 
 def test_init_with_a_dropout_stream_trains() -> None:
     """But for the noise on weights, which come to be in the very run of the cell."""
-    rnn = nn.RNN(DropoutCell(probes.LinenProbe(), probes.spec_of(VARIATIONAL)), time_major=True)
+    rnn = nn.RNN(
+        DropoutCell(probes.LinenProbe(), probes.noise_everywhere(VARIATIONAL)), time_major=True
+    )
     ys, _ = rnn.init_with_output({"params": RNG, "dropout": RNG}, probes.ones())
     for site in ("input", "output"):
         assert set(np.unique(ys[site])) == {0.0, 2.0}

@@ -24,10 +24,6 @@ FIXED = fdc.Dropout(keep_prob=0.5, variational=True)
 PER_STEP = fdc.Dropout(keep_prob=0.5)
 
 
-def spec_of(**sites: Any) -> fdc.RecurrentDropout:
-    return fdc.RecurrentDropout(**sites)
-
-
 def train(rnn: nn.Module, variables: Any, xs: jax.Array, rng: Any = RNG, **kwargs: Any) -> Any:
     return rnn.apply(variables, xs, rngs={"dropout": rng}, **kwargs)
 
@@ -85,7 +81,10 @@ class Counting(Shift):
 class TestKeys:
     def test_nested_unbound_wrappers_draw_masks_of_their_own(self) -> None:
         """Two masks keep a quarter; the carry's random start has a key of its own too."""
-        cell = DropoutCell(DropoutCell(Shift(), spec_of(input=FIXED)), spec_of(input=FIXED))
+        cell = DropoutCell(
+            DropoutCell(Shift(), fdc.RecurrentDropout(input=FIXED)),
+            fdc.RecurrentDropout(input=FIXED),
+        )
         shape = (64, 256)
 
         def kept(carry: Any) -> float:
@@ -99,19 +98,19 @@ class TestKeys:
         assert (start != jax.random.normal(RNG, start.shape)).all()
 
     def test_a_wrapper_deep_in_a_cell_has_another_key(self) -> None:
-        inner = DropoutCell(nn.SimpleCell(H), spec_of(input=FIXED))
+        inner = DropoutCell(nn.SimpleCell(H), fdc.RecurrentDropout(input=FIXED))
 
         class Around(Residual):
             @nn.nowrap
             def initialize_carry(self, rng: jax.Array, input_shape: Any) -> Any:
                 return self.inner.initialize_carry(rng, input_shape)
 
-        cell = DropoutCell(Around(inner), spec_of(input=FIXED))
+        cell = DropoutCell(Around(inner), fdc.RecurrentDropout(input=FIXED))
         carry: Any = cell.initialize_carry(RNG, (B, 64))
         assert (carry.masks.input != carry.cell_carry.masks.input).any()
 
     def test_redraw_masks_with_a_key_is_the_cores_draw(self) -> None:
-        spec = spec_of(input=FIXED, state=(None, FIXED), output=FIXED)
+        spec = fdc.RecurrentDropout(input=FIXED, state=(None, FIXED), output=FIXED)
         cell = nn.LSTMCell(H)
         x = jnp.ones((B, F))
         state = cell.initialize_carry(RNG, x.shape)
@@ -128,7 +127,7 @@ class TestKeys:
         class Model(nn.Module):
             @nn.compact
             def __call__(self, x: jax.Array) -> Any:
-                cell = DropoutCell(nn.SimpleCell(H), spec_of(input=FIXED))
+                cell = DropoutCell(nn.SimpleCell(H), fdc.RecurrentDropout(input=FIXED))
                 carry: Any = cell.redraw_masks(jnp.zeros((B, H)), x, rng=RNG)
                 return carry.masks.input
 
@@ -142,15 +141,17 @@ class TestNoiseOnWeights:
         rnn = nn.RNN(Shift())
         variables = {"params": rnn.init(RNG, XS)["params"]}
         for nested in (False, True):
-            cell: Any = DropoutCell(Shift(), spec_of(params=Flipped()), deterministic=True)
+            cell: Any = DropoutCell(
+                Shift(), fdc.RecurrentDropout(params=Flipped()), deterministic=True
+            )
             if nested:
-                cell = DropoutCell(cell, spec_of(input=PER_STEP), deterministic=True)
+                cell = DropoutCell(cell, fdc.RecurrentDropout(input=PER_STEP), deterministic=True)
             ys: Any = nn.RNN(cell).apply(variables, XS)
             assert (ys == -1).all()
 
     def test_init_runs_the_cell_once(self) -> None:
         x = jnp.ones((B, F))
-        cell = DropoutCell(Counting(), spec_of(params=FIXED, input=FIXED))
+        cell = DropoutCell(Counting(), fdc.RecurrentDropout(params=FIXED, input=FIXED))
         for rngs in (RNG, {"params": RNG, "dropout": RNG}):
             carry = cell.redraw_masks(jnp.zeros((B, H)), x, rng=RNG)
             variables = cell.init(rngs, carry, x)
@@ -159,7 +160,7 @@ class TestNoiseOnWeights:
     @pytest.mark.parametrize("frozen", [False, True])
     def test_named_weights(self, frozen) -> None:
         """A dict of noises: `init` needs no stream, and evaluation is the bare cell."""
-        spec = spec_of(params={"i": None, "h": {"kernel": FIXED}})
+        spec = fdc.RecurrentDropout(params={"i": None, "h": {"kernel": FIXED}})
         rnn = nn.RNN(DropoutCell(nn.SimpleCell(H), spec), return_carry=True)
         variables = rnn.init(RNG, XS)
         jax.tree.map(
@@ -183,7 +184,7 @@ class TestNoiseOnWeights:
         cells = [nn.SimpleCell(H, kernel_init=boxed_init), nn.SimpleCell(H)]
         got, variables = [], {}
         for cell in cells:
-            rnn = nn.RNN(DropoutCell(cell, spec_of(params=noise)))
+            rnn = nn.RNN(DropoutCell(cell, fdc.RecurrentDropout(params=noise)))
             variables = rnn.init(RNG, XS)
             bare = nn.RNN(cell).init(RNG, XS)
             assert jax.tree.structure(variables) == jax.tree.structure(bare)
@@ -219,13 +220,13 @@ class TestNoiseOnWeights:
                 cell: Any = self.cell
                 return ys, cell.read(ys)
 
-        model = Model(WithHead(), spec_of(params=FIXED))
+        model = Model(WithHead(), fdc.RecurrentDropout(params=FIXED))
         variables = model.init(RNG, XS)
         assert set(variables["params"]["cell"]) == {"cell", "head"}
         ys, read = train(model, variables, XS)
         head = variables["params"]["cell"]["head"]
         np.testing.assert_allclose(read, ys @ head["kernel"] + head["bias"][None, None], rtol=1e-5)
-        unbound = DropoutCell(WithHead(), spec_of(params=FIXED))
+        unbound = DropoutCell(WithHead(), fdc.RecurrentDropout(params=FIXED))
         carry = unbound.initialize_carry(RNG, XS[:, 0].shape)
         outside, _ = model.apply(variables, XS, carry)
         assert (outside != ys).any()
@@ -244,7 +245,7 @@ class TestNoiseOnWeights:
                 ys = nn.RNN(cell, return_carry=True)(xs)
                 return ys, inner(jnp.zeros((B, UNITS)), xs[:, 0])[1]
 
-        everything = Model(spec_of(params=noise))
+        everything = Model(fdc.RecurrentDropout(params=noise))
         variables = everything.init(RNG, XS)
         assert set(variables["params"]) == {"inner", "outer"}
         (carry, _), plain = train(everything, variables, XS)
@@ -269,7 +270,9 @@ class TestNoiseOnWeights:
             )
             outer = masks["Dense_0"]["kernel"][0]
             np.testing.assert_array_equal(got["outer"]["Dense_0"]["kernel"] == 0, ~outer)
-        named = spec_of(params={"inner": None, "Dense_0": {"kernel": noise, "bias": None}})
+        named = fdc.RecurrentDropout(
+            params={"inner": None, "Dense_0": {"kernel": noise, "bias": None}}
+        )
         got = grads(named)
         assert (got["inner"]["h"]["kernel"] != 0).all()
 
@@ -279,10 +282,12 @@ class TestNoiseOnWeights:
                 return carry, inputs
 
         for noise in (FIXED, PER_STEP):
-            rnn = nn.RNN(DropoutCell(Echo(), spec_of(params=noise)))
+            rnn = nn.RNN(DropoutCell(Echo(), fdc.RecurrentDropout(params=noise)))
             with pytest.raises(ValueError, match="Echo has no weights"):
                 train(rnn, {}, XS)
-            rnn = nn.RNN(DropoutCell(Echo(), spec_of(params=noise), deterministic=True))
+            rnn = nn.RNN(
+                DropoutCell(Echo(), fdc.RecurrentDropout(params=noise), deterministic=True)
+            )
             with pytest.raises(ValueError, match="Echo has no weights"):
                 rnn.apply({}, XS)
 
@@ -296,7 +301,7 @@ class TestWhatExplodes:
                 return nn.LSTMCell(H, parent=None).initialize_carry(rng, input_shape)
 
         for noise in (FIXED, PER_STEP):
-            cell = DropoutCell(Hidden(), spec_of(state=noise))
+            cell = DropoutCell(Hidden(), fdc.RecurrentDropout(state=noise))
             with pytest.raises(ValueError, match=r"every leaf of .*state=\(None, noise\)"):
                 cell.initialize_carry(RNG, (B, F))
 
@@ -305,15 +310,19 @@ class TestWhatExplodes:
             pass
 
         for cell in (nn.GRUCell(H), nn.MGUCell(H), Mine(H), fdc.linen.GRUCell(H)):
-            for wrapped in (cell, DropoutCell(cell, spec_of())):
+            for wrapped in (cell, DropoutCell(cell, fdc.RecurrentDropout())):
                 with pytest.raises(ValueError, match="would explode") as caught:
-                    DropoutCell(wrapped, spec_of(state=PER_STEP)).initialize_carry(RNG, (B, F))
+                    DropoutCell(wrapped, fdc.RecurrentDropout(state=PER_STEP)).initialize_carry(
+                        RNG, (B, F)
+                    )
                 is_gru = not isinstance(cell, nn.MGUCell)  # the site `recurrent` is the GRU's alone
                 assert ("GRU" in str(caught.value)) == is_gru
                 assert (
                     ("gru_cell" in str(caught.value)) == ("inside" in str(caught.value)) == is_gru
                 )
-            DropoutCell(cell, spec_of(state=fdc.Zoneout(prob=0.1))).initialize_carry(RNG, (B, F))
+            DropoutCell(cell, fdc.RecurrentDropout(state=fdc.Zoneout(prob=0.1))).initialize_carry(
+                RNG, (B, F)
+            )
 
 
 class TestSitesInside:
@@ -321,7 +330,7 @@ class TestSitesInside:
     @pytest.mark.parametrize("params", [None, FIXED], ids=["", "on weights too"])
     def test_nn_rnn_is_dropout_scan(self, noise, params) -> None:
         inside = {"recurrent": noise, "candidate": noise}
-        spec = spec_of(inside=inside, params=params)
+        spec = fdc.RecurrentDropout(inside=inside, params=params)
         rnn = nn.RNN(DropoutCell(fdc.linen.LSTMCell(H), spec), return_carry=True)
         variables = rnn.init(RNG, XS)
         carry, ys = train(rnn, variables, XS)
@@ -356,15 +365,15 @@ class TestCarriesOfOtherSpecs:
     @pytest.mark.parametrize(
         "other",
         [
-            spec_of(input=fdc.Dropout(keep_prob=1.0, variational=True)),
-            spec_of(input=fdc.Dropout(keep_prob=0.9, variational=True)),
-            spec_of(input=FIXED, output=PER_STEP),
-            spec_of(),
+            fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=1.0, variational=True)),
+            fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=0.9, variational=True)),
+            fdc.RecurrentDropout(input=FIXED, output=PER_STEP),
+            fdc.RecurrentDropout(),
         ],
         ids=["one", "more", "another site", "nothing"],
     )
     def test_is_refused(self, other) -> None:
-        variables, carry = self.carry_of(spec_of(input=FIXED))
+        variables, carry = self.carry_of(fdc.RecurrentDropout(input=FIXED))
         rnn = nn.RNN(DropoutCell(nn.SimpleCell(H), other), return_carry=True)
         with pytest.raises(ValueError, match=r"another spec.*\n.*\n.*\n.*redraw_masks") as error:
             train(rnn, variables, XS, initial_carry=carry)
@@ -376,9 +385,9 @@ class TestCarriesOfOtherSpecs:
         rnn.apply(variables, XS, initial_carry=carry)
 
     def test_an_equal_spec_goes_on(self) -> None:
-        variables, carry = self.carry_of(spec_of(input=FIXED))
+        variables, carry = self.carry_of(fdc.RecurrentDropout(input=FIXED))
         again = fdc.Dropout(keep_prob=np.float64(0.5), variational=True, broadcast_dims=())
-        rnn = nn.RNN(DropoutCell(nn.SimpleCell(H), spec_of(input=again)))
+        rnn = nn.RNN(DropoutCell(nn.SimpleCell(H), fdc.RecurrentDropout(input=again)))
         assert train(rnn, variables, XS, initial_carry=carry).shape == (B, T, H)
 
     @pytest.mark.parametrize("lengths", [None, jnp.array([1, 5, 2, 3])])
@@ -387,7 +396,9 @@ class TestCarriesOfOtherSpecs:
 
         def ys(keep_prob: float, **kwargs: Any) -> Any:
             noise = fdc.Dropout(keep_prob=jnp.float32(keep_prob), variational=True)
-            rnn = nn.RNN(DropoutCell(Shift(), spec_of(output=noise)), return_carry=True)
+            rnn = nn.RNN(
+                DropoutCell(Shift(), fdc.RecurrentDropout(output=noise)), return_carry=True
+            )
             variables = {"params": {"cell": {"w": jnp.ones(H)}}}
             return train(rnn, variables, XS, **kwargs)
 
@@ -400,7 +411,7 @@ class TestCarriesOfOtherSpecs:
     def test_a_carry_is_saved_and_loaded(self) -> None:
         """Per-step keys, arrays and the outline, whatever kind of key the stream had."""
         noise = fdc.Dropout(keep_prob=jnp.float32(0.5), variational=True)
-        spec = spec_of(input=noise, output=PER_STEP, params=FIXED)
+        spec = fdc.RecurrentDropout(input=noise, output=PER_STEP, params=FIXED)
         rnn = nn.RNN(DropoutCell(nn.SimpleCell(H), spec), return_carry=True)
         variables = rnn.init(RNG, XS)
         for rng in (RNG, jax.random.PRNGKey(0), jax.random.key(0, impl="rbg")):
@@ -413,8 +424,8 @@ class TestCarriesOfOtherSpecs:
                 np.testing.assert_array_equal(got, want)
 
     def test_a_saved_carry_of_another_spec_is_refused(self) -> None:
-        variables, carry = self.carry_of(spec_of(input=FIXED))
-        other = spec_of(input=fdc.Dropout(keep_prob=0.9, variational=True))
+        variables, carry = self.carry_of(fdc.RecurrentDropout(input=FIXED))
+        other = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=0.9, variational=True))
         _, target = self.carry_of(other)
         restored = serialization.from_bytes(target, serialization.to_bytes(carry))
         rnn = nn.RNN(DropoutCell(nn.SimpleCell(H), other))
@@ -423,9 +434,9 @@ class TestCarriesOfOtherSpecs:
 
     @pytest.mark.parametrize("noise", [{"output": PER_STEP}, {"params": FIXED}])
     def test_a_sliced_carry_is_an_error_that_names_the_layer(self, noise) -> None:
-        variables, carry = self.carry_of(spec_of(**noise))
+        variables, carry = self.carry_of(fdc.RecurrentDropout(**noise))
         part = jax.tree.map(lambda leaf: leaf[2:], carry)
-        rnn = nn.RNN(DropoutCell(nn.SimpleCell(H), spec_of(**noise)))
+        rnn = nn.RNN(DropoutCell(nn.SimpleCell(H), fdc.RecurrentDropout(**noise)))
         with pytest.raises(ValueError, match=r"sliced.*\n?.*RNN with sequence_ids"):
             train(rnn, variables, XS[2:], initial_carry=part)
 
@@ -468,7 +479,7 @@ class TestTypesOfInputs:
                 return 1
 
         tokens = jax.random.randint(RNG, (B, T, 1), 0, 5)
-        rnn = nn.RNN(DropoutCell(Tokens(), spec_of(output=noise)), return_carry=True)
+        rnn = nn.RNN(DropoutCell(Tokens(), fdc.RecurrentDropout(output=noise)), return_carry=True)
         variables = rnn.init(RNG, tokens)
         carry, ys = train(rnn, variables, tokens)
         want: Any = nn.RNN(Tokens()).apply(variables, tokens)
@@ -486,7 +497,7 @@ class TestTypesOfInputs:
                 return carry, inputs
 
         xs = XS.astype(jnp.bfloat16)
-        spec = spec_of(**{site: Added()})
+        spec = fdc.RecurrentDropout(**{site: Added()})
         rnn = nn.RNN(DropoutCell(Echo(), spec), return_carry=True)
         carry, ys = train(rnn, {}, xs)
         key = typed(carry.rng.key[0])
@@ -498,7 +509,9 @@ class TestTypesOfInputs:
         np.testing.assert_array_equal(ys, xs + mask[:, None])
 
     def test_boolean_masks_are_not_drawn_again(self) -> None:
-        rnn = nn.RNN(DropoutCell(Shift(), spec_of(input=FIXED, output=FIXED)), return_carry=True)
+        rnn = nn.RNN(
+            DropoutCell(Shift(), fdc.RecurrentDropout(input=FIXED, output=FIXED)), return_carry=True
+        )
         variables = {"params": {"cell": {"w": jnp.ones(H)}}}
         carry, _ = train(rnn, variables, XS.astype(jnp.bfloat16))
         assert carry.rng is None
@@ -507,7 +520,7 @@ class TestTypesOfInputs:
 class TestNoRows:
     @pytest.mark.parametrize("noise", [FIXED, PER_STEP], ids=["variational", "step"])
     def test_a_batch_of_no_rows(self, noise) -> None:
-        spec = spec_of(input=noise, output=noise, state=noise, params=noise)
+        spec = fdc.RecurrentDropout(input=noise, output=noise, state=noise, params=noise)
         rnn = nn.RNN(DropoutCell(nn.SimpleCell(H), spec), return_carry=True)
         variables = rnn.init(RNG, XS)
         _, ys = train(rnn, variables, XS[:0])
@@ -522,7 +535,7 @@ def test_errors_are_short() -> None:
 
     big = Big(tuple(nn.Dense(n) for n in range(50)))
     with pytest.raises(TypeError, match=r"is not an RNNCell of flax.linen") as error:
-        DropoutCell(big, spec_of())  # type: ignore[arg-type]
+        DropoutCell(big, fdc.RecurrentDropout())  # type: ignore[arg-type]
     assert len(str(error.value)) < 300
     with pytest.raises(TypeError, match="dropout must be a RecurrentDropout") as error:
         DropoutCell(nn.LSTMCell(H), big)  # type: ignore[arg-type]
@@ -532,5 +545,7 @@ def test_errors_are_short() -> None:
 def test_no_warnings() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rnn = nn.RNN(DropoutCell(nn.SimpleCell(H), spec_of(params=FIXED, output=PER_STEP)))
+        rnn = nn.RNN(
+            DropoutCell(nn.SimpleCell(H), fdc.RecurrentDropout(params=FIXED, output=PER_STEP))
+        )
         train(rnn, rnn.init(RNG, XS), XS)

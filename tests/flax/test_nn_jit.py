@@ -30,15 +30,15 @@ class Echo(nn.RNNCellBase):
         return carry, inputs
 
 
-def spec_of(keep_prob: Any) -> fdc.RecurrentDropout:
+def output_dropout(keep_prob: Any) -> fdc.RecurrentDropout:
     return fdc.RecurrentDropout(output=fdc.Dropout(keep_prob=keep_prob, variational=True))
 
 
 Lift = Callable[[Any], Any]
 HOSTS: dict[str, Callable[[Any, Lift], Any]] = {
-    "RNN": lambda p, lift: lift(fdc.linen.RNN)(Echo(), spec_of(p), name="layer"),
+    "RNN": lambda p, lift: lift(fdc.linen.RNN)(Echo(), output_dropout(p), name="layer"),
     "DropoutCell": lambda p, lift: lift(nn.RNN)(
-        fdc.linen.DropoutCell(Echo(), spec_of(p)), name="layer"
+        fdc.linen.DropoutCell(Echo(), output_dropout(p)), name="layer"
     ),
     "RNNCellDropoutWrapper": lambda p, lift: lift(nn.RNN)(
         fdc.linen.RNNCellDropoutWrapper(Echo(), 1.0, p, variational_recurrent=True), name="layer"
@@ -98,7 +98,7 @@ def test_one_program_for_each_value_of_an_array() -> None:
     layer = nn.jit(fdc.linen.RNN)
     counts = []
     for keep_prob in (0.7, 0.7, 0.4, 0.7):
-        ys = layer(Traced(), spec_of(jnp.float32(keep_prob))).apply({}, XS, rngs=RNGS)
+        ys = layer(Traced(), output_dropout(jnp.float32(keep_prob))).apply({}, XS, rngs=RNGS)
         assert_kept_once(ys, keep_prob)
         counts.append(len(traces))
     assert 0 < counts[0] == counts[1] < counts[2] == counts[3]
@@ -109,7 +109,7 @@ def test_traced_arrays_share_no_program() -> None:
     layer = nn.jit(fdc.linen.RNN)
 
     def apply(keep_prob: jax.Array) -> Any:
-        return layer(Echo(), spec_of(keep_prob)).apply({}, XS, rngs=RNGS)
+        return layer(Echo(), output_dropout(keep_prob)).apply({}, XS, rngs=RNGS)
 
     for keep_prob in (0.7, 0.4):
         both = jax.jit(lambda p: (apply(p), apply(p / 2)))(jnp.float32(keep_prob))
@@ -170,7 +170,7 @@ def test_an_array_that_is_an_argument_of_the_compiled_module() -> None:
         @nn.compact
         def __call__(self, xs: jax.Array, keep_prob: jax.Array) -> Any:
             traces.append(keep_prob)
-            return fdc.linen.RNN(Echo(), spec_of(keep_prob))(xs)
+            return fdc.linen.RNN(Echo(), output_dropout(keep_prob))(xs)
 
     model = nn.jit(Layer)()
     for keep_prob in (0.7, 0.4, 0.7):

@@ -68,7 +68,7 @@ def test_the_next_call_has_new_masks(host: Any, spec: str) -> None:
 @both_modes
 def test_the_next_call_in_both_directions_has_new_masks(noise: fdc.Dropout) -> None:
     rngs = nnx.Rngs(0)
-    cells = tuple(nnx_probe(probes.spec_of(noise), rngs) for _ in range(2))
+    cells = tuple(nnx_probe(probes.noise_everywhere(noise), rngs) for _ in range(2))
     runs = []
     for calls in (1, 2):
         _, ys = compiled(nnx_hosts.in_nnx_bidirectional)(cells, probes.ones())
@@ -147,7 +147,9 @@ def test_the_stream_is_forked_as_dropout_forks_it() -> None:
 def test_cells_made_from_one_rngs_have_masks_of_their_own() -> None:
     rngs = nnx.Rngs(0)
     one, other = (
-        DropoutCell(NnxProbe(), probes.spec_of(VARIATIONAL), rngs=rngs).initialize_carry(SHAPE)
+        DropoutCell(NnxProbe(), probes.noise_everywhere(VARIATIONAL), rngs=rngs).initialize_carry(
+            SHAPE
+        )
         for _ in range(2)
     )
     for mask, other_mask in zip(*map(jax.tree.leaves, (one.masks, other.masks)), strict=True):

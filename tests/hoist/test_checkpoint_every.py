@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from asserts import assert_close_in_scale
 from quick_prng import quick_key
-from reset_case import RESETS, XS, T, scan, spec_of
+from reset_case import RESETS, XS, T, noise_everywhere, scan
 
 import flax_dropout_cell as fdc
 
@@ -60,4 +60,4 @@ def test_memory_grows_with_the_chunks_and_what_is_in_one() -> None:
 @pytest.mark.parametrize("every", [0, -1, True, 2.0, "2"])
 def test_mistakes(every) -> None:
     with pytest.raises(ValueError, match="checkpoint_every must be an int of at least 1"):
-        scan(spec_of(NOISES[0]), checkpoint_every=every)
+        scan(noise_everywhere(NOISES[0]), checkpoint_every=every)

@@ -14,6 +14,7 @@ import probes
 import pytest
 from compiled import computations, random_work, scans
 from flax import nnx
+from specs import noise_everywhere
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell._sequence import step_masks
@@ -26,10 +27,6 @@ Program = tuple[Callable[..., Any], Any]
 """`run(params, xs, rng)`, which gives the outputs, and the params, or their shapes."""
 
 
-def spec_of(noise: fdc.Dropout | None) -> fdc.RecurrentDropout:
-    return fdc.RecurrentDropout(input=noise, state=(None, noise), output=noise)
-
-
 def core_program(noise: fdc.Dropout | None, **options: Any) -> Program:
     cell = nn.LSTMCell(UNITS)
     row = jnp.zeros((BATCH, UNITS))
@@ -37,14 +34,20 @@ def core_program(noise: fdc.Dropout | None, **options: Any) -> Program:
 
     def run(params: Any, xs: jax.Array, rng: jax.Array) -> Any:
         return fdc.dropout_scan(
-            params, (row, row), xs, rng, cell=cell.apply, dropout=spec_of(noise), **options
+            params,
+            (row, row),
+            xs,
+            rng,
+            cell=cell.apply,
+            dropout=noise_everywhere(noise, params=None),
+            **options,
         )[1]
 
     return run, params
 
 
 def linen_program(noise: fdc.Dropout | None) -> Program:
-    cell = fdc.linen.DropoutCell(nn.LSTMCell(UNITS), spec_of(noise))
+    cell = fdc.linen.DropoutCell(nn.LSTMCell(UNITS), noise_everywhere(noise, params=None))
     rnn = nn.RNN(cell, time_major=True)
     params = jax.eval_shape(rnn.init, jax.random.key(0), jnp.zeros((1, BATCH, UNITS)))
     return lambda params, xs, rng: rnn.apply(params, xs, rngs={"dropout": rng}), params
@@ -52,7 +55,7 @@ def linen_program(noise: fdc.Dropout | None) -> Program:
 
 def nnx_program(noise: fdc.Dropout | None) -> Program:
     cell = nnx.LSTMCell(UNITS, UNITS, rngs=nnx.Rngs(0))
-    cell = fdc.nnx.DropoutCell(cell, spec_of(noise), rngs=nnx.Rngs(dropout=1))
+    cell = fdc.nnx.DropoutCell(cell, noise_everywhere(noise, params=None), rngs=nnx.Rngs(dropout=1))
     graph, params, rest = nnx.split(nnx.RNN(cell, time_major=True), nnx.Param, ...)
 
     def run(params: Any, xs: jax.Array, rng: jax.Array) -> Any:
@@ -108,7 +111,7 @@ def test_words_drawn(program, keep_prob, bits, variational) -> None:
 @pytest.mark.parametrize("host", [host for host in hosts.HOSTS if "loop" not in host])
 @pytest.mark.parametrize("variational", [True, False], ids=["variational", "step"])
 def test_variational_masks_cost_a_hosts_loop_no_randomness(host, variational) -> None:
-    spec = probes.spec_of(fdc.Dropout(keep_prob=0.5, variational=variational))
+    spec = probes.noise_everywhere(fdc.Dropout(keep_prob=0.5, variational=variational))
     jaxpr = jax.make_jaxpr(lambda rng, xs: hosts.HOSTS[host](spec, rng, xs).seen)
     found = {in_scan for _, in_scan in words_drawn(jaxpr(jax.random.key(0), probes.ones()).jaxpr)}
     assert found == {not variational}
@@ -214,7 +217,12 @@ def test_masks_are_booleans() -> None:
     row = jnp.zeros((BATCH, UNITS))
     noise = fdc.Dropout(keep_prob=0.7, variational=True)
     masks = fdc.draw_masks(
-        params, (row, row), row, jax.random.key(0), cell=cell, dropout=spec_of(noise)
+        params,
+        (row, row),
+        row,
+        jax.random.key(0),
+        cell=cell,
+        dropout=noise_everywhere(noise, params=None),
     )
     leaves = jax.tree.leaves(masks)
     assert [leaf.dtype for leaf in leaves] == [bool] * SITES

@@ -41,13 +41,13 @@ def test_every_row_is_tested_and_every_scheme_has_a_row() -> None:
     assert sorted(tested) == sorted(SCHEMES)
 
 
-def spec_of(name: str) -> fdc.RecurrentDropout:
+def spec_on_page(name: str) -> fdc.RecurrentDropout:
     return eval(ROWS[name][1], {"fdc": fdc, "jnp": jnp})
 
 
 @rows
 def test_a_row_says_when_it_draws(name: str) -> None:
-    spec = spec_of(name)
+    spec = spec_on_page(name)
     drawn = {variational for noises in kinds(spec, "input").values() for _, variational in noises}
     assert drawn == {ROWS[name][0] == "once per sequence"}
     for scheme in (SCHEMES[other] for other in TESTED[name]):
@@ -73,7 +73,9 @@ def test_a_row_runs_and_disturbs(name: str) -> None:
     params, carry, xs = example("lstm")
 
     def run(rng: Any) -> Any:
-        return fdc.dropout_scan(params, carry, xs, rng, cell=fdc.lstm_cell, dropout=spec_of(name))
+        return fdc.dropout_scan(
+            params, carry, xs, rng, cell=fdc.lstm_cell, dropout=spec_on_page(name)
+        )
 
     _, trained = run(jax.random.key(0))
     _, evaluated = run(None)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from probes import BATCH, STEPS, UNITS, NnxProbe, spec_of
+from probes import BATCH, STEPS, UNITS, NnxProbe, noise_everywhere
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell.nnx import DropoutCell
@@ -56,7 +56,7 @@ class Counting(NnxProbe):
 
 
 def probe_of(noise: fdc.Noise | None, seed: Any = 0) -> DropoutCell:
-    return DropoutCell(NnxProbe(), spec_of(noise), rngs=nnx.Rngs(dropout=seed))
+    return DropoutCell(NnxProbe(), noise_everywhere(noise), rngs=nnx.Rngs(dropout=seed))
 
 
 def wrapped(cell_class: Any, spec: fdc.RecurrentDropout) -> Any:

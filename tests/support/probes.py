@@ -64,7 +64,7 @@ class NnxProbe(nnx.RNNCellBase):
 NOTHING = {"params": None, "input": None, "state": None, "output": None}
 
 
-def spec_of(noise: fdc.Noise | None) -> fdc.RecurrentDropout:
+def noise_everywhere(noise: fdc.Noise | None) -> fdc.RecurrentDropout:
     """One noise at every site of a probe; at `output` only on the leaf that shows no other."""
     return fdc.RecurrentDropout(
         params=noise,

@@ -39,7 +39,7 @@ def first_carry(batch=B):
     return {"h": jnp.full((batch, H), 0.5), "seen": jnp.ones((batch, H))}
 
 
-def spec_of(noise) -> fdc.RecurrentDropout:
+def noise_everywhere(noise) -> fdc.RecurrentDropout:
     return fdc.RecurrentDropout(
         input=noise,
         state={"h": noise, "seen": noise},
@@ -53,5 +53,5 @@ def scan(noise, xs=XS, rng=None, carry=None, **options) -> Any:
     if rng is None:  # JAX's own PRNG takes long to compile at each step
         rng = jax.random.key(9) if noise is NOISES["variational"] else quick_key(9)
     carry = first_carry(xs.shape[1]) if carry is None else carry
-    spec = spec_of(noise) if isinstance(noise, fdc.Dropout) else noise
+    spec = noise_everywhere(noise) if isinstance(noise, fdc.Dropout) else noise
     return fdc.dropout_scan(PARAMS, carry, xs, rng, cell=cell, dropout=spec, **options)

@@ -64,14 +64,16 @@ def noise_of(scheme: str, keep_prob: Any = None) -> fdc.Dropout:
     return fdc.Dropout(keep_prob=keep_prob, variational=scheme == "variational")
 
 
-def spec_of(scheme: str, keep_prob: Any = None) -> fdc.RecurrentDropout:
+def spec_of_scheme(scheme: str, keep_prob: Any = None) -> fdc.RecurrentDropout:
     noise = noise_of(scheme, keep_prob)
     return fdc.RecurrentDropout(params=noise, input=noise, state=noise, output=noise)
 
 
 def masks_of(host: str, scheme: str) -> Callable[..., Any]:
     """Gives every mask of a sequence, from its key and its inputs."""
-    return lambda rng, xs: hosts.HOSTS[host](probes.spec_of(noise_of(scheme)), rng, xs).seen
+    return lambda rng, xs: (
+        hosts.HOSTS[host](probes.noise_everywhere(noise_of(scheme)), rng, xs).seen
+    )
 
 
 def exact_cell(params: Any, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -84,7 +86,7 @@ def gradient_of(scheme: str, cell: fdc.Cell = exact_cell, masks: Any = None) -> 
 
     def loss(rng: jax.Array | None, values: Any) -> tuple[jax.Array, Any]:
         params, h, xs, weights = values
-        spec = spec_of(scheme)
+        spec = spec_of_scheme(scheme)
         h, ys = fdc.dropout_scan(params, h, xs, rng, cell=cell, dropout=spec, masks=masks)
         return jnp.sum(weights * ys), (h, ys)
 
@@ -199,7 +201,9 @@ def gradient_under_checkpoint(what: str, scheme: str) -> None:
 
         def loss(values: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
             params, h, xs, weights = values
-            h, ys = fdc.dropout_scan(params, h, xs, rng, cell=exact_cell, dropout=spec_of(scheme))
+            h, ys = fdc.dropout_scan(
+                params, h, xs, rng, cell=exact_cell, dropout=spec_of_scheme(scheme)
+            )
             return jnp.sum(weights * ys), (h, ys)
 
         def gradient(rng: jax.Array, values: Any) -> Any:
@@ -386,7 +390,7 @@ def masks_drawn_outside_of_shard_map() -> None:
     def whole(rng: jax.Array, values: Any) -> Any:
         params, h, xs, _ = values
         masks = fdc.draw_masks(
-            params, h, xs[0], rng, cell=exact_cell, dropout=spec_of("variational")
+            params, h, xs[0], rng, cell=exact_cell, dropout=spec_of_scheme("variational")
         )
         rows, steps = P("batch"), P(None, "batch")
         specs = (fdc.Masks(P(), rows, rows, rows), (P(), rows, steps, steps))
@@ -529,7 +533,7 @@ def compiled(
     host: str, scheme: str, gradient: bool, keep_prob: float = 0.7, weights: bool = True
 ) -> str:
     """The program, sharded over the batch, with dropout at each site; scheme "none" has none."""
-    dropout = fdc.RecurrentDropout() if scheme == "none" else spec_of(scheme, keep_prob)
+    dropout = fdc.RecurrentDropout() if scheme == "none" else spec_of_scheme(scheme, keep_prob)
     if not weights:
         dropout = dataclasses.replace(dropout, params=None)
     run: Any = program_of(host, dropout)
