@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from compare import describe
 from jax_programs import compile_program, versions
-from own_cells import PARTS, cpu_seconds
+from own_cells import PARTS, time_both
 from program import Compiled, Config
 from rounds import parser_of, store
 
@@ -60,7 +60,7 @@ def make_program(scan: Callable[..., Any], size: Size) -> Compiled:
 def measure(size: Size, rounds: int) -> dict[str, Any]:
     programs = {name: make_program(scan, size) for name, scan in SCANS.items()}
     seconds = {
-        part: cpu_seconds({name: getattr(it, part) for name, it in programs.items()}, rounds)
+        part: time_both({name: getattr(it, part) for name, it in programs.items()}, rounds).cpu
         for part in PARTS
     }
     size_of = {

@@ -5,13 +5,13 @@
 
 Within a round each program runs once, in turn. A ratio is the median over the rounds of a
 program's CPU time, of all threads, divided by that of Flax's faster cell in the same round: other
-work on the machine counts little. Only this library's cells can have masks for each gate; these
-are compared with masks that gates share.
+work on the machine counts little. The time on the clock is stored too. Only this library's cells
+can have masks for each gate; these are compared with masks that gates share.
 """
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -39,6 +39,7 @@ FLAX: dict[str, dict[str, Any]] = {
 }
 OWN: dict[str, Any] = {"LSTM": fdc.linen.LSTMCell, "GRU": fdc.linen.GRUCell}
 PARTS = ("forward", "gradient")
+NOISES = ("no noise", "variational")
 
 
 def make_layer(cell: Any, spec: fdc.RecurrentDropout, config: Config) -> Compiled:
@@ -51,10 +52,8 @@ def make_layer(cell: Any, spec: fdc.RecurrentDropout, config: Config) -> Compile
 
 def make_programs(kind: str, config: Config) -> dict[str, Compiled]:
     """Every program of a cell, by what it is and what drops."""
-    specs = {
-        "no noise": fdc.RecurrentDropout(),
-        "variational": spec_of("GRUCell" if kind == "GRU" else "LSTMCell"),
-    }
+    dropout = spec_of("GRUCell" if kind == "GRU" else "LSTMCell")
+    specs = dict(zip(NOISES, (fdc.RecurrentDropout(), dropout), strict=True))
     found = {
         f"{name}, {noise}": make_layer(cell, spec, config)
         for noise, spec in specs.items()
@@ -66,57 +65,74 @@ def make_programs(kind: str, config: Config) -> dict[str, Compiled]:
     return found
 
 
-def cpu_seconds(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """The CPU seconds of each program in each round; a round before them warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+class Seconds(NamedTuple):
+    """The seconds of each program in each round: of all threads, and on the clock."""
+
+    cpu: dict[str, list[float]]
+    clock: dict[str, list[float]]
+
+
+def time_both(programs: dict[str, Callable[[], Any]], rounds: int) -> Seconds:
+    """Runs each program once in each round, in turn; a round before them warms up."""
+    seconds = Seconds({name: [] for name in programs}, {name: [] for name in programs})
     for number in range(rounds + 1):
         for name, program in programs.items():
-            start = time.process_time()
+            starts = time.process_time(), time.perf_counter()
             program()
+            ends = time.process_time(), time.perf_counter()
             if number:
-                seconds[name].append(time.process_time() - start)
+                for times, start, end in zip(seconds, starts, ends, strict=True):
+                    times[name].append(end - start)
     return seconds
 
 
 def measure(kind: str, config: Config, rounds: int) -> dict[str, Any]:
     programs = make_programs(kind, config)
     parts = {
-        part: cpu_seconds({name: getattr(it, part) for name, it in programs.items()}, rounds)
+        part: time_both({name: getattr(it, part) for name, it in programs.items()}, rounds)
         for part in PARTS
     }
-    memory = {name: it.gradient_bytes for name, it in programs.items()}
-    return {"cell": kind, "config": config._asdict(), "seconds": parts, "gradient_bytes": memory}
+    return {
+        "cell": kind,
+        "config": config._asdict(),
+        "seconds": {part: both.cpu for part, both in parts.items()},
+        "clock": {part: both.clock for part, both in parts.items()},
+        "gradient_bytes": {name: it.gradient_bytes for name, it in programs.items()},
+    }
 
 
-def ratio(row: dict[str, Any], part: str, name: str, bases: list[str]) -> float:
-    """The median ratio to the base with the least CPU time."""
-    seconds = row["seconds"][part]
+def ratio(seconds: dict[str, list[float]], name: str, bases: list[str]) -> float:
+    """The median ratio to the base with the least time."""
     base = min(bases, key=lambda base: np.median(seconds[base]))
     return float(np.median(np.divide(seconds[name], seconds[base])))
 
 
-def ratios(row: dict[str, Any], part: str) -> list[float]:
-    """Without noise, with variational dropout, and with masks for each gate."""
-    of_noise = [
-        ratio(row, part, f"own, {noise}", [f"{name}, {noise}" for name in FLAX[row["cell"]]])
-        for noise in ("no noise", "variational")
-    ]
-    return [*of_noise, ratio(row, part, "own, masks for each gate", ["own, shared masks"])]
+def ratios(row: dict[str, Any], part: str, kind: str = "seconds") -> dict[str, float]:
+    """By what drops; `kind` is "seconds" for CPU time, or "clock"."""
+    seconds = row[kind][part]
+    found = {
+        noise: ratio(seconds, f"own, {noise}", [f"{name}, {noise}" for name in FLAX[row["cell"]]])
+        for noise in NOISES
+    }
+    masks = ratio(seconds, "own, masks for each gate", ["own, shared masks"])
+    return found | {"masks for each gate": masks}
 
 
-def format_table(result: dict[str, Any]) -> str:
-    """A Markdown table: forward, gradient, and the gradient's memory with masks for each gate."""
+def format_table(*runs: dict[str, Any]) -> str:
+    """A Markdown table of the ratios in each run, and of the memory of masks for each gate."""
+    columns = [*NOISES, "masks for each gate"]
     lines = [
-        "| cell | size | no noise | variational | masks for each gate | its memory |",
-        "|---|---|---|---|---|---|",
+        f"| cell | size | | {' | '.join(columns)} | memory of masks for each gate |",
+        f"|---|---|---|{'---|' * len(columns)}---|",
     ]
-    for row in result["rows"]:
-        cells = [row["cell"], title_of(Config(**row["config"]))]
-        pairs = zip(ratios(row, "forward"), ratios(row, "gradient"), strict=True)
-        cells += [f"{forward:.2f}, {gradient:.2f}" for forward, gradient in pairs]
-        size = row["gradient_bytes"]
-        cells.append(f"{size['own, masks for each gate'] / size['own, shared masks']:.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
+    for rows in zip(*(run["rows"] for run in runs), strict=True):
+        size = rows[0]["gradient_bytes"]
+        memory = {"gradient": f"{size['own, masks for each gate'] / size['own, shared masks']:.2f}"}
+        for part in PARTS:
+            cells = [rows[0]["cell"], title_of(Config(**rows[0]["config"])), part]
+            found = [ratios(row, part) for row in rows]
+            cells += [", ".join(f"{each[column]:.2f}" for each in found) for column in columns]
+            lines.append(f"| {' | '.join([*cells, memory.get(part, '')])} |")
     return "\n".join(lines)
 
 
