@@ -13,7 +13,6 @@ If it is run again, the program goes on from the rows in `--out`.
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import numpy as np
 from compare import cpu_name
 from flax import nnx
 from jax_programs import versions
-from rounds import store
+from rounds import resume, store
 from scheme_noises import gal, no_dropout, weight_drop, zaremba
 
 import flax_dropout_cell as fdc
@@ -171,11 +170,7 @@ def main() -> None:
     config, path = QUICK if options.quick else CONFIG, options.out / "bands.json"
     report = {"config": dataclasses.asdict(config), "rows": []}
     report |= {"cpu": cpu_name(), "versions": versions()}
-    if path.exists():
-        stored = json.loads(path.read_text())
-        if stored["config"] != report["config"]:
-            parser.error(f"{path} is of another config; give another --out")
-        report = stored
+    report = resume(parser, report, path)
     done = {(row["cell"], row["scheme"]) for row in report["rows"]}
     for row in ROWS:
         if (row.cell, row.scheme) not in done:

@@ -38,7 +38,7 @@ def six_lines(params: Any, carry: Any, x: jax.Array) -> Any:
 
 
 def functional(name: str, config: Config) -> tuple[Callable[..., Any], Any, Any]:
-    """A cell as a function, its weights and its first carry."""
+    """A cell as a function, its weights and its initial carry."""
     size, x = config.features, jnp.zeros((config.batch, config.features))
     if name == SIX_LINES:
         kernel = jax.random.normal(jax.random.key(1), (2 * size, 4 * size)) / size**0.5

@@ -70,23 +70,24 @@ def measure(size: Size, rounds: int) -> dict[str, Any]:
     return {"size": size._asdict(), "seconds": seconds, "bytes": size_of}
 
 
-def format_table(result: dict[str, Any]) -> str:
-    """A Markdown table: ratios to `jax.lax.scan`, and the gradient's memory in MiB."""
+def ratio(row: dict[str, Any], part: str) -> float:
+    seconds = row["seconds"][part]
+    return float(np.median(np.divide(seconds["fdc.scan"], seconds[BASE])))
+
+
+def format_table(*runs: dict[str, Any]) -> str:
+    """A Markdown table: ratios to `jax.lax.scan` in each run, and the gradient's memory in MiB."""
     lines = [
         "| size | head | forward | gradient | memory of the gradient |",
         "|---|---|---|---|---|",
     ]
-    for row in result["rows"]:
-        size = Size(**row["size"])
-        times = [
-            np.median(np.divide(row["seconds"][part]["fdc.scan"], row["seconds"][part][BASE]))
-            for part in PARTS
-        ]
-        ours, base = (row["bytes"]["gradient"][name] / 2**20 for name in ("fdc.scan", BASE))
+    for rows in zip(*(run["rows"] for run in runs), strict=True):
+        size = Size(**rows[0]["size"])
+        ours, base = (rows[0]["bytes"]["gradient"][name] / 2**20 for name in ("fdc.scan", BASE))
         cells = [
             f"T={size.time} B={size.batch} H={size.features}",
             str(size.head or ""),
-            *(f"{time:.2f}" for time in times),
+            *(", ".join(f"{ratio(row, part):.2f}" for row in rows) for part in PARTS),
             f"{ours:.1f} MiB instead of {base:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")

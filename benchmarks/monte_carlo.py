@@ -12,7 +12,6 @@ the program goes on from the rows in `--out`.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from compare import cpu_name, positive_int
 from jax_programs import versions
-from rounds import store
+from rounds import resume, store
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
@@ -161,11 +160,9 @@ def main() -> None:
     once = float(np.exp(build_evaluate(model, config.window)(params, rows)))
     report: dict[str, Any] = {"config": options.config, "without_noise": once, "rows": []}
     report |= {"cpu": cpu_name(), "versions": versions()}
-    if path.exists():
-        stored = json.loads(path.read_text())
-        if not np.isclose(stored["without_noise"], once, rtol=1e-5):
-            parser.error(f"{path} is of other weights; give another --out")
-        report = stored
+    report = resume(parser, report, path)
+    if not np.isclose(report["without_noise"], once, rtol=1e-5):
+        parser.error(f"{path} is of other weights; give another --out")
     done = {(row["masks"], row["samples"]) for row in report["rows"]}
     for samples in options.samples or (20, 100):
         for masks in options.masks or MASKS:

@@ -39,6 +39,7 @@ FLAX: dict[str, dict[str, Any]] = {
 }
 OWN: dict[str, Any] = {"LSTM": fdc.linen.LSTMCell, "GRU": fdc.linen.GRUCell}
 PARTS = ("forward", "gradient")
+KINDS = ("seconds", "clock")  # of all threads, and on the clock
 NOISES = ("no noise", "variational")
 
 
@@ -119,7 +120,10 @@ def ratios(row: dict[str, Any], part: str, kind: str = "seconds") -> dict[str, f
 
 
 def format_table(*runs: dict[str, Any]) -> str:
-    """A Markdown table of the ratios in each run, and of the memory of masks for each gate."""
+    """A Markdown table of the ratios in each run, and of the memory of masks for each gate.
+
+    A number in brackets is the ratio on the clock, the median of the runs.
+    """
     columns = [*NOISES, "masks for each gate"]
     lines = [
         f"| cell | size | | {' | '.join(columns)} | memory of masks for each gate |",
@@ -130,8 +134,11 @@ def format_table(*runs: dict[str, Any]) -> str:
         memory = {"gradient": f"{size['own, masks for each gate'] / size['own, shared masks']:.2f}"}
         for part in PARTS:
             cells = [rows[0]["cell"], title_of(Config(**rows[0]["config"])), part]
-            found = [ratios(row, part) for row in rows]
-            cells += [", ".join(f"{each[column]:.2f}" for each in found) for column in columns]
+            found, clock = ([ratios(row, part, kind) for row in rows] for kind in KINDS)
+            for column in columns:
+                times = ", ".join(f"{each[column]:.2f}" for each in found)
+                on_clock = np.median([each[column] for each in clock])
+                cells.append(f"{times} ({on_clock:.2f})")
             lines.append(f"| {' | '.join([*cells, memory.get(part, '')])} |")
     return "\n".join(lines)
 

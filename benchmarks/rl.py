@@ -12,7 +12,6 @@ started again, it goes on with the rows that are missing. It ends with a table a
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -24,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from rl_tables import draw, format_table
 from rl_tasks import TASKS, Memory, ppo
-from rounds import command_of
-from schemes import describe_run, write
+from rounds import command_of, resume, write
+from schemes import describe_run
 
 import flax_dropout_cell as fdc
 
@@ -157,13 +156,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = QUICK if arguments.quick else Config()
     path = arguments.out / "rl.json"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    report = {"config": dataclasses.asdict(config), "rows": []}
-    if path.exists():
-        old = json.loads(path.read_text())
-        if old["config"] != report["config"]:
-            parser.error(f"{path} is of another config; give another --out")
-        report = old
+    report = resume(parser, {"config": dataclasses.asdict(config), "rows": []}, path)
     done = {(row["task"], row["way"]) for row in report["rows"]}
     for task in arguments.task or TASKS:
         for way in arguments.way or WAYS:

@@ -48,9 +48,31 @@ def command_of(arguments: list[str]) -> str:
     return shlex.join(["python", *parts])
 
 
+def resume(parser: argparse.ArgumentParser, report: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The report that is stored there, so that a run that was stopped goes on; else the given one.
+
+    What has another `config` is refused.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stored = json.loads(path.read_text()) if path.exists() else report
+    except (OSError, ValueError) as error:
+        parser.error(f"{path} cannot be read: {error}")
+    if not isinstance(stored, dict) or stored.get("config") != report["config"]:
+        parser.error(f"{path} is of another config; give another --out")
+    return stored
+
+
+def write(path: Path, result: dict[str, Any], indent: int | None = None) -> None:
+    """Beside and renamed, so that a full disk does not take the older results along."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(result, indent=indent) + "\n")
+    beside.replace(path)
+
+
 def store(result: dict[str, Any], path: Path, *shown: str) -> None:
     """Writes the JSON, with the command that made it, and prints what is to be seen of it."""
     result = result | {"command": command_of(sys.argv)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write(path, result, indent=1)
     print(*shown, f"wrote {path}", sep="\n")

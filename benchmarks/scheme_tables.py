@@ -23,8 +23,8 @@ def format_table(report: dict[str, Any]) -> str:
         if bare is not None and bare is not row:
             gain, error = gain_of(row, bare)
             change = f"{-gain:+.{places(report)}f} ({abs(gain) / error:.1f})"
-        picked = "" if row["scheme"] == "none" else f"{row['strength']:g}"
-        cells = [row["scheme"], row["cell"], picked, format_test(row, places(report)), change]
+        test = format_test(row, places(report))
+        cells = [row["scheme"], row["cell"], format_picked(row), test, change]
         if scored:
             cells.append(f"{np.mean(row['test_score']):.1%}")
         lines.append(format_row(cells))
@@ -33,6 +33,13 @@ def format_table(report: dict[str, Any]) -> str:
 
 def format_row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def format_picked(row: dict[str, Any]) -> str:
+    """The strength, or the factor of the learning rate if nothing drops."""
+    if row["scheme"] != "none":
+        return f"{row['strength']:g}"
+    return f"rate x {row['strength']:g}" if row["strength"] else ""  # 0: an untuned row
 
 
 def format_test(row: dict[str, Any], places: int) -> str:

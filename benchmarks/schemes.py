@@ -14,7 +14,6 @@ again, it goes on with the schemes that are missing. It ends with a table and a 
 import argparse
 import dataclasses
 import importlib.metadata
-import json
 import platform
 import shlex
 import sys
@@ -28,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from compare import positive_int
+from rounds import resume, write
 from scheme_cells import CELLS
 from scheme_noises import COMPARED, SCHEMES, Scheme
 from scheme_tables import draw, format_table
@@ -267,15 +267,7 @@ def main() -> None:
     if config.batch > len(task.splits[0].inputs):
         parser.error(f"--batch is {config.batch}, of {len(task.splits[0].inputs)} sequences")
     path = arguments.out / f"schemes_{arguments.task}.json"
-    report = describe(task, arguments.task, config)
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        old = json.loads(path.read_text()) if path.exists() else report
-    except (OSError, ValueError) as error:
-        parser.error(f"{path} cannot be read: {error}")
-    if not isinstance(old, dict) or old.get("config") != report["config"]:
-        parser.error(f"{path} is of another config; give another --out")
-    report["rows"] = old["rows"]
+    report = resume(parser, describe(task, arguments.task, config), path)
     order = [(cell, name) for cell, names in COMPARED.items() for name in names]
     done = {(row["cell"], row["scheme"]) for row in report["rows"]}
     for cell in arguments.cell or COMPARED:
@@ -288,13 +280,6 @@ def main() -> None:
             draw(report, path.with_suffix(".png"))
             print(format_table(report), flush=True)
     print(f"written to {path} and {path.with_suffix('.png')}")
-
-
-def write(path: Path, report: dict[str, Any]) -> None:
-    """Beside and renamed, so that a full disk does not take the older rows along."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(report) + "\n")
-    beside.replace(path)
 
 
 if __name__ == "__main__":

@@ -64,11 +64,12 @@ def ratio(seconds: dict[str, list[float]]) -> float:
     return float(np.median(np.divide(seconds["untied"], seconds["tied"])))
 
 
-def format_table(result: dict[str, Any]) -> str:
-    seconds = result["seconds"]
+def format_table(*runs: dict[str, Any]) -> str:
+    """A Markdown table of the ratios in each run."""
     lines = ["| | forward | gradient |", "|---|---|---|"]
     for cell in CELLS:
-        cells = [f"{ratio(seconds[f'{cell}, {part}']):.2f}" for part in PARTS]
+        found = ([ratio(run["seconds"][f"{cell}, {part}"]) for run in runs] for part in PARTS)
+        cells = [", ".join(f"{each:.2f}" for each in times) for times in found]
         lines.append(f"| {cell} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Where a training starts, and how it goes on: first weights, and the optimizer."""
+"""Where a training starts, and how it goes on: initial weights, and the optimizer."""
 
 import zlib
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from configs import Config
 
 
 def draw_params(config: Config, params: Any, rng: jax.Array) -> Any:
-    """The first weights and biases: uniform, where the configuration has a range for them."""
+    """The initial weights and biases: uniform, where the configuration has a range for them."""
     if config.init_range is None:
         return params
     limit_of_others = config.init_range

@@ -24,7 +24,8 @@ The public names:
 - Flax: `linen` and `nnx` hold layers, wrappers and cells; they are imported when first used.
 - Versions: `__version__`, and `RANDOM_STREAM`, the version of the masks that a key gives.
 
-Read the package in this order; `_compat` and `_messages` serve all of it:
+Read the package in this order; `_compat`, `_dtypes`, `_messages` and `_sharding` serve all
+of it:
 
 1. `_random`: the bits that a key gives.
 2. `noises`: masks, how they are drawn and applied.
@@ -111,10 +112,27 @@ RANDOM_STREAM = 1
 """The version of the random stream: while it stays, a key's masks stay."""
 
 
+_IN_FLAX = (
+    "RNN",
+    "DropoutCell",
+    "DropoutCarry",
+    "RNNCellDropoutWrapper",
+    "Embed",
+    "LSTMCell",
+    "GRUCell",
+    "LRUCell",
+    "MinGRUCell",
+    "MinLSTMCell",
+    "RGLRUCell",
+    "cell_params",
+    "core_params",
+)
+
+
 def __getattr__(name: str) -> object:
     if name in ("linen", "nnx"):
         return _importlib.import_module(f".{name}", __name__)
-    if name in ("RNN", "LSTMCell", "GRUCell", "Embed", "DropoutCell", "RNNCellDropoutWrapper"):
+    if name in _IN_FLAX:
         raise AttributeError(f"{name} is for Flax: write fdc.linen.{name} or fdc.nnx.{name}.")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,6 +1,6 @@
 """Every use of JAX that its documentation does not promise, or that differs between its versions.
 
-The rest of the package uses documented names only, so when JAX changes, this is the file to mend.
+The rest of the package uses documented names only, so when JAX changes, this is the file to fix.
 Flax has a file of its own, `_flax/compat.py`.
 """
 

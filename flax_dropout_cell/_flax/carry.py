@@ -1,4 +1,8 @@
-"""A Flax wrapper's carry: hosts draw it before their loop and hand it from step to step."""
+"""A Flax wrapper's carry, in which masks go from step to step.
+
+A *host* is Flax's own RNN layer, or a loop of the user's, around the wrapper: it asks for the carry
+before its loop and passes it on.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._random.keys import as_rng, fold_in
+from .._random.keys import as_rng
 from .._spec.recurrent_dropout import (
     Masks,
     PyTree,
     RecurrentDropout,
+    SiteValues,
     active_noises,
     draws_at_each_step,
 )
@@ -70,7 +75,7 @@ class DropoutCarry(_Fields):
 
 
 def start_sequence(
-    cell_carry: PyTree, rng: jax.Array, dropout: RecurrentDropout, values: Masks
+    cell_carry: PyTree, rng: jax.Array, dropout: RecurrentDropout, values: SiteValues
 ) -> DropoutCarry:
     """Draws a sequence's masks for `values`, each site's value or its shapes and dtypes."""
     key = as_rng(rng)
@@ -87,16 +92,6 @@ def start_sequence(
     return DropoutCarry(cell_carry, masks, step_rng, arrays or None, fingerprint)
 
 
-def inner_rng(rng: jax.Array) -> jax.Array:
-    """The key for the parts of a cell, when the cell itself draws its masks from `rng`.
-
-    No step and no leaf of a site folds in this number.
-    """
-    key = as_rng(rng)
-    assert key is not None
-    return fold_in(key, 2**32 - 1)
-
-
 def run_step(
     carry: DropoutCarry,
     x: PyTree,
@@ -106,7 +101,7 @@ def run_step(
     dropout: RecurrentDropout,
     deterministic: bool,
     disturb_params: bool = True,
-    values: Callable[[PyTree], Masks] | None = None,
+    values: Callable[[PyTree], SiteValues] | None = None,
 ) -> tuple[DropoutCarry, PyTree]:
     """One step of a wrapped cell.
 
@@ -184,7 +179,7 @@ def _drawn_for_other_inputs(carry: DropoutCarry, x: PyTree) -> bool:
     return here != carry.fingerprint.inputs and _for_a_dtype(carry.masks)
 
 
-def _redraw(masks: Masks, dropout: RecurrentDropout, values: Masks, rng: jax.Array) -> Masks:
+def _redraw(masks: Masks, dropout: RecurrentDropout, values: SiteValues, rng: jax.Array) -> Masks:
     """Draws masks again for inputs of another dtype than at the start, with the same bits."""
     unknown = dataclasses.replace(dropout, params=None, state=None)
     drawn = draw_sites(unknown, values._replace(params=None, state=None), rng)

@@ -1,6 +1,6 @@
 """Every use of Flax that its documentation does not promise, or that differs between its versions.
 
-The rest of the package uses documented names only, so when Flax changes, this is the file to mend.
+The rest of the package uses documented names only, so when Flax changes, this is the file to fix.
 JAX has a file of its own, `_compat.py`, because the core does not import Flax.
 """
 
@@ -22,7 +22,7 @@ class CellField:
 
     Flax names a module after the field that holds it, so the weights of a wrapper's `cell` would
     lie one level deeper than the bare cell's. This relies on the order in which Flax adopts a
-    field, which a test holds fast: it sets the module's parent, assigns the field, and only then
+    field, which a test pins down: it sets the module's parent, assigns the field, and only then
     binds the module, by pushing a new scope if the parent is a module, and in the parent itself if
     that is a scope.
     """
@@ -57,12 +57,12 @@ def _unspecified_parent(module: nn.Module) -> Any:
 
 
 def copy_with_cell(module: Any, cell: nn.Module, **kwargs: Any) -> Any:
-    """Gives `module.copy(**kwargs)`, with the copy that a host would make of the bare cell.
+    """`module.copy(**kwargs)`, with the copy that a host would make of the bare cell.
 
     Flax's own copy unbinds the cells that are bound elsewhere, and with that renames them.
     """
     name = kwargs.pop("name", None)
-    parent = {key: kwargs.pop(key) for key in ("parent",) if key in kwargs}
+    parent = {"parent": kwargs.pop("parent")} if "parent" in kwargs else {}
     if "cell" not in kwargs:
         kwargs["cell"] = copied = cell.copy(name=name, **parent)
         if copied.scope is not None:

@@ -1,8 +1,10 @@
 """The contract of an adapter: all that this library asks a framework about its cells.
 
-`linen` and `nnx` each implement it once, in a `framework.py`; their layers and wrappers ask nothing
-else about cells. An adapter for another framework is one folder like theirs: a `Framework`, and a
-layer that passes a key and a pure cell to `run_layer`.
+`linen` and `nnx` each implement it once, in a `framework.py`. An adapter for another framework is
+one folder like theirs: a `Framework`, and a layer that makes the initial carry and passes a key and
+a pure cell to `run_layer`. If its cells are not like Flax's, it overrides the methods below that
+are not abstract: `check_cell`, which looks for `initialize_carry`, `num_feature_axes`, and
+`family`, which knows Flax's cells alone. Only wrappers use `weights` and `run_on`.
 """
 
 import abc
@@ -95,7 +97,7 @@ class Framework(abc.ABC):
 
     @abc.abstractmethod
     def carry_shapes(self, cell: Any, input_shape: Any) -> PyTree:
-        """The shapes of a cell's first carry."""
+        """The shapes of a cell's initial carry."""
 
     # These are the same for all, unless a framework differs from Flax.
 

@@ -17,8 +17,8 @@ from .._spec.prefixes import as_ints
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout, active_noises, draws_at_each_step
 from .call import call_or_default
 from .carry import DropoutCarry
-from .first_carry import naming_carry
 from .framework import Framework
+from .initial_carry import naming_carry
 
 
 class Layout(NamedTuple):
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
         return jax.tree.map(lambda x: (*outer, *x.shape[len(outer) :]), self.xs)
 
     def place(self, carry: PyTree) -> PyTree:
-        """A cell's first carry, whose rows are sharded as the inputs' are on explicit axes."""
+        """A cell's initial carry, whose rows are sharded as the inputs' are on explicit axes."""
         return place_rows(carry, self.batch, at_a_step(jax.tree.leaves(self.xs)[0]))
 
     @property
@@ -80,10 +80,15 @@ class ScanOptions(NamedTuple):
     parallel: bool | None
 
 
+# What a layer has as settings. A subclass may use any other name for attributes of its own.
+SETTINGS = frozenset(("time_major", "return_carry", "keep_order", *ScanOptions._fields))
+
+
 class Call(NamedTuple):
     """A call's options, with the layer's own settings for those that it leaves out.
 
-    A new one is a field here, an argument of each layer, and its use in `run_layer`.
+    A new one is a field here, an argument of each layer, and its use in `run_layer`; if the layer
+    itself has a setting of this name, it stands in `SETTINGS` too.
     """
 
     time_major: bool
@@ -102,13 +107,14 @@ class Call(NamedTuple):
         """The options in a call's arguments, by name; the layer's own for those that are None."""
 
         def given(name: str) -> Any:
-            return call_or_default(arguments.get(name), getattr(layer, name, None))
+            value = arguments.get(name)
+            return call_or_default(value, getattr(layer, name)) if name in SETTINGS else value
 
         scan = ScanOptions(*map(given, ScanOptions._fields))
         return cls(*map(given, cls._fields[:-1]), scan=scan)
 
 
-def check_one_step(layer: Any, call: "Call", layout: Layout, carry: PyTree, rng: Any) -> None:
+def check_one_step(layer: Any, call: Call, layout: Layout, carry: PyTree, rng: Any) -> None:
     """Raises if a loop of calls of one step each would have the same per-step masks at all steps.
 
     Such a loop passes the carry on and gives each call the sequence's key: only `start` then says
@@ -174,11 +180,11 @@ def run_layer(
     call: Call,
     collect: Callable[[PyTree], None] | None = None,
 ) -> Any:
-    """Runs `dropout_scan` over inputs that are laid out as Flax's layers have it.
+    """Runs `dropout_scan` over inputs that are in the layout of Flax's layers.
 
     Args:
       params: the cell's weights.
-      carry: the first carry.
+      carry: the initial carry.
       layout: the inputs.
       rng: the call's key; None is evaluation.
       cell: the cell as a pure function of its weights.
@@ -315,9 +321,9 @@ def _time_first(name: str, value: Any, layout: Layout, call: Call, *, timed: boo
         dims = "*batch"
         if timed:
             dims = "time, *batch" if call.time_major else "*batch, time"
-        beside = f" {'beside' if timed else 'without'} resets" if name == "sequence_ids" else ""
+        case = f" {'with' if timed else 'without'} resets" if name == "sequence_ids" else ""
         wanted = f"[{dims}], as the inputs have it: {expected}"
-        raise ValueError(f"{name}{beside} must be {wanted}, got shape {value.shape}.")
+        raise ValueError(f"{name}{case} must be {wanted}, got shape {value.shape}.")
     if not timed:
         return value
     axes = list(range(value.ndim))

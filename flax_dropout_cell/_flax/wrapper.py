@@ -11,7 +11,13 @@ from jax import export
 
 from .._inspect.describe import Description, describe
 from .._spec.prefixes import shape_of
-from .._spec.recurrent_dropout import Masks, PyTree, RecurrentDropout, active_noises, draws_once
+from .._spec.recurrent_dropout import (
+    PyTree,
+    RecurrentDropout,
+    SiteValues,
+    active_noises,
+    draws_once,
+)
 from .._step.call_cell import trace_cell
 from .._step.draw_masks import inside_names
 from .call import call_or_default
@@ -101,7 +107,7 @@ class CellWrapper:
     @property
     def num_feature_axes(self) -> int:
         """The number of feature axes of the wrapped cell's inputs."""
-        return self.cell.num_feature_axes
+        return self._framework.num_feature_axes(self.cell)
 
     def _evaluates(self, cell_carry: PyTree, deterministic: bool | None) -> bool:
         """Whether a sequence needs no key: it evaluates, or its noises do nothing."""
@@ -113,7 +119,7 @@ class CellWrapper:
 
         Args:
           rng: the sequence's key.
-          cell_carry: the cell's own first carry.
+          cell_carry: the cell's own initial carry.
           inputs: the shape of a step's input, as hosts give it, or its `jax.ShapeDtypeStruct`.
         """
         if rng is None:
@@ -121,7 +127,7 @@ class CellWrapper:
         dropout = self._dropout(cell_carry)
         return start_sequence(cell_carry, rng, dropout, self._values(dropout, cell_carry, inputs))
 
-    def _values(self, dropout: RecurrentDropout, cell_carry: PyTree, inputs: Any) -> Masks:
+    def _values(self, dropout: RecurrentDropout, cell_carry: PyTree, inputs: Any) -> SiteValues:
         """The shapes and dtypes at each site, as far as masks are drawn there once."""
         for_params = draws_once(dropout.params)
         for_cell = draws_once(dropout.output) or draws_once(dropout.inside)
@@ -136,7 +142,8 @@ class CellWrapper:
             except (TypeError, ValueError) as error:
                 failed = failed or error  # a cell of tokens does not take floats
                 continue
-            return Masks(params, x, jax.tree.map(shape_of, cell_carry), y, inside)
+            state = jax.tree.map(shape_of, cell_carry)
+            return SiteValues(params=params, input=x, state=state, output=y, inside=inside)
         assert failed is not None
         raise failed
 
@@ -174,8 +181,8 @@ def _restrict(tree: PyTree, masks: PyTree) -> PyTree:
 def guesses(inputs: Any, cell_carry: PyTree) -> Iterable[PyTree]:
     """The inputs of a step, as far as they are known before they come, the likeliest first.
 
-    Nobody says their dtype. Most often it is the carry's; tokens are ints. A mask that depends on
-    it is drawn again if the inputs have another dtype.
+    Their dtype is not known yet. Most often it is the carry's; tokens are ints. A mask that depends
+    on it is drawn again if the inputs have another dtype.
     """
     leaves, structure = jax.tree.flatten(inputs, is_leaf=is_shape)
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(cell_carry) if hasattr(leaf, "dtype")]

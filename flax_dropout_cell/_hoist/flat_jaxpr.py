@@ -85,6 +85,11 @@ class Program(NamedTuple):
         """The number of elements of values, together."""
         return sum(math.prod(self.types[value].shape) for value in values)
 
+    def num_bytes(self, values: Iterable[int]) -> int:
+        """The memory that values take, together."""
+        types = [self.types[value] for value in values]
+        return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in types)
+
     def is_inexact(self, value: int) -> bool:
         """Whether a value can be differentiated."""
         return is_inexact(self.types[value])

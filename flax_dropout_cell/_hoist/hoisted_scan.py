@@ -45,16 +45,16 @@ def scan(
 
     Args:
       step: as in `jax.lax.scan`.
-      carry: the first carry.
+      carry: the initial carry.
       xs: the inputs.
-      length: as in `jax.lax.scan`, as are `reverse` and `unroll`.
-      reverse: see `length`.
-      unroll: see `length`.
+      length: as in `jax.lax.scan`.
+      reverse: as in `jax.lax.scan`.
+      unroll: as in `jax.lax.scan`; without effect on a linear recurrence that runs in parallel.
       parallel: True insists on all steps at once, False on a loop; None runs linear recurrences at
         once except on a CPU, where a loop is as fast and takes less memory.
     """
     # The order of the questions: can the step be traced, is it a linear recurrence, can it be cut
-    # up, and has it a weight whose gradient may wait? Each "no" leads to a plainer loop.
+    # up, and does it have a weight whose gradient can wait? Each "no" leads to a plainer loop.
     loop = functools.partial(jax.lax.scan, length=length, reverse=reverse, unroll=unroll)
     carry, xs = jax.tree.map(jnp.asarray, (carry, xs))
     found = trace(step, carry, xs, length)
@@ -103,7 +103,7 @@ def scan(
 
 
 def _run_in_parallel(
-    traced: "TracedScan", carry: PyTree, leaves: list[Any], reverse: bool, parallel: bool | None
+    traced: TracedScan, carry: PyTree, leaves: list[Any], reverse: bool, parallel: bool | None
 ) -> list[Any] | None:
     """The results of the scan without a loop over its step; None if it is to run as a loop."""
     # The platform that a program is traced on: one that is traced for several has one loop for all.

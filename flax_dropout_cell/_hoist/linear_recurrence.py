@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._dtypes import wide_dtype
 from .affine import Obstacle, Stage, follow, plan_stages
 from .flat_jaxpr import Equation, Program, changes_under_vmap, run_all
 
@@ -226,9 +227,9 @@ class _History:
         else:
             offset, slope = jax.vmap(at_step, (axes,))(known)
         # Rounding errors of half precision would add up from step to step.
-        wide = first.dtype if jnp.finfo(first.dtype).bits >= 32 else jnp.float32
+        wide = wide_dtype(first.dtype)
         offset, slope = offset.astype(wide), slope.astype(wide)
-        # h[-1] = 0 in the solver, so the first carry goes into the first offset.
+        # h[-1] = 0 in the solver, so the initial carry goes into the first offset.
         begin = -1 if reverse else 0
         offset = offset.at[begin].add(slope[begin] * first.astype(wide))
         return linear_recurrence(slope, offset, reverse=reverse).astype(first.dtype)

@@ -4,7 +4,6 @@ The gradient of `(mask * h) @ W` reads `mask * h` of every step, but it is enoug
 each gate has a mask of its own, that is one array instead of one for each gate.
 """
 
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -75,11 +74,6 @@ def plan_operands(
             left.extend(maker.inputs)
     # It may also end at more values than it began with: `a + b + c` is one operand of three.
     stacked = operands.difference(xs)
-    if _num_bytes(program, sources) >= _num_bytes(program, stacked):
+    if program.num_bytes(sources) >= program.num_bytes(stacked):
         return Recomputed(stacked, [])
     return Recomputed(sources, [equation for equation in loop if equation.outputs in used])
-
-
-def _num_bytes(program: Program, values: Iterable[int]) -> int:
-    types = [program.types[value] for value in values]
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in types)

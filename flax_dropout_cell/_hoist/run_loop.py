@@ -13,7 +13,7 @@ from .weight_products import Plan
 
 
 def run_cut(traced: TracedScan, plan: Plan, leaves: list[Any]) -> list[Any]:
-    """The loop, which keeps less for its gradient than `jax.lax.scan` even without sites."""
+    """The loop; even if no weight waits, it keeps less for its gradient than `jax.lax.scan`."""
     values = traced.program.constants | dict(enumerate(leaves))
     run_all(plan.hoisted, values)
     return run_loop(traced, plan, values, {}, {})[0]
@@ -26,7 +26,7 @@ def run_loop(
     differentiated: dict[int, Any],
     sums: dict[int, Any],
 ) -> tuple[list[Any], dict[int, Any]]:
-    """The loop, whose sites read their weights from `fixed`; and what else they read, stacked."""
+    """The loop, whose weight uses read their weights from `fixed`; and their operands, stacked."""
     values, cut = fixed | differentiated, traced.cut(plan)
     outputs = traced.program.outputs
     sources = traced.operands(plan).sources
@@ -34,9 +34,9 @@ def run_loop(
     # The weight of `h @ W` comes from `fixed`, which nothing differentiates, and every other reader
     # of W has the one that is. So JAX finds no path from this product to W, and adds up no dW.
     def run(equation: Equation, inputs: list[Any]) -> list[Any]:
-        site = plan.sites.get(equation.outputs)
-        if site is not None:
-            inputs[equation.inputs.index(site.weight)] = fixed[site.weight]
+        use = plan.uses.get(equation.outputs)
+        if use is not None:
+            inputs[equation.inputs.index(use.weight)] = fixed[use.weight]
         return equation(*inputs)
 
     sequences = pick(values, traced.xs)

@@ -29,7 +29,7 @@ def scan(
 
     Args:
       step: `step(carry, x) -> (carry, y)`.
-      init: the first carry.
+      init: the initial carry.
       xs: the inputs, a pytree of arrays `[time, ...]`, or None.
       length: the number of steps; needed only if `xs` has no arrays.
       reverse: run from the last step to the first.
@@ -107,7 +107,7 @@ def explain_scan(
 
     Args:
       step: as in `scan`.
-      init: the first carry.
+      init: the initial carry.
       xs: the inputs.
       length: the number of steps; needed only if `xs` has no arrays.
 
@@ -139,41 +139,46 @@ def explain_scan(
     return explain_traced(traced, init, traced.steps)
 
 
-def explain_traced(traced: traced_scan.TracedScan, init: PyTree, *steps: int) -> ScanExplanation:
+def explain_traced(
+    traced: traced_scan.TracedScan, init: PyTree, steps: int | None = None
+) -> ScanExplanation:
     """Explains a traced scan; `steps` leads the shapes outside the loop, if it is given."""
     program, plan = traced.program, traced.plan(traced.constants)
     cut = traced.cut(plan)
-    # In the order of their sites, each once: a tied weight has several.
-    weights = dict.fromkeys(site.weight for site in plan.sites.values())
+    # In the order of their uses, each once, because a tied weight has several.
+    weights = dict.fromkeys(use.weight for use in plan.uses.values())
     obstacle = find_obstacle(program, traced.carry, traced.xs.stop)
 
     return ScanExplanation(
         None,
         tuple(_summary(program, plan.hoisted)),
-        tuple(_summary(program, cut.ahead, *steps)),
+        tuple(_summary(program, cut.ahead, steps)),
         tuple(_summary(program, cut.loop)),
-        tuple(_summary(program, cut.after, *steps)),
+        tuple(_summary(program, cut.after, steps)),
         tuple(_type(program, weight) for weight in weights),
         tuple(_why_accumulated(program, plan)),
         None if obstacle is None else hoisted_scan.say_obstacle(obstacle, traced.carry, init),
     )
 
 
-def _summary(program: Program, equations: Iterable[Equation], *steps: int) -> Iterator[str]:
+def _summary(
+    program: Program, equations: Iterable[Equation], steps: int | None = None
+) -> Iterator[str]:
     """A line for each product, and one that counts the other equations."""
     others: Counter[str] = Counter()
     for equation in equations:
         if equation.name in ("dot_general", "conv_general_dilated"):
-            yield f"{equation.name}: {_type(program, equation.outputs[0], *steps)}"
+            yield f"{equation.name}: {_type(program, equation.outputs[0], steps)}"
         else:
             others[equation.name] += 1
     if others:
         yield ", ".join(f"{count} {name}" for name, count in others.items())
 
 
-def _type(program: Program, value: int, *steps: int) -> str:
+def _type(program: Program, value: int, steps: int | None = None) -> str:
     aval = program.types[value]
-    return f"{aval.dtype}[{','.join(map(str, (*steps, *aval.shape)))}]"
+    shape = aval.shape if steps is None else (steps, *aval.shape)
+    return f"{aval.dtype}[{','.join(map(str, shape))}]"
 
 
 def _why_accumulated(program: Program, plan: Plan) -> Iterator[str]:
@@ -181,10 +186,10 @@ def _why_accumulated(program: Program, plan: Plan) -> Iterator[str]:
     left = plan.used_elsewhere(program.outputs)
     for equation in plan.loop:
         for value in left.intersection(equation.inputs):
-            if equation.outputs in plan.sites and value == plan.sites[equation.outputs].weight:
+            if equation.outputs in plan.uses and value == plan.uses[equation.outputs].weight:
                 continue
             is_small = is_linear(equation, value)
-            reason = "small beside the rows it meets" if is_small else f"used in {equation.name}"
+            reason = "small compared with its rows" if is_small else f"used in {equation.name}"
             yield f"{_type(program, value)}: {reason}"
             left.remove(value)
     yield from (f"{_type(program, value)}: an output" for value in left)

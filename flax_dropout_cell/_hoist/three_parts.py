@@ -9,7 +9,6 @@ loop spends its time on reading the weight: `h @ U` with one row reads all of `U
 so does `x @ W`, which over all steps reads `W` once. The same holds for `h @ V`.
 """
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -97,7 +96,7 @@ def cut_loop(program: Program, plan: Plan, carry: range, xs: Iterable[int], step
 
     Args:
       program: the step.
-      plan: the loop.
+      plan: the plan of the step.
       carry: the values of the carry that comes in.
       xs: the inputs.
       steps: the number of steps.
@@ -115,11 +114,11 @@ def products_ahead(program: Program, plan: Plan, carry: Iterable[int]) -> list[E
     """The equations of a loop that run before it: large products, and what they are made of."""
     before = cut_step(plan.loop, carry, ()).before
     makers = {value: equation for equation in before for value in equation.outputs}
-    sites = plan.sites
+    uses = plan.uses
     chosen: set[tuple[int, ...]] = set()
     for product in before:
-        if product.outputs in sites:  # its weight is read from before the loop
-            inputs = sites[product.outputs].operands
+        if product.outputs in uses:  # its weight is read from before the loop
+            inputs = uses[product.outputs].operands
         elif plan.narrowed.isdisjoint(product.inputs):
             inputs = product.inputs
         else:
@@ -143,7 +142,7 @@ def products_after(
 
     Args:
       program: the step.
-      plan: as it was planned.
+      plan: the plan of the step.
       loop: its equations that do not run before the loop.
       carry: the values of the carry that comes in.
       at_hand: the values that are known at all steps without the loop.
@@ -167,8 +166,8 @@ def products_after(
     ys = _made_by(after).intersection(program.outputs)
     products = _made_by(each for each in after if each.name == "dot_general") - ys
     # Memory that jax.lax.scan does not take: what the loop keeps, and the products of all steps.
-    held = _num_bytes(program, kept | products) * steps
-    if held > max(KEPT_BYTES, _num_bytes(program, ys) * steps):
+    held = program.num_bytes(kept | products) * steps
+    if held > max(KEPT_BYTES, program.num_bytes(ys) * steps):
         return [], set()
     return after, kept
 
@@ -185,8 +184,8 @@ def _followers(product: Equation, equations: list[Equation]) -> list[Equation]:
 
 def _may_follow(equation: Equation, plan: Plan) -> bool:
     """Whether an equation may run for all steps at once."""
-    site = plan.sites.get(equation.outputs)
-    read = set(equation.inputs) - ({site.weight} if site else set())
+    use = plan.uses.get(equation.outputs)
+    read = set(equation.inputs) - ({use.weight} if use else set())
     # The gradient of a weight in half precision adds up in float32, at each step.
     return plan.narrowed.isdisjoint(read) and not changes_under_vmap(equation)
 
@@ -235,11 +234,6 @@ def _needed_for(results: set[int], loop: list[Equation], after: list[Equation]) 
 
 def _made_by(equations: Iterable[Equation]) -> set[int]:
     return {value for equation in equations for value in equation.outputs}
-
-
-def _num_bytes(program: Program, values: Iterable[int]) -> int:
-    types = [program.types[value] for value in values]
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in types)
 
 
 def _makers_of(values: Iterable[int], makers: dict[int, Equation]) -> list[Equation]:

@@ -16,7 +16,7 @@ from .weight_products import SUMMANDS, Plan, WeightUse
 
 
 def differentiate(traced: TracedScan, primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
-    """Pushes tangents through the scan: those of the sites' weights enter its loop as sums."""
+    """Pushes tangents through the scan: those of weights enter its loop as sums."""
     # Worked through for `z = h @ W`, with a tangent th of h and tW of W: that of z is
     # `th @ W + h @ tW`. The loop pushes the first part, step by step, because th depends on the
     # tangent of the step before. The second part needs h alone, so it is one product of all steps,
@@ -48,10 +48,10 @@ def differentiate(traced: TracedScan, primals: Any, tangents: Any) -> tuple[list
     # that the loop stacks.
     results, push, stacks = jax.linearize(run_fixed, differentiated, sums, has_aux=True)
     stacks |= pick(leaves, traced.xs)
-    for total, sites in plan.sums.items():
-        for site in sites:
-            tangent = weights[site.weight], weight_dots[site.weight]
-            pushed = _push_recomputed(traced, plan, site, stacks, fixed, *tangent)
+    for total, uses in plan.sums.items():
+        for use in uses:
+            tangent = weights[use.weight], weight_dots[use.weight]
+            pushed = _push_recomputed(traced, plan, use, stacks, fixed, *tangent)
             # Zeros of the sum's type: a bias gives one summand for all steps and rows. Rounded
             # last, so that the transpose adds up in float32 if the weight is in float32.
             zeros = sums[total]
@@ -61,7 +61,7 @@ def differentiate(traced: TracedScan, primals: Any, tangents: Any) -> tuple[list
 
 
 def _run_wide(plan: Plan, values: dict[int, Any]) -> dict[int, Any]:
-    """The sites' weights; those that were cast to half precision as they are without the cast.
+    """The weights of all uses; those that were cast to half precision, without the cast.
 
     A gradient over all steps of a float16 weight may be inf although the float32 weight that it
     was cast from has a finite one. `jax.lax.scan` adds up the latter; so products after the loop
@@ -71,7 +71,7 @@ def _run_wide(plan: Plan, values: dict[int, Any]) -> dict[int, Any]:
     wide = dict(values)
     casts = (each for each in plan.hoisted if plan.narrowed.intersection(each.outputs))
     run_all(casts, wide, lambda each, inputs: each.in_float32()(*map(_as_float32, inputs)))
-    return {site.weight: wide[site.weight] for site in plan.sites.values()}
+    return {use.weight: wide[use.weight] for use in plan.uses.values()}
 
 
 def _as_float32(value: jax.Array) -> jax.Array:
@@ -81,52 +81,52 @@ def _as_float32(value: jax.Array) -> jax.Array:
 def _push_recomputed(
     traced: TracedScan,
     plan: Plan,
-    site: WeightUse,
+    use: WeightUse,
     stacks: dict[int, Any],
     fixed: dict[int, Any],
     *tangent: jax.Array,
 ) -> jax.Array:
     """`_push_weight_use` with the operands of its product computed from what the loop stacks."""
-    operands, wide = traced.operands(plan), site.weight in plan.narrowed
+    operands, wide = traced.operands(plan), use.weight in plan.narrowed
     if not operands.equations:
-        return _push_weight_use(site, stacks, *tangent, wide=wide)
+        return _push_weight_use(use, stacks, *tangent, wide=wide)
 
     # In the backward pass jax.checkpoint ties the stacks to the cotangent. XLA would otherwise
     # compute all operands as early as it can, and hold them during the loop.
     @jax.checkpoint
     def push(stacks: dict[int, Any], fixed: dict[int, Any], *tangent: jax.Array) -> jax.Array:
         recomputed = operands.run(stacks, fixed, traced.steps)
-        return _push_weight_use(site, recomputed, *tangent, wide=wide)
+        return _push_weight_use(use, recomputed, *tangent, wide=wide)
 
     return push(stacks, fixed, *tangent)
 
 
 def _push_weight_use(
-    site: WeightUse, stacks: dict[int, Any], weight: Any, dot: Any, *, wide: bool
+    use: WeightUse, stacks: dict[int, Any], weight: Any, dot: Any, *, wide: bool
 ) -> jax.Array:
-    """The weight tangent's share of the site's output, for all steps at once."""
-    equation, operands = site.equation, [stacks[value] for value in site.operands]
+    """The weight tangent's share of the use's output, for all steps at once."""
+    equation, operands = use.equation, [stacks[value] for value in use.operands]
     if wide:
         equation, operands = equation.in_float32(), [_as_float32(value) for value in operands]
     if equation.name in SUMMANDS:  # the same at all steps
         summand = equation(dot)[0] if len(equation.inputs) == 1 else dot
         ndim = equation.eqn.outvars[0].aval.ndim  # a summand may be a scalar
         return summand.reshape((1,) * (1 + ndim - summand.ndim) + summand.shape)
-    place = equation.inputs.index(site.weight)
+    place = equation.inputs.index(use.weight)
 
     def run(weight: Any, *operands: Any) -> Any:
         return equation(*operands[:place], weight, *operands[place:])[0]
 
     # By jax.jvp, as the equation need not be a product of matrices: a convolution, a lookup in a
     # table and a product by element are linear in their weight too.
-    every_step = _at_every_step(site, run)
+    every_step = _at_every_step(use, run)
     return jax.jvp(lambda weight: every_step(weight, *operands), (weight,), (dot,))[1]
 
 
-def _at_every_step(site: WeightUse, run: Callable[..., Any]) -> Callable[..., Any]:
+def _at_every_step(use: WeightUse, run: Callable[..., Any]) -> Callable[..., Any]:
     """Runs a product with a weight at all steps at once, on operands `[time, ...]`."""
     many = jax.device_count() > 1
-    if not site.rows_lead or (many and site.equation.name == "dot_general"):
+    if not use.rows_lead or (many and use.equation.name == "dot_general"):
         # The gradient of a product over `[time, batch]` contracts both axes. That keeps a batch
         # that is sharded as it is, but the compiler for CPUs transposes both operands for it.
         return lambda weight, *operands: jax.vmap(run, (None, *[0] * len(operands)))(

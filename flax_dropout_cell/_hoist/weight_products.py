@@ -71,7 +71,8 @@ class Plan(NamedTuple):
       narrowed: the values before the loop that were cast from a wide dtype to half precision.
       loop: the other equations, and those of `hoisted` that they need to have anew at each step.
       known: the values that are the same at all steps.
-      sums: the sites, by the value that their outputs are summed up in. They share its cotangent.
+      sums: the uses of weights, by the value that their outputs are summed up in. They share its
+        cotangent.
     """
 
     hoisted: list[Equation]
@@ -82,19 +83,19 @@ class Plan(NamedTuple):
     sums: dict[int, list[WeightUse]]
 
     @property
-    def sites(self) -> dict[tuple[int, ...], WeightUse]:
-        """Each site by what its equation makes."""
-        return {site.equation.outputs: site for sites in self.sums.values() for site in sites}
+    def uses(self) -> dict[tuple[int, ...], WeightUse]:
+        """Each use, by the outputs of its equation."""
+        return {use.equation.outputs: use for uses in self.sums.values() for use in uses}
 
     @property
     def operands(self) -> set[int]:
-        """The values, other than weights, that weight uses read."""
-        return {value for site in self.sites.values() for value in site.operands}
+        """The values that weight uses read, apart from the weights."""
+        return {value for use in self.uses.values() for value in use.operands}
 
     def used_elsewhere(self, outputs: Iterable[int]) -> set[int]:
-        """The differentiated values that the loop reads at other places than their sites."""
+        """The differentiated values that the loop reads elsewhere than in their uses."""
         made = {value for equation in self.loop for value in equation.outputs}
-        used = _read_elsewhere(self.loop, self.sites) | set(outputs)
+        used = _read_elsewhere(self.loop, self.uses) | set(outputs)
         return (used - made) & self.differentiated
 
 
@@ -118,13 +119,13 @@ def plan_weight_uses(
     paths = _Paths(loop, program.outputs)
     sums: dict[int, list[WeightUse]] = {}
     for equation in loop:
-        site = _as_weight_use(equation, known, differentiated)
-        if site is not None:
-            sums.setdefault(paths.sum_of(equation.outputs[0]), []).append(site)
-    worth = {total: sites for total, sites in sums.items() if _is_worth(program, total, sites)}
+        use = _as_weight_use(equation, known, differentiated)
+        if use is not None:
+            sums.setdefault(paths.sum_of(equation.outputs[0]), []).append(use)
+    worth = {total: uses for total, uses in sums.items() if _is_worth(program, total, uses)}
     plan = Plan(hoisted, differentiated, narrowed, loop, known, worth)
     # A gradient that is added up in the loop is added up in the wide dtype, as jax.lax.scan does.
-    needed = _read_elsewhere(loop, plan.sites) | set(program.outputs)
+    needed = _read_elsewhere(loop, plan.uses) | set(program.outputs)
     for equation in reversed(hoisted):
         if narrowed.intersection(equation.outputs) and needed.intersection(equation.outputs):
             loop.insert(0, equation)
@@ -132,12 +133,12 @@ def plan_weight_uses(
     return plan
 
 
-def _read_elsewhere(loop: list[Equation], sites: dict[tuple[int, ...], WeightUse]) -> set[int]:
-    """The values that equations read, except for the weights at their sites."""
+def _read_elsewhere(loop: list[Equation], uses: dict[tuple[int, ...], WeightUse]) -> set[int]:
+    """The values that equations read, except for the weights at their uses."""
     read = set()
     for equation in loop:
-        site = sites.get(equation.outputs)
-        read.update(value for value in equation.inputs if not site or value != site.weight)
+        use = uses.get(equation.outputs)
+        read.update(value for value in equation.inputs if not use or value != use.weight)
     return read
 
 
@@ -232,12 +233,12 @@ def _as_weight_use(
     return WeightUse(equation, weight, operands if equation.name in _PRODUCTS else ())
 
 
-def _is_worth(program: Program, total: int, sites: list[WeightUse]) -> bool:
+def _is_worth(program: Program, total: int, uses: list[WeightUse]) -> bool:
     if jax.device_count() > 1:  # a sum in the loop may be an all-reduce at each step
         return True
     # Biases are small and come along with their product; alone they stay in the loop.
-    products = [site for site in sites if site.equation.name in _PRODUCTS and site.operands]
-    operands = {value for site in products for value in site.operands}
-    accumulated = program.size(site.weight for site in products)
-    share = WORTHWHILE_BATCHED if any(site.is_batched for site in products) else WORTHWHILE
+    products = [use for use in uses if use.equation.name in _PRODUCTS and use.operands]
+    operands = {value for use in products for value in use.operands}
+    accumulated = program.size(use.weight for use in products)
+    share = WORTHWHILE_BATCHED if any(use.is_batched for use in products) else WORTHWHILE
     return bool(products) and accumulated >= share * program.size([*operands, total])

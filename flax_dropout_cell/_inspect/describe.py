@@ -14,10 +14,10 @@ from .._spec.match_leaves import match_leaves
 from .._spec.prefixes import dtype_of, shape_of
 from .._spec.recurrent_dropout import (
     PARAMS,
-    Masks,
     PyTree,
     RecurrentDropout,
     Site,
+    SiteValues,
     active_noises,
     sites_of,
 )
@@ -112,8 +112,8 @@ def describe(
       A `Description`, which prints as a table.
 
     Raises:
-      ValueError: as `draw_masks`.
-      TypeError: as `draw_masks`.
+      ValueError: as in `draw_masks`.
+      TypeError: as in `draw_masks`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -135,7 +135,7 @@ def describe(
     check_dropout(dropout)
     dropout = resolve_state_noise(dropout, carry, family_of(cell))
     y, inside = trace_cell(cell, params, carry, x, inside_names(dropout))
-    values = Masks(params, x, carry, y, inside)
+    values = SiteValues(params=params, input=x, state=carry, output=y, inside=inside)
     places: list[Place] = []
     undisturbed: list[str] = []
     for site in sites_of(dropout):

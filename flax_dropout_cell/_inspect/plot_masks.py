@@ -14,16 +14,16 @@ from .._spec.match_leaves import match_leaves
 from .._spec.prefixes import dtype_of
 from .._spec.recurrent_dropout import (
     PARAMS,
-    Masks,
     PyTree,
     RecurrentDropout,
     Site,
+    SiteValues,
     active_noises,
     sites_of,
 )
 from .._spec.state_noise import resolve_state_noise
 from .._step.call_cell import Cell, trace_cell
-from .._step.checks import check_dropout
+from .._step.checks import check_dropout, check_start
 from .._step.draw_masks import draw_site, inside_names
 from ..cells.known import family_of
 from ..noises.protocol import Noise, needs_previous
@@ -67,9 +67,9 @@ def plot_masks(
     """Plots the masks of one row of a batch over time, a strip for each array that has noise.
 
     The masks are those of `dropout_scan` with the same arguments. A variational mask is stripes,
-    for it is the same at all steps; a per-step mask is snow. Each strip names its noise. A boolean
-    mask is dark and white, in the words beside it; other masks, such as Gaussian noise, are shades
-    with a bar. Needs matplotlib: `pip install 'flax_dropout_cell[plots]'`.
+    because it is the same at all steps; a per-step mask is snow. Each strip names its noise. A
+    boolean mask is blue and blank, as its label says; other masks, such as Gaussian noise, are
+    shades with a bar. Needs matplotlib: `pip install 'flax_dropout_cell[plots]'`.
 
     Args:
       params: the cell's weights; of these, `carry` and `xs` only the shapes are used.
@@ -87,9 +87,9 @@ def plot_masks(
       A matplotlib figure.
 
     Raises:
-      ImportError: matplotlib is not installed.
-      ValueError: nothing is disturbed, or as `dropout_scan`.
-      TypeError: as `dropout_scan`.
+      ImportError: if matplotlib is not installed.
+      ValueError: if nothing is disturbed, or as `dropout_scan`.
+      TypeError: as in `dropout_scan`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -139,7 +139,7 @@ def _figure(strips: Strips, max_units: int) -> "Figure":
 
 
 def _draw(axes: "Axes", path: str, strip: Strip, start: int, max_units: int) -> None:
-    """Draws one array's masks, and says what dark and white, or the shades, stand for."""
+    """Draws one array's masks, and says what blue and blank, or the shades, stand for."""
     mask = strip.mask[:max_units]
     meaning = _meaning(strip)
     limits: dict[str, Any] = {"vmin": 0, "vmax": 1} if meaning else {}
@@ -187,9 +187,10 @@ def draw_strips(
         raise ValueError("plot_masks needs a key such as jax.random.key(0), got rng=None.")
     dropout = resolve_state_noise(dropout, carry, family_of(cell))
     steps = count_steps(xs)
+    check_start(start, steps)
     x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], dtype_of(leaf)), xs)
     y, inside = trace_cell(cell, params, carry, x, inside_names(dropout))
-    values = Masks(params, x, carry, y, inside)
+    values = SiteValues(params=params, input=x, state=carry, output=y, inside=inside)
     strips: Strips = {}
     for site in sites_of(dropout):
         if active_noises(site.of(dropout)):

@@ -7,6 +7,7 @@ A draw's key depends on the sequence's key, the step, the site and the leaf, and
     site inside, leaf i     the same for the slot `inside` and leaf 0, then the name, then i
     word types              fold_in(rng, EMBEDDING)
     wrapper around d more   fold_in(rng, 2**31 + 7 * 2**28 + d) for its rng, where d > 0
+    a wrapper's cell        fold_in(rng, CELL) for its rng, if the cell draws too
 """
 
 import hashlib
@@ -22,7 +23,8 @@ from .threefry import threefry_2x32
 # Steps stay below the first site, so a mask for the sequence never shares a key with one for a
 # step. The order is part of the random stream.
 _FIRST_SITE = 2**31
-EMBEDDING = np.uint32(2**32 - 1)
+# Words are drawn from this key itself, and a cell draws from keys that are folded from it.
+EMBEDDING = CELL = np.uint32(2**32 - 1)
 _SITES = ("params", "input", "state", "output", "inside")
 _NESTED = 7  # the last slot
 
@@ -44,6 +46,13 @@ def name_hash(name: str) -> int:
 def nested_rng(rng: jax.Array, depth: int) -> jax.Array:
     """A wrapper's own key, by the number of wrappers inside it: nested ones get equal keys."""
     return rng if depth == 0 else fold_in(rng, np.uint32(_FIRST_SITE + _NESTED * 2**28 + depth))
+
+
+def cell_rng(rng: jax.Array) -> jax.Array:
+    """The key for a wrapper's cell, if the wrapper itself draws from `rng`."""
+    key = as_rng(rng)
+    assert key is not None
+    return fold_in(key, CELL)
 
 
 def step_rng(rng: jax.Array, step: int | np.integer | jax.Array) -> jax.Array:
@@ -87,7 +96,7 @@ def is_threefry(rng: jax.Array) -> bool:
 
 
 def fold_in(rng: jax.Array, data: int | np.integer | jax.Array) -> jax.Array:
-    """Gives `jax.random.fold_in(rng, data)`, bit for bit."""
+    """`jax.random.fold_in(rng, data)`, bit for bit."""
     if not is_threefry(rng):
         return jax.random.fold_in(rng, data)
     folded = _fold_in(as_typed(rng), jnp.uint32(data))

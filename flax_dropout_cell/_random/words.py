@@ -21,7 +21,7 @@ def draw_words(
     finish: Callable[..., jax.Array] = lambda words: words,
     *operands: jax.Array,
 ) -> jax.Array:
-    """Gives `finish(jax.random.bits(rng, shape, jnp.uint32), *operands)`, bit for bit.
+    """`finish(jax.random.bits(rng, shape, jnp.uint32), *operands)`, bit for bit.
 
     Args:
       rng: a typed key.

@@ -20,6 +20,7 @@ from .._spec.recurrent_dropout import (
     Masks,
     PyTree,
     RecurrentDropout,
+    SiteValues,
     draws_once,
     fill_in,
     sites_of,
@@ -27,7 +28,7 @@ from .._spec.recurrent_dropout import (
 from .._spec.state_noise import resolve_state_noise
 from .._step.apply_noise import StepNoise
 from .._step.call_cell import Cell
-from .._step.checks import as_rows, check_dropout, check_masks, check_step
+from .._step.checks import as_rows, check_count, check_dropout, check_masks, check_start
 from .._step.draw_masks import draw_sites, site_values
 from .._step.row_keys import Rows, rows_by_start
 from ..cells.known import family_of
@@ -82,7 +83,7 @@ def dropout_scan(
       seq_lengths: ints `[*batch]`. Past its length a row's carry no longer changes, its `ys` are
         zero, and its `xs` have no effect. Every leaf of the carry, of `xs` at a step and of `ys`
         at a step then starts with the batch dims. Leaves with fewer dims than the batch, such as
-        a step counter, belong to all rows and go on.
+        a step counter, are shared by all rows and are never held back.
       valid: bools `[time, *batch]`, instead of `seq_lengths`, for padding of any pattern, such as
         in front or between sequences. False marks padding.
       resets: bools `[time, *batch]`, in the order of `xs`. True marks a sequence's first step:
@@ -115,9 +116,9 @@ def dropout_scan(
       `(carry, ys)`: the last carry, and the outputs `[time, ...]`.
 
     Raises:
-      ValueError: as `dropout_cell`, and if a length, shape or `start` does not fit, or the carry
+      ValueError: as in `dropout_cell`, and if a length, shape or `start` does not fit, or the carry
         does not permit `parallel=True`.
-      TypeError: as `dropout_cell`, and if `seq_lengths` or `start` is not an int.
+      TypeError: as in `dropout_cell`, and if `seq_lengths` or `start` is not an int.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -138,7 +139,7 @@ def dropout_scan(
     check_masks(masks, dropout)
     rng = as_rng(rng)
     steps = count_steps(xs)
-    _check_start(start, steps)
+    check_start(start, steps)
     padding = find_valid(seq_lengths, valid, steps)
     if padding is not None:
         for name, tree in (("carry", carry), ("xs", at_a_step(xs))):
@@ -174,7 +175,9 @@ def dropout_scan(
         steps=steps,
         reverse=reverse,
         unroll=unroll,
-        checkpoint_every=_check_every(checkpoint_every),
+        checkpoint_every=(
+            None if checkpoint_every is None else check_count("checkpoint_every", checkpoint_every)
+        ),
         parallel=parallel,
     )
     return running.carry, ys
@@ -262,7 +265,7 @@ class _Drawn(NamedTuple):
 
 
 def _draw(
-    values_of: Callable[..., Masks],
+    values_of: Callable[..., SiteValues],
     brought: Masks | None,
     plan: _Plan,
     *,
@@ -331,18 +334,3 @@ def count_steps(xs: PyTree) -> int:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"the arrays of xs must share their leading axis, time; got {listed}.")
     return lengths.pop()[0]
-
-
-def _check_every(every: Any) -> int | None:
-    if every is None:
-        return None
-    if isinstance(every, bool) or not isinstance(every, int | np.integer) or every < 1:
-        raise ValueError(f"checkpoint_every must be an int of at least 1, got {short_repr(every)}.")
-    return int(every)
-
-
-def _check_start(start: Any, steps: int) -> None:
-    check_step("start", start)
-    is_known = isinstance(start, int | np.integer) and isinstance(steps, int)
-    if is_known and start + steps > 2**31:
-        raise ValueError(f"start + time must be at most 2**31, got {start} + {steps}.")

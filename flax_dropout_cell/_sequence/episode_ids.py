@@ -30,8 +30,8 @@ def episode_ids(
       The ids of the next step, `[*batch]`.
 
     Raises:
-      TypeError: `ids` are not ints of at least 32 bits, or `done` are not bools.
-      ValueError: the shapes differ, or NumPy ids do not fit in JAX's ints of 32 bits.
+      TypeError: if `ids` are not ints of at least 32 bits, or `done` are not bools.
+      ValueError: if the shapes differ, or NumPy ids do not fit in JAX's ints of 32 bits.
 
     Example:
       >>> import jax.numpy as jnp

@@ -27,7 +27,7 @@ def find_valid(seq_lengths: Any, valid: Any, steps: int) -> jax.Array | None:
         places = jnp.arange(steps, dtype=jnp.int32)
         return jnp.less(places.reshape(steps, *[1] * lengths.ndim), lengths[None])
     if seq_lengths is not None:
-        raise ValueError("give seq_lengths or valid, not both: valid says it all.")
+        raise ValueError("give seq_lengths or valid, not both: valid alone is enough.")
     return check_bools("valid", valid, steps)
 
 

@@ -1,4 +1,4 @@
-"""Inputs that all rows share, such as a table `[time, features]`, are refused beside padding."""
+"""Inputs that all rows share, such as a table `[time, features]`, are refused with padding."""
 
 import math
 from collections.abc import Callable

@@ -15,6 +15,7 @@ from .._spec.recurrent_dropout import (
     Masks,
     PyTree,
     RecurrentDropout,
+    SiteValues,
     active_noises,
     draws_at_each_step,
     make_masks,
@@ -22,7 +23,7 @@ from .._spec.recurrent_dropout import (
 )
 from .._spec.state_noise import resolve_state_noise
 from .._step.call_cell import Cell
-from .._step.checks import as_rows, check_dropout, check_step
+from .._step.checks import as_rows, check_dropout, check_start, check_step
 from .._step.draw_masks import draw_site, site_values
 from .._step.row_keys import Rows
 from ..cells.known import family_of
@@ -53,14 +54,14 @@ def draw_step_masks(
 
     Args:
       params: the cell's weights.
-      carry: a carry. Of this, `params` and `x` only shapes and dtypes are used, so a
-        `jax.ShapeDtypeStruct` of each works as well.
+      carry: a carry. Only the shapes and dtypes of `carry`, `params` and `x` are used, so each
+        may be a `jax.ShapeDtypeStruct`.
       x: the input at one step, without the time axis.
       rng: the sequence's key.
       num_steps: the number of steps.
       cell: `cell(params, carry, x) -> (carry, y)`; never run, only traced for the shapes of its
         output and of its sites inside.
-      dropout: which noise sits where.
+      dropout: the noise at each site.
       start: the absolute index of the first step.
       sequence_ids: ints `[*batch]`. Each row then draws by its id instead of by its place.
 
@@ -68,8 +69,9 @@ def draw_step_masks(
       `Masks` with a mask `[time, ...]` for each leaf with a per-step noise, None elsewhere.
 
     Raises:
-      ValueError: `rng` is None, or `num_steps` or `start` is negative.
-      TypeError: an argument has the wrong type.
+      ValueError: if `rng` is None, `num_steps` or `start` is negative, or `start + num_steps` is
+        above 2**31.
+      TypeError: if an argument has the wrong type.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -84,7 +86,7 @@ def draw_step_masks(
     """
     check_dropout(dropout)
     check_step("num_steps", num_steps)
-    check_step("start", start)
+    check_start(start, num_steps)
     key = as_rng(rng)
     if key is None:
         raise ValueError("draw_step_masks needs a key such as jax.random.key(0), got rng=None.")
@@ -94,7 +96,7 @@ def draw_step_masks(
 
 
 def draw_ahead(
-    values_of: Callable[..., Masks],
+    values_of: Callable[..., SiteValues],
     rng: jax.Array,
     steps: int,
     *,
@@ -112,7 +114,7 @@ def draw_ahead(
       values_of: gives the shapes at the sites of a spec, as far as they are needed.
       rng: the sequence's key, typed.
       steps: the number of steps.
-      dropout: which noise sits where.
+      dropout: the noise at each site.
       start: the absolute index of the first step.
       rows: what rows draw by.
 
@@ -151,7 +153,7 @@ def _probability_of(entry: Any) -> str | None:
 
 def _draw(
     dropout: RecurrentDropout,
-    values: Masks,
+    values: SiteValues,
     rng: jax.Array,
     steps: int,
     start: Any,

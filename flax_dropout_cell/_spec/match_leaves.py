@@ -68,12 +68,12 @@ def _can_be_disturbed(site: Site, name: str, leaf: Any, noise: Noise) -> bool:
             f"{name} is {dtype}{list(np.shape(leaf))}, but noise needs floating-point values; give "
             f"dropout.{site} a structure with None there."
         )
-    # Here for the sites around a cell; inside one, only the call of `disturb` tells.
+    # Here for the sites around a cell; inside one, only the call of `disturb` shows it.
     if needs_previous(noise) and not (site.inside or site == STATE):
         raise ValueError(
             f"dropout.{site}: {type(noise).__name__} needs the value of the step before, and "
-            f"{site} has none. Put it at state, or inside a cell at a site that says what it held "
-            f"before: memory and hidden in this library's cells."
+            f"{site} has none. Put it at state, or inside a cell at a site that passes its "
+            f"previous value: memory and hidden in this library's cells."
         )
     return True
 

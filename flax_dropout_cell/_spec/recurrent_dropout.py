@@ -146,14 +146,24 @@ class Masks(NamedTuple):
     inside: PyTree = None
 
 
+class SiteValues(NamedTuple):
+    """The value at each site, or its shapes and dtypes; None if no mask needs them."""
+
+    params: PyTree
+    input: PyTree
+    state: PyTree
+    output: PyTree
+    inside: PyTree
+
+
 class Site(NamedTuple):
     """A place for noise: one of the four around a cell, or one inside it, with a name."""
 
     name: str
     inside: bool = False
 
-    def of(self, holder: RecurrentDropout | Masks) -> PyTree:
-        """This site's part of a spec or of masks."""
+    def of(self, holder: RecurrentDropout | Masks | SiteValues) -> PyTree:
+        """This site's part of a spec, of masks or of values."""
         return (holder.inside or {}).get(self.name) if self.inside else getattr(holder, self.name)
 
     def __str__(self) -> str:
@@ -165,7 +175,7 @@ PARAMS, INPUT, STATE, OUTPUT = AROUND = tuple(
 )
 
 
-def sites_of(holder: RecurrentDropout | Masks) -> Iterator[Site]:
+def sites_of(holder: RecurrentDropout | Masks | SiteValues) -> Iterator[Site]:
     """The four sites around a cell, and the inside ones that a spec or masks name."""
     yield from AROUND
     for name in holder.inside or {}:

@@ -3,7 +3,7 @@
 An LSTM's c, a GRU's h and the h of the linear cells are leaky sums: the old value is multiplied by
 a gate and carried on. Dropout divides a kept unit by keep_prob, and on a leaky sum it does so
 again at every step: after 100 steps at 0.8, a kept unit is 5e9 times too large. So every entry
-raises an error.
+point raises an error.
 """
 
 import dataclasses
@@ -48,7 +48,10 @@ def resolve_state_noise(
                 "Equinox carries (h, c). Write state=(None, noise) for the h of (c, h), "
                 "state=(noise, None) for that of (h, c)."
             )
-        return dataclasses.replace(dropout, state=tuple(noise))
+        if family is None:  # as Flax orders a plain pair
+            return dataclasses.replace(dropout, state=tuple(noise))
+        state = tuple(noise.c if site.leaky else noise.h for site in family.carried)
+        return dataclasses.replace(dropout, state=state)
     if not isinstance(noise, Noise) or is_identity(noise):
         return dropout
     # From here on it is one noise. TensorFlow's filter and Gal's paper put it on an LSTM's h alone.
@@ -57,7 +60,7 @@ def resolve_state_noise(
     if family is not None and in_module and len(family.carried) > 1:
         state = tuple(None if site.leaky else noise for site in family.carried)
         return dataclasses.replace(dropout, state=state)
-    # A cell of the user's: which of its leaves is a memory, nobody knows.
+    # In a user's own cell there is no way to know which leaf is a memory.
     if len(jax.tree.leaves(carry)) > 1:
         raise ValueError(
             f"one noise for the whole state would reach every leaf of {structure_str(carry)}, so "

@@ -87,8 +87,9 @@ class RecurrentKernels(DeferredPrefix):
             )
         if not recurrent:
             raise ValueError(
-                f"recurrent_kernels finds no recurrent kernel by a name of Flax's, Equinox's or "
-                f"this library's cells; name it with at_paths.\nThe weights are {_listed(paths)}."
+                f"recurrent_kernels finds no recurrent kernel by a name of Flax's, Haiku's, "
+                f"Equinox's or this library's cells; name it with at_paths.\n"
+                f"The weights are {_listed(paths)}."
             )
         return _spread(self.noise, _RECURRENT, paths, structure)
 
@@ -136,7 +137,7 @@ def recurrent_kernels(noise: Noise) -> RecurrentKernels:
 
     Section 2 of the paper: DropConnect on the hidden-to-hidden matrices, once per sequence, so
     give a noise with `variational=True`. Weights are found by the names that they have in the
-    cells of Flax (linen and NNX), Equinox and this library.
+    cells of Flax (linen and NNX), Haiku, Equinox and this library.
 
     Args:
       noise: the noise for each recurrent kernel; each kernel has a mask of its own.

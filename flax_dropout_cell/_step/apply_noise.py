@@ -61,7 +61,7 @@ class StepNoise:
             ]
         return jax.tree.unflatten(structure, disturbed)
 
-    def sites(self) -> DisturbFn | None:
+    def disturb_fn(self) -> DisturbFn | None:
         """The cell's `disturb` argument; None if no site inside the cell has noise or a mask."""
         names = inside_names(self.dropout)
         # A cell is called with `disturb=` only if it must: it need not take the argument.

@@ -30,8 +30,8 @@ class DisturbFn:
     def __init__(self, names: frozenset[str], noise: Callable[[str, PyTree, PyTree], PyTree]):
         self._names = names
         self._noise = noise
-        # Under jax.vmap, all rows of a mask that is drawn outside would be the same. No value
-        # tells: the trace in which the cell was called has to be compared with the present one.
+        # Under jax.vmap, all rows of a mask that is drawn outside would be the same. No value shows
+        # this, so the trace in which the cell was called is compared with the current one.
         self._trace = current_trace()
         self._called: list[str] = []
         self._asked: set[str] = set()
@@ -80,26 +80,28 @@ def call_cell(
     params: PyTree,
     carry: PyTree,
     x: PyTree,
-    sites: DisturbFn | None = None,
+    disturb: DisturbFn | None = None,
     *,
     scanned: bool = False,
 ) -> tuple[PyTree, PyTree]:
-    """Runs the cell, with `disturb=` if sites are given, and checks that it returns a pair.
+    """Runs the cell, with `disturb=` if it is given, and checks that it returns a pair.
 
     If it is `scanned`, the new carry must have the shapes and dtypes of the old one.
     """
     _check_cell(cell)
     try:
         result = (
-            cell(params, carry, x) if sites is None else _offer_sites(cell, params, carry, x, sites)
+            cell(params, carry, x)
+            if disturb is None
+            else _call_disturbed(cell, params, carry, x, disturb)
         )
     except Exception as error:
         _add_shapes(error, carry, x)
         raise
-    if sites is not None:
+    if disturb is not None:
         if result is _NO_SITES:
-            raise _no_sites(sites)
-        sites.check_all_called()
+            raise _no_sites(disturb)
+        disturb.check_all_called()
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"cell must return (carry, y), got {short_tree_repr(result)}.")
     if jax.tree.structure(result[0]) != jax.tree.structure(carry):
@@ -146,12 +148,14 @@ def _add_shapes(error: Exception, carry: PyTree, x: PyTree) -> None:
         )
 
 
-def _offer_sites(cell: Cell, params: PyTree, carry: PyTree, x: PyTree, sites: DisturbFn) -> Any:
+def _call_disturbed(
+    cell: Cell, params: PyTree, carry: PyTree, x: PyTree, disturb: DisturbFn
+) -> Any:
     """Runs the cell with `disturb=`; returns `_NO_SITES` if it does not take that argument."""
     if not _takes_disturb(cell):
         return _NO_SITES
     try:
-        return cell(params, carry, x, disturb=sites)
+        return cell(params, carry, x, disturb=disturb)
     except TypeError as error:
         # A Flax module's `apply` takes any keyword, and its `__call__` does not.
         if "unexpected keyword argument 'disturb'" in str(error):
@@ -169,8 +173,8 @@ def _takes_disturb(cell: Cell) -> bool:
     )
 
 
-def _no_sites(sites: DisturbFn) -> TypeError:
-    names = sorted(sites._names)
+def _no_sites(disturb: DisturbFn) -> TypeError:
+    names = sorted(disturb._names)
     ours = {name: cells_with(name) for name in names if cells_with(name)}
     where = "".join(f" For {name!r} use {cell} of this library." for name, cell in ours.items())
     return TypeError(
@@ -203,9 +207,9 @@ def sites_of_cell(cell: Cell, params: PyTree, carry: PyTree, x: PyTree) -> list[
 
     # Not `call_cell`, which would refuse a cell that has no sites.
     def run(params: PyTree, carry: PyTree, x: PyTree) -> None:
-        sites = DisturbFn(frozenset(), undisturbed)
-        _offer_sites(cell, params, carry, x, sites)
-        known.update(sites.known)
+        disturb = DisturbFn(frozenset(), undisturbed)
+        _call_disturbed(cell, params, carry, x, disturb)
+        known.update(disturb.known)
 
     eval_shape(run, params, carry, x)
     return sorted(known)

@@ -41,6 +41,23 @@ def check_step(name: str, step: Any) -> None:
         raise ValueError(f"{name} must be at least 0 and below 2**31, got {step}.")
 
 
+def check_start(start: Any, steps: int) -> None:
+    """Raises if `start` is not the index of a first step of so many."""
+    check_step("start", start)
+    is_known = isinstance(start, int | np.integer) and isinstance(steps, int)
+    if is_known and start + steps > 2**31:
+        raise ValueError(f"start + time must be at most 2**31, got {start} + {steps}.")
+
+
+def check_count(name: str, count: Any) -> int:
+    """The count as an int; raises if it is not an int of at least 1."""
+    is_int = isinstance(count, int | np.integer) and not isinstance(count, bool)
+    if not is_int or count < 1:
+        error = ValueError if is_int else TypeError
+        raise error(must_be(name, "an int of at least 1", count))
+    return int(count)
+
+
 def as_rows(sequence_ids: Any) -> Rows | None:
     """The rows' ids, checked; None if rows draw by their place."""
     return None if sequence_ids is None else rows_by_id(as_ints("sequence_ids", sequence_ids))

@@ -23,6 +23,7 @@ from .._spec.recurrent_dropout import (
     PyTree,
     RecurrentDropout,
     Site,
+    SiteValues,
     active_noises,
     draws_at_each_step,
     draws_once,
@@ -97,13 +98,13 @@ def site_values(
     cell: Cell,
     dropout: RecurrentDropout,
     is_drawn: Callable[[PyTree], bool] = draws_once,
-) -> Masks:
+) -> SiteValues:
     """The value at each site, or its shapes and dtypes, as far as the masks drawn need them."""
-    # Params, x and the carry are at hand. Only the cell itself tells its y and its sites.
+    # Params, x and the carry are at hand. Only a trace of the cell shows its y and its sites.
     y, inside = None, {}
     if is_drawn(dropout.output) or is_drawn(dropout.inside):
         y, inside = trace_cell(cell, params, carry, x, inside_names(dropout))
-    return Masks(params, x, carry, y, inside)
+    return SiteValues(params=params, input=x, state=carry, output=y, inside=inside)
 
 
 def inside_names(dropout: RecurrentDropout) -> frozenset[str]:
@@ -113,7 +114,7 @@ def inside_names(dropout: RecurrentDropout) -> frozenset[str]:
 
 def draw_sites(
     dropout: RecurrentDropout,
-    values: Masks,
+    values: SiteValues,
     rng: jax.Array,
     rows: Rows | None = None,
     *,
@@ -193,13 +194,13 @@ def _by_row(site: Site, noise: Noise, leaf: Any, rows: Rows) -> bool:
             f"a value at {site} has shape {shape} at a step, which does not start with the batch "
             f"dims of sequence_ids or resets, {rows.batch}."
         )
-    return draws_by_row(str(site), noise, shape, len(rows.batch))
+    return draws_by_row(site, noise, shape, len(rows.batch))
 
 
-def draws_by_row(site: str, noise: Noise, shape: tuple[int, ...], batch_ndim: int) -> bool:
+def draws_by_row(site: Site, noise: Noise, shape: tuple[int, ...], batch_ndim: int) -> bool:
     """Whether each row has a mask of its own; weights, and masks shared over the batch, do not."""
     dims = getattr(noise, "broadcast_dims", ())
-    return site != "params" and not any(dim % len(shape) < batch_ndim for dim in dims)
+    return site != PARAMS and not any(dim % len(shape) < batch_ndim for dim in dims)
 
 
 def draw_rows(

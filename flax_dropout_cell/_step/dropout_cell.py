@@ -100,5 +100,5 @@ def run_step(
     """One step with weights that already have their noise; see `call_cell` for `scanned`."""
     x = step_noise(INPUT, x)
     # The incoming carry is not disturbed: the noise of the step before is in it already.
-    new_carry, y = call_cell(cell, params, carry, x, step_noise.sites(), scanned=scanned)
+    new_carry, y = call_cell(cell, params, carry, x, step_noise.disturb_fn(), scanned=scanned)
     return step_noise(STATE, new_carry, carry), step_noise(OUTPUT, y)

@@ -4,12 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .._messages import must_be
 from .._random.keep_masks import drop_prob_in_24_bits
 from .._random.keys import EMBEDDING, as_rng, fold_in, is_threefry
 from .._random.threefry import threefry_2x32
+from .._step.checks import check_count
 from ..noises import Dropout
 from ..noises.arguments import check_fits, check_probability
 
@@ -114,6 +114,5 @@ def _check_lookup(table: jax.Array, ids: jax.Array, per_example: bool) -> None:
 def check_embed(num_embeddings: int, features: int, keep_prob: float | jax.Array) -> None:
     """Raises if the arguments of `Embed` would make its calls fail."""
     for name, size in (("num_embeddings", num_embeddings), ("features", features)):
-        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
-            raise ValueError(must_be(name, "an int of at least 1", size))
+        check_count(name, size)
     check_probability("keep_prob", keep_prob)

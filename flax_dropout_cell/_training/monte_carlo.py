@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._compat import is_traced
+from .._dtypes import wide_dtype
 from .._messages import must_be
 from .._random.keys import as_rng, fold_in, is_threefry
+from .._step.checks import check_count
 
 PyTree = Any
 
@@ -68,8 +70,8 @@ def mc_samples(
     typed = as_rng(rng)
     if typed is None:
         raise ValueError("mc_samples needs a key such as jax.random.key(0), got rng=None.")
-    num_samples = _check_size("num_samples", num_samples)
-    chunk_size = num_samples if chunk_size is None else _check_size("chunk_size", chunk_size)
+    num_samples = check_count("num_samples", num_samples)
+    chunk_size = num_samples if chunk_size is None else check_count("chunk_size", chunk_size)
     if not is_threefry(typed):
         chunk_size = 1
     # Chunks of equal size, so that the last one computes few samples that are thrown away.
@@ -101,7 +103,7 @@ def _warn_if_equal(samples: PyTree) -> None:
     if all(bool((leaf == leaf[:1]).all()) for leaf in leaves):
         warnings.warn(
             "all samples of mc_samples are equal: the model is in evaluation, or its layers do not "
-            "get the key. Use deterministic=False, or train() in NNX, and hand the key on.",
+            "get the key. Use deterministic=False, or train() in NNX, and pass the key on.",
             stacklevel=3,
         )
 
@@ -164,7 +166,7 @@ def _entropy(probabilities: jax.Array) -> jax.Array:
 
 
 def _widen(values: jax.Array) -> jax.Array:
-    return values if jnp.finfo(values.dtype).bits >= 32 else values.astype(jnp.float32)
+    return values.astype(wide_dtype(values.dtype))
 
 
 def _check_probabilities(probabilities: jax.Array) -> None:
@@ -180,13 +182,5 @@ def _check_probabilities(probabilities: jax.Array) -> None:
         raise ValueError(
             f"probabilities must be in [0, 1] and sum to 1 over the last axis, got values from "
             f"{values.min():.3g} to {values.max():.3g}, sums from {sums.min():.3g} to "
-            f"{sums.max():.3g}. Of logits, pass jax.nn.softmax(logits)."
+            f"{sums.max():.3g}. For logits, pass jax.nn.softmax(logits)."
         )
-
-
-def _check_size(name: str, size: Any) -> int:
-    if isinstance(size, bool) or not isinstance(size, int | np.integer):
-        raise TypeError(must_be(name, "an int", size))
-    if size < 1:
-        raise ValueError(f"{name} must be at least 1, got {size}.")
-    return int(size)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._dtypes import wide_dtype
 from .._messages import must_be
 
 
@@ -156,8 +157,9 @@ def gaussian_kl(mean: jax.Array | float, stddev: jax.Array | float) -> jax.Array
 
 def _float(value: Any) -> jax.Array:
     value = jnp.asarray(value)
-    wide = jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits >= 32
-    return value if wide else value.astype(jnp.float32)
+    if jnp.issubdtype(value.dtype, jnp.floating):
+        return value.astype(wide_dtype(value.dtype))
+    return value.astype(jnp.float32)
 
 
 def _time_first(ys: jax.Array, time_axis: int) -> jax.Array:

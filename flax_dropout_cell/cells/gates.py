@@ -1,4 +1,4 @@
-"""Shared by the LSTM and the GRU: the products of gates, initial weights, and checks of shapes."""
+"""Shared by the cells: the products of gates, initial weights, and checks of shapes."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._random.wide_dtype import wide_dtype
+from .._dtypes import wide_dtype
 from .disturb import active
 
 Disturb = Callable[..., Any]
@@ -17,7 +17,7 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 class Kernels(Protocol):
-    """The two kernels that every cell's weights have."""
+    """The two kernels of an LSTM's or a GRU's weights."""
 
     @property
     def input_kernel(self) -> jax.Array: ...
@@ -54,7 +54,7 @@ def row(bias: jax.Array, like: jax.Array) -> jax.Array:
 def init_kernels(
     rng: jax.Array, in_features: int, features: int, gates: int, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Flax's first weights: LeCun normal for inputs, an orthogonal matrix per gate for h."""
+    """Flax's initial weights: LeCun normal for inputs, an orthogonal matrix per gate for h."""
     lecun, orthogonal = jax.nn.initializers.lecun_normal(), jax.nn.initializers.orthogonal()
     keys = jax.random.split(rng, 2 * gates)
     wide = wide_dtype(dtype)  # because there is no QR in half precision

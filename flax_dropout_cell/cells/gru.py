@@ -19,7 +19,7 @@ from .gates import (
 
 
 class GRUParams(NamedTuple):
-    """A GRU's weights. Gates stand side by side in the order r, z, n.
+    """A GRU's weights. Gates are stored side by side in the order r, z, n.
 
     Attributes:
       input_kernel: `[in_features, 3 * features]`, multiplied with x.

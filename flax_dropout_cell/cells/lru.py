@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._random.wide_dtype import wide_dtype
+from .._dtypes import wide_dtype
 from .disturb import undisturbed
 from .family import Family
 from .gates import Disturb, check_input, row
@@ -72,7 +72,7 @@ def init_lru(
       >>> params.nu_log.shape, params.input_kernel.shape, params.output_kernel.shape
       ((8,), (3, 16), (16, 8))
     """
-    # In float32, for exponents and logarithms near a radius of 1 cancel in half precision.
+    # In float32, because exponents and logarithms near a radius of 1 cancel in half precision.
     wide = wide_dtype(dtype)
     radii, phases, b, c, d = jax.random.split(rng, 5)
     tiny = float(jnp.finfo(wide).tiny)  # the logarithm of 0 is not finite
@@ -123,8 +123,8 @@ def lru_cell(
       dtype of x.
 
     Raises:
-      TypeError: the carry is not a complex array.
-      ValueError: the shapes of weights, carry and x do not fit together.
+      TypeError: if the carry is not a complex array.
+      ValueError: if the shapes of weights, carry and x do not fit together.
 
     Example:
       >>> import jax, jax.numpy as jnp

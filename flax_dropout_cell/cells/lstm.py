@@ -20,7 +20,7 @@ from .gates import (
 
 
 class LSTMParams(NamedTuple):
-    """An LSTM's weights. Gates stand side by side in the order i, f, g, o.
+    """An LSTM's weights. Gates are stored side by side in the order i, f, g, o.
 
     Attributes:
       input_kernel: `[in_features, 4 * features]`, multiplied with x.

@@ -72,8 +72,8 @@ def min_gru_cell(
       `(h, y)`: the new h, twice, with the dtype of the old.
 
     Raises:
-      TypeError: the carry is not an array.
-      ValueError: the shapes of weights, carry and x do not fit together.
+      TypeError: if the carry is not an array.
+      ValueError: if the shapes of weights, carry and x do not fit together.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._random.wide_dtype import wide_dtype
+from .._dtypes import wide_dtype
 from .disturb import undisturbed
 from .family import Family
 from .gates import Disturb, check_input, row
@@ -86,8 +86,8 @@ def rg_lru_cell(
       `(h, y)`: the new h, twice, with the dtype of the old.
 
     Raises:
-      TypeError: the carry is not an array.
-      ValueError: the shapes of weights, carry and x do not fit together.
+      TypeError: if the carry is not an array.
+      ValueError: if the shapes of weights, carry and x do not fit together.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -110,7 +110,7 @@ def _decay(decay_logit: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
     wide = wide_dtype(r.dtype)
     log_a = jax.nn.log_sigmoid(decay_logit.astype(wide))
     log_decay = _POWER * jax.nn.sigmoid(r.astype(wide)) * row(log_a, r)
-    # A gate may be closed to the last bit; the square root has no slope at 0.
+    # A gate may be closed to the last bit; the slope of the square root is infinite at 0.
     rest = jnp.maximum(-jnp.expm1(2 * log_decay), jnp.finfo(wide).tiny)
     return jnp.exp(log_decay), jnp.sqrt(rest)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 
-from .._flax.linear_cells import (
+from .._flax.cell_weights import (
     LinearParams,
     check_params,
     has_no_weights,
@@ -23,7 +23,6 @@ from ..cells.gru import GRUParams, gru_step
 from ..cells.lstm import LSTMParams, lstm_step
 from .linear_cells import LinearCell
 
-PyTree = Any
 Params = LSTMParams | GRUParams | LinearParams
 
 
@@ -81,7 +80,7 @@ class LSTMCell(nn.OptimizedLSTMCell):
           `(carry, y)`: the carry as it came; y is the new h.
         """
         in_features, features = jnp.shape(inputs)[-1], self.features
-        # One after the other, as Flax makes them, for then the same key gives the same weights.
+        # One after the other, as Flax makes them, because then the same key gives the same weights.
         kernels, recurrent_kernels, biases = [], [], []
         for gate in "ifgo":
             kernel, _ = _weights(self, f"i{gate}", in_features, self.kernel_init, None)
@@ -172,8 +171,8 @@ def cell_params(params: Params, cell: nn.RNNCellBase) -> dict[str, Any]:
       The variables, `{"params": {..}}`, for `cell.apply`.
 
     Raises:
-      TypeError: the cell is of another kind than the weights.
-      ValueError: the cell has another number of features.
+      TypeError: if the cell is of another kind than the weights.
+      ValueError: if the cell has another number of features.
 
     Example:
       >>> import flax.linen as nn
@@ -220,7 +219,7 @@ def core_params(variables: Mapping[str, Any], cell: nn.RNNCellBase) -> Params:
 
     Raises:
       TypeError: if the weights are not of the cell's kind.
-      ValueError: the variables are not this cell's.
+      ValueError: if the variables are not this cell's.
 
     Example:
       >>> import flax.linen as nn

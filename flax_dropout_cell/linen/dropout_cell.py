@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from .._flax.carry import DropoutCarry, inner_rng
+from .._flax.carry import DropoutCarry
 from .._flax.compat import (
     CellField,
     ConstantFields,
@@ -14,6 +14,7 @@ from .._flax.compat import (
     should_stay_unbound,
 )
 from .._flax.wrapper import CellWrapper
+from .._random.keys import cell_rng
 from .._spec.prefixes import shape_of
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout
 from .._step.checks import check_dropout
@@ -66,7 +67,7 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
 
     @nn.nowrap
     def initialize_carry(self, rng: jax.Array, input_shape: Any) -> DropoutCarry:
-        """The cell's first carry, with the masks of a new sequence.
+        """The cell's initial carry, with the masks of a new sequence.
 
         Draws the variational masks, once for all steps of the sequence, from the `dropout`
         stream. A cell that is unbound and is called outside of any module has no stream and
@@ -86,7 +87,7 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
         """
         own = None
         if self._stream() is None and not self.deterministic:
-            own, rng = rng, inner_rng(rng)
+            own, rng = rng, cell_rng(rng)
         cell_carry = self.cell.initialize_carry(rng, input_shape)
         return self._start(self._sequence_rng(cell_carry, own), cell_carry, input_shape)
 
@@ -129,7 +130,7 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
         """
         cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
         if isinstance(self.cell, Wrapper):
-            inner = None if rng is None else inner_rng(rng)
+            inner = None if rng is None else cell_rng(rng)
             cell_carry = self.cell.redraw_masks(
                 cell_carry, inputs, inner, deterministic=deterministic
             )

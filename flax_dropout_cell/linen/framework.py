@@ -69,7 +69,7 @@ class Linen(Framework):
         return unfreeze(nn.unbox(variables)).get("params", {})
 
     def carry_shapes(self, cell: Any, input_shape: Any) -> PyTree:
-        """The shapes of a cell's first carry."""
+        """The shapes of a cell's initial carry."""
         return jax.eval_shape(
             lambda rng: cell.initialize_carry(rng, input_shape), jax.random.key(0)
         )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
 from .. import cells
-from .._flax.linear_cells import complex_dtype, promote
+from .._flax.cell_weights import complex_dtype, promote
 from ..cells.disturb import undisturbed
 from ..cells.gates import Disturb
 
@@ -66,7 +66,7 @@ class LinearCell(nn.RNNCellBase):
 
     @nn.nowrap
     def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> jax.Array:
-        """The first h, by `carry_init`: zeros by default.
+        """The initial h, by `carry_init`: zeros by default.
 
         Args:
           rng: a key.
@@ -98,10 +98,10 @@ class LRUCell(LinearCell):
       dtype: of the matrix products; None promotes that of inputs and weights. The state is
         complex64, or wider.
       param_dtype: of the weights.
-      carry_init: makes the first h.
-      min_radius: as `fdc.init_lru` has it; so are the others.
-      max_radius: at most 1.
-      max_phase: in radians.
+      carry_init: makes the initial h.
+      min_radius: as in `fdc.init_lru`.
+      max_radius: as in `fdc.init_lru`, at most 1.
+      max_phase: as in `fdc.init_lru`, in radians.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -146,8 +146,8 @@ class MinGRUCell(LinearCell):
     Args:
       features: the size of h.
       dtype: of the matrix product; None promotes that of inputs and weights.
-      param_dtype: of the weights and of the first h.
-      carry_init: makes the first h.
+      param_dtype: of the weights and of the initial h.
+      carry_init: makes the initial h.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -172,8 +172,8 @@ class MinLSTMCell(LinearCell):
     Args:
       features: the size of h, which is the whole carry.
       dtype: of the matrix product; None promotes that of inputs and weights.
-      param_dtype: of the weights and of the first h.
-      carry_init: makes the first h.
+      param_dtype: of the weights and of the initial h.
+      carry_init: makes the initial h.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -198,8 +198,8 @@ class RGLRUCell(LinearCell):
     Args:
       features: the size of h.
       dtype: of the matrix product; None promotes that of inputs and weights.
-      param_dtype: of the weights and of the first h.
-      carry_init: makes the first h.
+      param_dtype: of the weights and of the initial h.
+      carry_init: makes the initial h.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 import jax
 
-from .._flax.first_carry import naming_carry
+from .._flax.initial_carry import naming_carry
 from .._flax.layer import (
     Call,
     check_one_step,
@@ -124,8 +124,8 @@ class RNN(nn.Module):
           start: the absolute index of the first step, 0 by default. A sequence that is cut into
             windows, each with the same `rng`, its own `start` and the carry of the one before,
             gives the uncut result. With `resets` this needs `sequence_ids` too.
-          reset_carry: the carry at a reset, such as a learned first state; by default the carry of
-            `initialize_carry`.
+          reset_carry: the carry at a reset, such as a learned initial state; that of
+            `initialize_carry` by default.
           deterministic: if True, this is evaluation. None uses the layer's own setting, here and
             below.
           rng: the key to draw from, instead of the `dropout` stream. Layers that get the same key
@@ -153,7 +153,7 @@ class RNN(nn.Module):
         call = Call.of(self, arguments)
         rng = as_rng(rng)
         key = dropout_key(self, rng, "RNN") if needs_key(self, deterministic) else None
-        layout = read_layout(inputs, self.cell.num_feature_axes, call.time_major)
+        layout = read_layout(inputs, LINEN.num_feature_axes(self.cell), call.time_major)
 
         def make_carry() -> PyTree:
             first = jax.random.key(0) if init_key is None else init_key

@@ -16,7 +16,7 @@ def dropout_key(
       at_call: whether its call takes `rng`, as a wrapper's call in a host does not.
 
     Raises:
-      ValueError: there is neither, and this is not `init`.
+      ValueError: if there is neither, and this is not `init`.
     """
     if rng is not None:
         return rng

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .._flax.linear_cells import (
+from .._flax.cell_weights import (
     LinearParams,
     check_params,
     has_no_weights,
@@ -79,7 +79,7 @@ class GRUCell(nnx.GRUCell):
       in_features: the size of x.
       hidden_features: the size of h.
       use_recurrent_bias: whether there is a `recurrent_bias`, `[hidden_features]`, zero at first,
-        beside the weights of `nnx.GRUCell`.
+        in addition to the weights of `nnx.GRUCell`.
       rngs: the source of the initial weights.
       **options: the other arguments of `nnx.GRUCell`: gate_fn, activation_fn, kernel_init,
         recurrent_kernel_init, bias_init, dtype, param_dtype and more.
@@ -148,8 +148,8 @@ def cell_params(params: Params, cell: nnx.RNNCellBase) -> dict[str, Any]:
       A dict of arrays, named as each `nnx.Param` of the cell is.
 
     Raises:
-      TypeError: the cell is of another kind than the weights.
-      ValueError: the cell is of another size, or has no place for a `recurrent_bias`.
+      TypeError: if the cell is of another kind than the weights.
+      ValueError: if the cell is of another size, or has no place for a `recurrent_bias`.
 
     Example:
       >>> from flax import nnx
@@ -189,13 +189,13 @@ def core_params(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> Params:
       cell: a cell of this library, an `LSTMCell` or `GRUCell` of Flax, or `nnx.OptimizedLSTMCell`.
 
     Returns:
-      `LSTMParams`, `GRUParams`, or those of a linear cell; of a GRU without a second bias, with
-      recurrent_bias None.
+      `LSTMParams`, `GRUParams`, or those of a linear cell. Of a GRU without a second bias,
+      `recurrent_bias` is None.
       `lstm_cell` and `gru_cell` have Flax's default activations, whatever the cell's are.
 
     Raises:
       TypeError: if the weights are not of the cell's kind.
-      ValueError: the variables are not this cell's.
+      ValueError: if the variables are not this cell's.
 
     Example:
       >>> from flax import nnx

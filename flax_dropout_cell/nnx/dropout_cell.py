@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from .._flax.carry import DropoutCarry, inner_rng
+from .._flax.carry import DropoutCarry
 from .._flax.compat import static
 from .._flax.wrapper import CellWrapper
-from .._random.keys import nested_rng
+from .._random.keys import cell_rng, nested_rng
 from .._spec.prefixes import shape_of
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout
 from .dropout_attribute import DropoutAttribute
@@ -59,7 +59,7 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
     def initialize_carry(
         self, input_shape: Any, rngs: RngSource = None, carry_init: Any = None
     ) -> DropoutCarry:
-        """The cell's first carry, with the masks of a new sequence.
+        """The cell's initial carry, with the masks of a new sequence.
 
         Draws the variational masks, once for all steps of the sequence, from this module's own
         `dropout` stream. Call it before the loop.
@@ -124,7 +124,7 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
         rng = None if rngs is None else self._key(rngs, None)
         if isinstance(self.cell, Wrapper):
-            inner = None if rng is None else inner_rng(rng)
+            inner = None if rng is None else cell_rng(rng)
             cell_carry = self.cell.redraw_masks(
                 cell_carry, inputs, inner, deterministic=deterministic
             )

@@ -68,7 +68,7 @@ class NNX(Framework):
         return self.weights(cell)
 
     def carry_shapes(self, cell: Any, input_shape: Any) -> PyTree:
-        """The shapes of a cell's first carry."""
+        """The shapes of a cell's initial carry."""
         return jax.eval_shape(
             lambda: _evaluating_copy(cell).initialize_carry(input_shape, nnx.Rngs(0))
         )
@@ -97,7 +97,7 @@ NNX_FRAMEWORK = NNX()
 
 
 def _copy(cell: nnx.RNNCellBase, params: PyTree, *, fresh: bool = False) -> tuple[Any, PyTree]:
-    """A copy of a cell with other weights, and the state that it has beside them.
+    """A copy of a cell with other weights, and its other state.
 
     With `fresh` its variables are of the running trace: Flax raises at once if a step writes one of
     another, with an error that does not name the layer.

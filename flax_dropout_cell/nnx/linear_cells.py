@@ -10,7 +10,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 
 from .. import cells
-from .._flax.linear_cells import complex_dtype, promote
+from .._flax.cell_weights import complex_dtype, promote
 from ..cells.disturb import undisturbed
 from ..cells.gates import Disturb
 
@@ -66,12 +66,12 @@ class LinearCell(nnx.RNNCellBase):
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         carry_init: Initializer | None = None,
     ) -> jax.Array:
-        """The first h: zeros, or by `carry_init`.
+        """The initial h: zeros, or by `carry_init`.
 
         Args:
           input_shape: the shape of the input at one step, `[*batch, in_features]`.
-          rngs: where `carry_init` has its key from; zeros need none.
-          carry_init: makes the first h.
+          rngs: the source of the key for `carry_init`; zeros need none.
+          carry_init: makes the initial h.
 
         Returns:
           `[*batch, hidden_features]`.
@@ -106,9 +106,9 @@ class LRUCell(LinearCell):
       dtype: of the matrix products; None promotes that of inputs and weights. The state is
         complex64, or wider.
       param_dtype: of the weights.
-      min_radius: as `fdc.init_lru` has it; so are the others.
-      max_radius: at most 1.
-      max_phase: in radians.
+      min_radius: as in `fdc.init_lru`.
+      max_radius: as in `fdc.init_lru`, at most 1.
+      max_phase: as in `fdc.init_lru`, in radians.
       rngs: the source of the initial weights.
 
     Example:
@@ -161,7 +161,7 @@ class MinGRUCell(LinearCell):
       in_features: the size of x.
       hidden_features: the size of h.
       dtype: of the matrix product; None promotes that of inputs and weights.
-      param_dtype: of the weights and of the first h.
+      param_dtype: of the weights and of the initial h.
       rngs: the source of the initial weights.
 
     Example:
@@ -190,7 +190,7 @@ class MinLSTMCell(LinearCell):
       in_features: the size of x.
       hidden_features: the size of h, which is the whole carry.
       dtype: of the matrix product; None promotes that of inputs and weights.
-      param_dtype: of the weights and of the first h.
+      param_dtype: of the weights and of the initial h.
       rngs: the source of the initial weights.
 
     Example:
@@ -219,7 +219,7 @@ class RGLRUCell(LinearCell):
       in_features: the size of x.
       hidden_features: the size of h.
       dtype: of the matrix product; None promotes that of inputs and weights.
-      param_dtype: of the weights and of the first h.
+      param_dtype: of the weights and of the initial h.
       rngs: the source of the initial weights.
 
     Example:

@@ -149,8 +149,8 @@ class RNN(DropoutAttribute, nnx.Module):
           start: the absolute index of the first step, 0 by default. A sequence that is cut into
             windows, each with the same key as `rngs`, its own `start` and the carry of the one
             before, gives the uncut result. With `resets` this needs `sequence_ids` too.
-          reset_carry: the carry at a reset, such as a learned first state; by default the carry of
-            `initialize_carry`.
+          reset_carry: the carry at a reset, such as a learned initial state; that of
+            `initialize_carry` by default.
           deterministic: if True, this is evaluation. None uses the layer's own setting, here and
             below.
           rngs: drawn from instead of the layer's own stream: an `nnx.Rngs`, an `nnx.RngStream` or
@@ -175,7 +175,7 @@ class RNN(DropoutAttribute, nnx.Module):
         call = Call.of(self, arguments)
         if not isinstance(rngs, nnx.Rngs | nnx.RngStream):
             rngs = as_rng(rngs)
-        layout = read_layout(inputs, self.cell.num_feature_axes, call.time_major)
+        layout = read_layout(inputs, NNX_FRAMEWORK.num_feature_axes(self.cell), call.time_major)
 
         def make_carry() -> PyTree:
             carry = self.cell.initialize_carry(layout.step_shape, carry_stream(rngs, init_key))

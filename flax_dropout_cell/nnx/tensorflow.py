@@ -146,7 +146,7 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
         raise ValueError(f"{type(cell).__name__} has no in_features; give input_size.")
 
     def _arguments(self, cell: Any) -> dict[str, Any]:
-        # Of a class's own signature Flax's metaclass leaves (*args, **kwargs).
+        # Flax's metaclass hides a class's own signature behind (*args, **kwargs).
         _, *parameters = inspect.signature(type(cell).__init__).parameters.values()
         return {
             parameter.name: getattr(cell, parameter.name)

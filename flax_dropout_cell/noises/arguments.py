@@ -13,7 +13,9 @@ from .protocol import is_array
 
 
 def check_number(name: str, value: Any, *, least: float = -math.inf, above: bool = False) -> None:
-    """Raises if a number is not finite, or below `least`. Arrays may be traced: they may be any."""
+    """Raises if a number is not finite, or below `least`. Arrays, which may be traced, are not
+    checked.
+    """
     if is_array(value):
         return
     if isinstance(value, bool | np.bool_) or not isinstance(value, Number):
@@ -24,12 +26,12 @@ def check_number(name: str, value: Any, *, least: float = -math.inf, above: bool
 
 
 def check_probability(name: str, probability: Any) -> None:
-    """Raises if a number is not in [0, 1]. Arrays may be traced: they may be any."""
+    """Raises if a number is not in [0, 1]. Arrays, which may be traced, are not checked."""
     if is_array(probability):
         return
     if isinstance(probability, bool | np.bool_) or not isinstance(probability, Number):
         raise TypeError(must_be(name, "a number in [0, 1] or an array", probability))
-    if math.isnan(probability) or not 0 <= probability <= 1:
+    if not 0 <= probability <= 1:
         raise ValueError(f"{name} must be between 0 and 1, got {probability}.")
 
 
@@ -64,3 +66,11 @@ def as_wide(number: float | jax.Array, value: jax.Array, dtype: Any) -> jax.Arra
     # Users may have rank promotion raise, so dims are added by hand.
     missing = value.ndim - number.ndim
     return number.reshape((1,) * missing + number.shape) if number.ndim else number
+
+
+def as_share(probability: float | jax.Array, value: jax.Array, dtype: Any) -> jax.Array:
+    """A probability as `as_wide` gives a number; above 1 it counts as 1, below 0 as 0."""
+    share = as_wide(probability, value, dtype)
+    # Not jnp.clip, which halves the derivative at 0 and 1 themselves.
+    outside = jnp.where(share.real > 1, jnp.ones_like(share), jnp.zeros_like(share))
+    return jnp.where((share.real < 0) | (share.real > 1), outside, share)

@@ -11,8 +11,10 @@ from .._messages import must_be, short_repr
 class NamedNoise:
     """A noise whose numbers go by name, with `variational` and `broadcast_dims`.
 
-    A subclass is a frozen dataclass with these two fields beside its own, whose first one has no
-    default. Noises of users need not be one: `Noise` is a protocol.
+    A subclass is a frozen dataclass with these two fields and its own, whose first one has no
+    default. It sets `amplifies`, `needs_previous` and `is_identity` where `Noise` says so: without
+    `amplifies`, noise that makes a kept unit grow is accepted where it grows at every step. Noises
+    of users need not be a subclass, because `Noise` is a protocol.
 
     Attributes:
       written: the way to write one, for the error of a number without a name.
@@ -44,7 +46,7 @@ class NamedNoise:
         return tuple(shared)
 
 
-def keyword_only(cls: Any) -> Any:
+def explain_missing_names(cls: Any) -> Any:
     """Makes numbers without their names an error that shows how the noise is written."""
     # Python's own error would name `positional arguments`, and not that nn.Dropout(0.2) is a rate
     # and this library's number a probability to keep: the one mistake that would train silently.

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from .._random.wide_dtype import wide_dtype
+from .._dtypes import wide_dtype
 from .arguments import as_wide, check_fits, check_number
-from .base import NamedNoise, keyword_only
+from .base import NamedNoise, explain_missing_names
 from .protocol import register_noise
 
 
-@keyword_only
+@explain_missing_names
 @register_noise
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConcreteDropout(NamedNoise):
@@ -34,8 +34,9 @@ class ConcreteDropout(NamedNoise):
       broadcast_dims: the value's dims over which one draw is shared.
 
     Raises:
-      ValueError: `logit` is a number that is not finite, or `temperature` one that is not above 0.
-      TypeError: an argument has the wrong type, or came without its name.
+      ValueError: if `logit` is a number that is not finite, or `temperature` a number that is not
+        above 0.
+      TypeError: if an argument has the wrong type, or came without its name.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -100,7 +101,7 @@ class ConcreteDropout(NamedNoise):
         real = jnp.finfo(wide).dtype
         logit, uniform = as_wide(self.logit, value, real), mask.astype(real)
         relaxed = logit + jnp.log(uniform) - jnp.log1p(-uniform)
-        # As a difference of logarithms, for 1 - p may round to 0.
+        # As a difference of logarithms, because 1 - p may round to 0.
         log_kept = jax.nn.log_sigmoid(-relaxed / as_wide(self.temperature, value, real))
         factor = jnp.exp(log_kept - jax.nn.log_sigmoid(-logit))
         factor = jnp.broadcast_to(factor, value.shape)

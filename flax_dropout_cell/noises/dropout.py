@@ -7,16 +7,16 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from .._dtypes import wide_dtype
 from .._messages import must_be
 from .._random.keep_masks import Number, draw_keep_mask
-from .._random.wide_dtype import wide_dtype
 from .._sharding import broadcast_like
-from .arguments import as_wide, check_fits, check_probability
-from .base import NamedNoise, keyword_only
+from .arguments import as_share, as_wide, check_fits, check_probability
+from .base import NamedNoise, explain_missing_names
 from .protocol import register_noise
 
 
-@keyword_only
+@explain_missing_names
 @register_noise
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dropout(NamedNoise):
@@ -38,8 +38,8 @@ class Dropout(NamedNoise):
         instead (Srivastava et al. 2014, section 4).
 
     Raises:
-      ValueError: `keep_prob` is a number outside [0, 1], or NaN.
-      TypeError: an argument has the wrong type, or `keep_prob` came without its name.
+      ValueError: if `keep_prob` is a number outside [0, 1], or NaN.
+      TypeError: if an argument has the wrong type, or `keep_prob` came without its name.
 
     Example:
       >>> import jax
@@ -128,4 +128,4 @@ class Dropout(NamedNoise):
             return value
         check_fits("keep_prob", self.keep_prob, value.shape)
         wide = wide_dtype(value.dtype)
-        return (value.astype(wide) * as_wide(self.keep_prob, value, wide)).astype(value.dtype)
+        return (value.astype(wide) * as_share(self.keep_prob, value, wide)).astype(value.dtype)

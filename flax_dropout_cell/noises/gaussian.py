@@ -6,15 +6,15 @@ from typing import Any, ClassVar
 
 import jax
 
+from .._dtypes import wide_dtype
 from .._random.keep_masks import Number
-from .._random.wide_dtype import wide_dtype
 from .._sharding import broadcast_like
 from .arguments import as_wide, check_fits, check_number
-from .base import NamedNoise, keyword_only
+from .base import NamedNoise, explain_missing_names
 from .protocol import register_noise
 
 
-@keyword_only
+@explain_missing_names
 @register_noise
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GaussianNoise(NamedNoise):
@@ -33,8 +33,8 @@ class GaussianNoise(NamedNoise):
       broadcast_dims: the value's dims over which one draw is shared.
 
     Raises:
-      ValueError: `stddev` is a number below 0, or not finite.
-      TypeError: an argument has the wrong type, or `stddev` came without its name.
+      ValueError: if `stddev` is a number below 0, or not finite.
+      TypeError: if an argument has the wrong type, or `stddev` came without its name.
 
     Example:
       >>> import jax

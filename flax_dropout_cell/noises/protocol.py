@@ -12,7 +12,7 @@ from .._messages import must_be, short_repr
 
 @runtime_checkable
 class Noise(Protocol):
-    """The protocol of a noise: an object with these four members works at every site.
+    """The protocol of a noise: an object with these four members is a noise.
 
     Make it a frozen dataclass with `register_noise` on top: then its numbers are static and its
     arrays can be traced, mapped and differentiated. Three more attributes are optional, each a

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._dtypes import wide_dtype
 from .._random.keep_masks import Number, draw_keep_mask
-from .._random.wide_dtype import wide_dtype
 from .._sharding import broadcast_like
-from .arguments import as_wide, check_fits, check_probability
-from .base import NamedNoise, keyword_only
+from .arguments import as_share, check_fits, check_probability
+from .base import NamedNoise, explain_missing_names
 from .protocol import register_noise
 
 
-@keyword_only
+@explain_missing_names
 @register_noise
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Zoneout(NamedNoise):
@@ -25,19 +25,20 @@ class Zoneout(NamedNoise):
     Krueger et al. 2016, arXiv:1606.01305, equations 2 to 4: at each step a boolean mask is drawn,
     True where the new value passes; nothing is scaled. In evaluation the value is the expectation,
     `prob * previous + (1 - prob) * value`. It needs a site that has a value of the step before:
-    `state`, and inside a cell those that say it, such as `hidden` and `memory` of this library's.
+    `state`, or inside a cell a site that passes `previous`, such as `hidden` and `memory` in this
+    library's cells.
 
     Args:
       prob: the probability of the OLD value, in [0, 1], a number or an array, which may be traced
         and may have one for each unit, `[features]`. 0 is the identity and draws nothing.
         An array's values are not checked: above 1 they count as 1, below 0 as 0.
-      variational: one mask for all steps. Units that it holds back never leave the first state,
+      variational: one mask for all steps. Units that it holds back never leave the initial state,
         which is seldom what is wanted.
       broadcast_dims: the value's dims over which one mask is shared.
 
     Raises:
-      ValueError: `prob` is a number outside [0, 1], or NaN.
-      TypeError: an argument has the wrong type, or `prob` came without its name.
+      ValueError: if `prob` is a number outside [0, 1], or NaN.
+      TypeError: if an argument has the wrong type, or `prob` came without its name.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -100,7 +101,7 @@ class Zoneout(NamedNoise):
           An array of the value's shape and dtype.
 
         Raises:
-          ValueError: there is no `previous`.
+          ValueError: if there is no `previous`.
         """
         previous = _given(previous, value)
         return jnp.where(broadcast_like(mask, value).astype(bool), value, previous)
@@ -116,19 +117,19 @@ class Zoneout(NamedNoise):
           An array of the value's shape and dtype.
 
         Raises:
-          ValueError: there is no `previous`.
+          ValueError: if there is no `previous`.
         """
         if self.is_identity:
             return value
         previous = _given(previous, value)
         check_fits("prob", self.prob, value.shape)
         wide = wide_dtype(value.dtype)
-        old = jnp.clip(as_wide(self.prob, value, wide).real, 0, 1).astype(wide)
+        old = as_share(self.prob, value, wide)
         mixed = old * previous.astype(wide) + (1 - old) * value.astype(wide)
         return mixed.astype(value.dtype)
 
 
 def _given(previous: jax.Array | None, value: jax.Array) -> jax.Array:
     if previous is None:
-        raise ValueError("Zoneout needs the value of the step before, as a state has it; got None.")
+        raise ValueError("Zoneout needs the value of the step before, got None.")
     return broadcast_like(jnp.asarray(previous), value).astype(value.dtype)

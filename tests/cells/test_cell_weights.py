@@ -49,7 +49,7 @@ def first_carry(cell: Any, dtype: Any = jnp.float32) -> Any:
 
 
 def run(step: Callable[..., Any], weights: Any, carry: Any, xs: jax.Array) -> Any:
-    """A sequence, and the gradients of a loss by weights, first carry and inputs."""
+    """A sequence, and the gradients of a loss by weights, initial carry and inputs."""
 
     def loss(weights: Any, carry: Any, xs: jax.Array) -> Any:
         carry, ys = jax.lax.scan(lambda carry, x: step(weights, carry, x), carry, xs)

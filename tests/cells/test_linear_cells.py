@@ -255,7 +255,7 @@ def test_saturated_gates_give_no_nan(name: str, size: float) -> None:
 
 @cells
 def test_gradients_of_a_scan(name: str) -> None:
-    """By weights, first carry and inputs, under noise, against jax.lax.scan with the same masks."""
+    """By weights, initial carry and inputs, under noise, against jax.lax.scan with the masks."""
     params, h, _ = example(name)
     xs, key = draw((STEPS, BATCH, FEATURES), 5), jax.random.key(3)
     noise = fdc.Dropout(keep_prob=0.6, variational=True)

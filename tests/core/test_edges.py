@@ -184,6 +184,11 @@ def test_steps_stay_below_the_keys_of_sites() -> None:
     for start in (2**31 - 4, 2**31, -1):
         with pytest.raises(ValueError, match=r"start"):
             scan(FRESH, jnp.ones(6), XS[0], XS, start=start)
+        options = {"cell": cell, "dropout": everywhere(FRESH), "start": start}
+        with pytest.raises(ValueError, match=r"start"):
+            fdc.draw_step_masks(jnp.ones(6), XS[0], XS[0], RNG, len(XS), **options)
+        with pytest.raises(ValueError, match=r"start"):
+            fdc.plot_masks(jnp.ones(6), XS[0], XS, RNG, **options)
     mistakes: Any = ((-1, ValueError), (2**31, ValueError), (0.5, TypeError), (True, TypeError))
     for step, error in mistakes:
         with pytest.raises(error, match="step must be"):

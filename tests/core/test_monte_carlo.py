@@ -210,17 +210,17 @@ ERRORS = {
     "no samples": (
         lambda: fdc.mc_samples(predict, jax.random.key(0), 0),
         ValueError,
-        "num_samples must be at least 1, got 0",
+        "num_samples must be an int of at least 1, got 0",
     ),
     "empty chunks": (
         lambda: fdc.mc_samples(predict, jax.random.key(0), 2, chunk_size=0),
         ValueError,
-        "chunk_size must be at least 1, got 0",
+        "chunk_size must be an int of at least 1, got 0",
     ),
     "a number that is none": (
         lambda: fdc.mc_samples(predict, jax.random.key(0), 2.0),  # type: ignore
         TypeError,
-        "num_samples must be an int, got 2.0",
+        "num_samples must be an int of at least 1, got 2.0",
     ),
     "no key": (
         lambda: fdc.mc_samples(predict, None, 2),  # type: ignore

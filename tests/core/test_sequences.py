@@ -48,7 +48,7 @@ specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
 class Lstm:
-    """A small LSTM as a plain cell, with its weights and first carry."""
+    """A small LSTM as a plain cell, with its weights and initial carry."""
 
     params: ClassVar = {
         "kernel": jax.random.normal(jax.random.key(0), (F + H, 4 * H)),

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,14 @@ def pieces_of(masks: str) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
+TINY = dataclasses.replace(
+    CONFIGS["inan-small"], embedding_size=5, hidden_size=5, layers=2, window=WINDOW
+)
+
+
 @pytest.mark.parametrize("masks", ["set", "window", "sentence"])
 def test_perplexities_by_hand(monte_carlo, masks: str) -> None:
-    tiny = dict(embedding_size=5, hidden_size=5, layers=2, window=WINDOW)
-    config = dataclasses.replace(CONFIGS["inan-small"], **tiny)
+    config = TINY
     model = LanguageModel(config, len(CORPUS.vocabulary))
     carry = model.zero_carry(1)
     params = model.init(jax.random.key(2), jnp.zeros((1, 1), jnp.int32), carry)
@@ -78,3 +83,39 @@ def test_perplexities_by_hand(monte_carlo, masks: str) -> None:
         of_words = (mean / mean.sum(-1, keepdims=True))[range(len(TEXT)), TEXT]
         np.testing.assert_allclose(got[power], np.exp(-np.log(of_words).mean()), rtol=1e-5)
     assert set(got) == set(wanted)
+
+
+@dataclasses.dataclass
+class Saved:
+    """A checkpoint of the initial weights, multiplied."""
+
+    factor: float
+    newest: int = 1
+
+    def restore(self, state: Any) -> Any:
+        return state._replace(best=jax.tree.map(lambda leaf: self.factor * leaf, state.best))
+
+
+def test_rows_of_other_weights_are_refused(monte_carlo, monkeypatch, tmp_path, capsys) -> None:
+    """Rows that are there stay, and no row of other weights is added to them."""
+
+    def run(factor: float, samples: int) -> None:
+        monkeypatch.setattr(monte_carlo, "open_checkpoints", lambda *_: [Saved(factor)])
+        command = f"monte_carlo.py --checkpoint saved --masks set --samples {samples}"
+        monkeypatch.setattr("sys.argv", [*command.split(), "--out", str(tmp_path)])
+        monte_carlo.main()
+
+    def rows() -> list[tuple[str, int]]:
+        report = json.loads((tmp_path / "monte_carlo_inan-small.json").read_text())
+        return [(row["masks"], row["samples"]) for row in report["rows"]]
+
+    monkeypatch.setitem(CONFIGS, "inan-small", TINY)
+    monkeypatch.setattr(monte_carlo, "load_corpus", lambda *_: CORPUS)
+    run(1, samples=2)
+    run(1, samples=3)
+    assert rows() == [("set", 2), ("set", 3)]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(9, samples=4)
+    assert "is of other weights; give another --out" in capsys.readouterr().err
+    assert rows() == [("set", 2), ("set", 3)]

@@ -20,7 +20,7 @@ KEEP_PROB = 0.5
 
 
 class Example(NamedTuple):
-    """A cell with its weights and first carry, and which leaves of the carry are disturbed."""
+    """A cell with its weights and initial carry, and which leaves of the carry are disturbed."""
 
     cell: fdc.Cell
     params: Any

@@ -88,6 +88,8 @@ class RNN(eqx.Module):
     reverse: bool = False
     keep_order: bool = False
     unroll: int = 1
+    checkpoint_every: int | None = None
+    parallel: bool | None = None
 
     def __call__(self, inputs: Any, *, key: Any = None, deterministic: bool | None = None) -> Any:
         call = Call.of(self, locals())
@@ -110,21 +112,21 @@ def layer(**noises: Any) -> RNN:
     return RNN(cell, fdc.RecurrentDropout(**noises))
 
 
-def test_its_layer_runs_equinox_under_masks() -> None:
-    rnn = layer(input=NOISE, state=NOISE)
-    state = jnp.zeros((4, 8))
+@pytest.mark.parametrize("state", [NOISE, fdc.LSTMState(None, NOISE)], ids=["one", "named"])
+def test_its_layer_runs_equinox_under_masks(state: Any) -> None:
+    """One noise for the whole state means h, and so does one by name; here h comes first."""
+    rnn = layer(input=NOISE, state=state)
+    zeros = jnp.zeros((4, 8))
     masks = fdc.draw_masks(
-        None, (state, state), XS[:, 0], KEY,
+        None, (zeros, zeros), XS[:, 0], KEY,
         cell=lambda params, carry, x: (carry, carry[0]),
         dropout=fdc.RecurrentDropout(input=NOISE, state=(NOISE, None)),
     )  # fmt: skip
-    h, c, wanted = state, state, []
+    h, c, wanted = zeros, zeros, []
     for t in range(XS.shape[1]):
         h, c = jax.vmap(rnn.cell)(jnp.where(masks.input, 2 * XS[:, t], 0.0), (h, c))
         wanted.append(h)
-        h = jnp.where(
-            masks.state[0], 2 * h, 0.0
-        )  # one noise for the whole state means h, which comes first
+        h = jnp.where(masks.state[0], 2 * h, 0.0)
     got = rnn(XS, key=KEY)
     np.testing.assert_allclose(got, jnp.stack(wanted, 1), rtol=1e-5, atol=1e-6)
 
@@ -134,3 +136,12 @@ def test_it_describes_itself_and_refuses_sites_that_the_cell_lacks() -> None:
     assert [place.path for place in describe.places] == ["state[0]"]
     with pytest.raises(TypeError, match=r"eqx\.nn\.LSTMCell has no sites"):
         layer(inside={"memory": NOISE})(XS, key=KEY)
+
+
+def test_a_layer_that_lacks_a_setting_is_not_taken_for_one_that_sets_none() -> None:
+    class Lacking:
+        time_major = return_carry = reverse = keep_order = False
+        unroll, checkpoint_every = 1, None
+
+    with pytest.raises(AttributeError, match="parallel"):
+        Call.of(Lacking(), {})

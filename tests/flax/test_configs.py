@@ -88,7 +88,7 @@ def around(name: str) -> Any:
 
 
 # Configs of an attacker who knows the code, and the errors.
-UNTRUSTED = "and nothing of it was run"
+UNTRUSTED = "so it was not run"
 ATTACKS = {
     "a program": (cell("subprocess:Popen", args=["true"]), UNTRUSTED),
     "a shell": (visitor("os:system"), UNTRUSTED),
@@ -149,7 +149,7 @@ ATTACKS = {
     "a list of dtypes": (argument(dtype={"dtype": ["f4"]}), "must name a dtype of jax.numpy"),
     "an object": (argument(features=object()), "a config holds what JSON can"),
     "a key that is no string": (instead({3: 4}), "has the key 3; keys are strings"),
-    "a dict of nothing known": (argument(gate_fn={"a": 1}), "is a dict that is none of"),
+    "a dict of nothing known": (argument(gate_fn={"a": 1}), "is a dict that describes neither"),
     "no dict": (instead([1, 2]), r"config must be a dict that get_config gave, got \[1, 2\]"),
     "nothing": (instead(None), "config must be a dict that get_config gave, got None"),
     "no cell": (instead({"input_keep_prob": 0.5}), "config needs 'cell'"),

@@ -60,7 +60,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "ids without time, resets": (
         {"sequence_ids": jnp.zeros(3, int), "resets": RESETS},
         ValueError,
-        r"sequence_ids beside resets must be \[\*batch, time\].*\(3, 6\), got shape \(3,\)",
+        r"sequence_ids with resets must be \[\*batch, time\].*\(3, 6\), got shape \(3,\)",
     ),
     "lengths, float": ({"seq_lengths": jnp.ones(3)}, TypeError, "must be ints, got float32"),
     "lengths, a mask": ({"seq_lengths": ~RESETS}, TypeError, "seq_lengths must be ints, got bool"),

@@ -239,7 +239,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: fdc.linen.core_params({"params": {"ii": {}}}, fdc.linen.RGLRUCell(8)),
         ValueError, "RGLRUCell has the weights input_kernel, bias, decay_logit; .* hold ii",
     ),
-    "a key for a first carry in NNX": (
+    "a key for an initial carry in NNX": (
         lambda: nnx_cell("lru").initialize_carry((2, 3), None, nnx.initializers.normal()),
         ValueError, "carry_init needs rngs",
     ),

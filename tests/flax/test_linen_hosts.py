@@ -497,7 +497,8 @@ class TestTypesOfInputs:
                 return carry, inputs
 
         xs = XS.astype(jnp.bfloat16)
-        spec = fdc.RecurrentDropout(**{site: Added()})
+        sites: dict[str, Any] = {site: Added()}
+        spec = fdc.RecurrentDropout(**sites)
         rnn = nn.RNN(DropoutCell(Echo(), spec), return_carry=True)
         carry, ys = train(rnn, {}, xs)
         key = typed(carry.rng.key[0])

@@ -179,7 +179,7 @@ def printing(h: jax.Array) -> jax.Array:
 
 
 ROW = jnp.ones((2, 4))
-REASONS: dict[str, tuple[Any, Any, bool]] = {  # the function, the first h, and why it is plain
+REASONS: dict[str, tuple[Any, Any, bool]] = {  # the function, the initial h, and why it is plain
     "nothing": (jnp.tanh, ROW, False),
     "a rule for one way only": (with_a_backward_pass_alone, ROW, True),
     "an effect": (printing, ROW, True),

@@ -118,6 +118,24 @@ def test_options_of_a_wrong_kind(name: str, options: dict[str, Any]) -> None:
         MAKE[name](**options)
 
 
+@pytest.mark.parametrize("given", [-0.5, 0.0, 0.3, 1.0, 1.5])
+def test_arrays_outside_of_0_to_1_count_as_0_and_1_in_evaluation(given: float) -> None:
+    """With the slope of the probability itself, at 0 and 1 too."""
+    new, old = jnp.float32(3), jnp.float32(7)
+
+    def kept(number: jax.Array) -> jax.Array:
+        return fdc.Dropout(keep_prob=number, scale=False).expected(new)
+
+    def zoned_out(number: jax.Array) -> jax.Array:
+        return fdc.Zoneout(prob=number).expected(new, old)
+
+    share, inside = min(max(given, 0.0), 1.0), 0 <= given <= 1
+    value, slope = jax.value_and_grad(kept)(jnp.float32(given))
+    np.testing.assert_allclose((value, slope), (3 * share, 3 * inside), rtol=1e-6)
+    value, slope = jax.value_and_grad(zoned_out)(jnp.float32(given))
+    np.testing.assert_allclose((value, slope), (3 + 4 * share, 4 * inside), rtol=1e-6)
+
+
 ERRORS = {
     "Zoneout by position": (lambda: fdc.Zoneout(0.1), TypeError, r"by name: write Zoneout\(prob="),  # type: ignore
     "GaussianNoise by position": (

@@ -77,6 +77,17 @@ def test_submodules_come_when_they_are_asked_for() -> None:
     assert run.stdout == "DropoutCell\n"
 
 
+@pytest.mark.parametrize("module", [flax_dropout_cell.linen, flax_dropout_cell.nnx])
+def test_names_of_flax_lead_to_their_modules(module) -> None:
+    """`fdc.RNN` says to write `fdc.linen.RNN` or `fdc.nnx.RNN`."""
+    names = {name for name in vars(module) if not name.startswith("_")}
+    names -= {name for name in names if inspect.ismodule(getattr(module, name))} | set(vars(fdc))
+    assert {"RNN", "RGLRUCell", "DropoutCarry", "core_params"} < names
+    for name in names:
+        with pytest.raises(AttributeError, match=f"write fdc.linen.{name} or fdc.nnx.{name}"):
+            getattr(fdc, name)
+
+
 def test_what_is_public() -> None:
     names = {name for name in vars(fdc) if not name.startswith("_")}
     modules = {name for name in names if inspect.ismodule(getattr(fdc, name))}

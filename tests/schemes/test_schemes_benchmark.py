@@ -190,7 +190,7 @@ def test_the_table_compares_with_the_bare_model(modules):
         ],
     }
     assert modules.tables.format_table(report).splitlines()[2:] == [
-        "| none | lstm |  | 9.00 ± 1.00 |  |",
+        "| none | lstm | rate x 0.9 | 9.00 ± 1.00 |  |",
         # Of two standard errors of 1 / sqrt(3), in quadrature.
         "| Gal, tied | lstm | 0.9 | 8.00 ± 1.00 | -1.00 (1.2) |",
     ]

@@ -25,7 +25,7 @@ class Layer(NamedTuple):
       stock: `stock(xs, **options)`, the call of the stock layer around the bare cell.
       params: the cell's weights.
       cell: the cell as a pure function of them.
-      carry: the cell's first carry.
+      carry: the cell's initial carry.
     """
 
     run: Callable[..., Any]

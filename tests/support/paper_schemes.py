@@ -97,7 +97,7 @@ def draw(shape: tuple[int, ...], seed: int) -> Any:
 
 
 def example(cell: str) -> tuple[Any, Any, Any]:
-    """Weights, a first carry and inputs, none of them zero."""
+    """Weights, an initial carry and inputs, none of them zero."""
     width = (4 if cell == "lstm" else 3) * UNITS
     input_kernel, recurrent_kernel = draw((FEATURES, width), 0) / 2, draw((UNITS, width), 1) / 2
     lstm = fdc.LSTMParams(input_kernel, recurrent_kernel, draw((width,), 2) / 2)

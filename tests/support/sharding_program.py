@@ -668,7 +668,7 @@ def drawn(*shape: int) -> jax.Array:
 
 
 def loop_of(cell: str) -> tuple[Any, Any]:
-    """A cell's weights and first carry."""
+    """A cell's weights and initial carry."""
     h = drawn(ROWS, WIDTH)
     if cell == "LSTM":
         return nn.OptimizedLSTMCell(WIDTH).init(jax.random.key(0), (h, h), h), (h, h)

@@ -103,8 +103,8 @@ def check_data(config: Any, names: TrustedNames) -> None:
             count += len(node)
             if depth >= _DEEPEST or count > _LARGEST:
                 raise ValueError(
-                    f"the config is no wrapper's: it is nested more than {_DEEPEST} deep, or has "
-                    f"more than {_LARGEST} entries."
+                    f"the config does not describe a wrapper: it is nested more than {_DEEPEST} "
+                    f"deep, or has more than {_LARGEST} entries."
                 )
         if isinstance(node, dict):
             _check_names(where, node, names)
@@ -258,7 +258,7 @@ def _plan_argument(
         found = find(shorten(where), value["import_path"], names)
         return lambda: found
     raise ValueError(
-        f"{shorten(where)} is a dict that is none of a cell's, a dtype's or a function's: "
+        f"{shorten(where)} is a dict that describes neither a cell, a dtype nor a function: "
         f"{{'class_name', 'config'}}, {{'dtype'}} or {{'import_path'}}."
     )
 

@@ -32,7 +32,7 @@ def place_visited(
     answers = visit_state(visitor or leave_lstm_memory_alone, named)
     if visitor is None and all(jax.tree.leaves(answers)):
         _refuse_lstms_within(framework, cell)
-    # Leaf by leaf, for one noise on a state of several leaves is refused where it may explode,
+    # Leaf by leaf, because one noise on a state of several leaves is refused where it may explode,
     # and TensorFlow puts it on all of them.
     answers = jax.tree.leaves(jax.tree.broadcast(answers, named))
     return noise_where_true(noise, jax.tree.unflatten(jax.tree.structure(state), answers))
@@ -103,7 +103,7 @@ def _child_answers(answer: Any, structure: Any) -> list[bool]:
         what = (
             "a non-bool scalar"
             if jax.tree_util.all_leaves([answer])
-            else "no depth=1 structure of bools like the state's"
+            else "which is not a structure of bools like the state's, one level deep"
         )
         raise TypeError(
             f"dropout_state_filter_visitor returned {short_repr(answer)}, {what}; return True, "

@@ -1,4 +1,4 @@
-"""Shared by the linear cells of linen and NNX: dtypes, and checks of weights."""
+"""Shared by the cells of linen and NNX: dtypes, and checks of weights."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -18,12 +18,12 @@ def naming_carry(carry: PyTree, make_carry: Callable[[], PyTree], shape: PyTree)
     It compares only after a failure, so a carry that works is never refused.
 
     Args:
-      carry: the layer's first carry.
-      make_carry: makes the cell's own first carry.
+      carry: the layer's initial carry.
+      make_carry: makes the cell's own initial carry.
       shape: the shape of the inputs, for the message.
 
     Raises:
-      ValueError: the run raised, and the carry's structure or shapes are not the cell's.
+      ValueError: if the run raised, and the carry's structure or shapes are not the cell's.
     """
     try:
         yield
