@@ -75,7 +75,7 @@ def format_verdict(report: dict[str, Any]) -> str:
         gains = {row["scheme"]: gain_of(row, bare) for row in rows}
         best = max(gains, key=lambda name: gains[name][0])
         unclear = [f"*{name}*" for name, (gain, error) in gains.items() if gain <= 2 * error]
-        line = f"- {cell.upper()}: *{best}* is best"
+        line = f"- {name_of(cell)}: *{best}* is best"
         if not unclear:
             line += ", and every scheme is better than none by more than two standard errors."
         elif len(unclear) == len(gains):
@@ -84,6 +84,11 @@ def format_verdict(report: dict[str, Any]) -> str:
             line += f". Not better than none by two standard errors: {'; '.join(unclear)}."
         lines.append(line)
     return "\n".join(lines)
+
+
+def name_of(cell: str) -> str:
+    """A cell's name in a sentence: "LSTM" for "lstm"."""
+    return MARKERS[cell][2].split(": ")[1]
 
 
 # Each cell's marker, how far it is from the middle of its scheme's row, and its name.
