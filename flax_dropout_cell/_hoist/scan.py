@@ -183,6 +183,7 @@ def _type(program: Program, value: int, steps: int | None = None) -> str:
 
 def _why_accumulated(program: Program, plan: Plan) -> Iterator[str]:
     """The values before the loop whose gradients are added up in it."""
+    # A weight that waits in one use may be read in others, of which the first is named.
     left = plan.used_elsewhere(program.outputs)
     for equation in plan.loop:
         for value in left.intersection(equation.inputs):

@@ -155,6 +155,7 @@ def products_after(
     chosen: set[tuple[int, ...]] = set()
     for product in only_ys:
         if _is_worth(program, product, plan.known):
+            # Whatever reads a product that has moved has to move with it.
             followers = _followers(product, only_ys)
             if all(_may_follow(equation, plan) for equation in followers):
                 chosen.update(equation.outputs for equation in followers)
@@ -224,6 +225,7 @@ def _with_cheap_makers(
 def _needed_for(results: set[int], loop: list[Equation], after: list[Equation]) -> list[Equation]:
     """The equations of a loop without those that run after it and that nothing in it reads."""
     moved = {equation.outputs for equation in after}
+    # Backward, so that the readers of a value are known when its own equation comes.
     needed, left = set(results), []
     for equation in reversed(loop):
         if equation.outputs not in moved or not needed.isdisjoint(equation.outputs):
