@@ -1,6 +1,6 @@
 """Which scheme's bands are right? Sunspots forecast by Monte Carlo dropout, scheme by scheme.
 
-    python benchmarks/bands.py            # about five minutes; needs statsmodels
+    python benchmarks/bands.py            # half an hour for five seeds; needs statsmodels
     python benchmarks/bands.py --quick    # at sizes that say nothing
 
 The windows, the training, the forecasts and most of the numbers are those of
@@ -34,7 +34,7 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 from sunspots import AHEAD, LEVELS, assess, load_windows, to_spots
 from uncertainty import Config, Forecaster, forecast, train
 
-CONFIG = Config()
+CONFIG, SEEDS = Config(), 5
 QUICK = Config(units=4, steps=2, samples=4)
 
 
@@ -140,22 +140,55 @@ def run_row(row: Row, config: Config) -> dict[str, Any]:
     return {
         "cell": row.cell,
         "scheme": row.scheme,
+        "seed": config.seed,
         **assess(found, seen)._asdict(),
         "crps": float(score),
         "seconds": round(time.monotonic() - began, 1),
     }
 
 
+class Summary(NamedTuple):
+    """A model's means over the seeds, and the standard deviation of its CRPS."""
+
+    coverage: dict[str, float]
+    log_likelihood: float
+    error: float
+    crps: float
+    crps_std: float
+
+
+def summarize(report: dict[str, Any]) -> dict[tuple[str, str], Summary]:
+    """A summary of each model, by its cell and scheme."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        runs.setdefault((row["cell"], row["scheme"]), []).append(row)
+    found = {}
+    for name, rows in runs.items():
+        shares = {
+            level: float(np.mean([row["coverage"][level] for row in rows]))
+            for level in rows[0]["coverage"]
+        }
+        mean = {
+            key: float(np.mean([row[key] for row in rows]))
+            for key in ("log_likelihood", "error", "crps")
+        }
+        crps = [row["crps"] for row in rows]
+        spread = float(np.std(crps, ddof=1)) if len(crps) > 1 else 0.0
+        found[name] = Summary(coverage=shares, **mean, crps_std=spread)
+    return found
+
+
 def format_table(report: dict[str, Any]) -> str:
+    """A row for each model: its means over the seeds."""
     bands = " | ".join(f"{level:.0%} band".replace("%", " %") for level in LEVELS)
     lines = [
         f"| cell | scheme | {bands} | log-likelihood | RMSE | CRPS |",
         "|---" * (len(LEVELS) + 5) + "|",
     ]
-    for row in report["rows"]:
-        cells = [row["cell"], row["scheme"]]
-        cells += [f"{share:.0%}" for share in row["coverage"].values()]
-        cells += [f"{row['log_likelihood']:.2f}", f"{row['error']:.2f}", f"{row['crps']:.1f}"]
+    for name, each in summarize(report).items():
+        cells = [*name, *(f"{share:.0%}" for share in each.coverage.values())]
+        cells += [f"{each.log_likelihood:.2f}", f"{each.error:.2f}"]
+        cells.append(f"{each.crps:.1f} ± {each.crps_std:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -168,14 +201,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results"), help="default: results")
     options = parser.parse_args()
     config, path = QUICK if options.quick else CONFIG, options.out / "bands.json"
-    report = {"config": dataclasses.asdict(config), "rows": []}
+    shared = dataclasses.asdict(config)
+    del shared["seed"]
+    report = {"config": shared, "rows": []}
     report |= {"cpu": cpu_name(), "versions": versions()}
     report = resume(parser, report, path)
-    done = {(row["cell"], row["scheme"]) for row in report["rows"]}
-    for row in ROWS:
-        if (row.cell, row.scheme) not in done:
-            report["rows"].append(run_row(row, config))
-            store(report, path, format_table(report))
+    done = {(row["cell"], row["scheme"], row["seed"]) for row in report["rows"]}
+    for seed in range(1 if options.quick else SEEDS):
+        for row in ROWS:
+            if (row.cell, row.scheme, seed) not in done:
+                report["rows"].append(run_row(row, dataclasses.replace(config, seed=seed)))
+                store(report, path, format_table(report))
 
 
 if __name__ == "__main__":

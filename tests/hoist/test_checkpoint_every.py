@@ -59,5 +59,6 @@ def test_memory_grows_with_the_chunks_and_what_is_in_one() -> None:
 
 @pytest.mark.parametrize("every", [0, -1, True, 2.0, "2"])
 def test_mistakes(every) -> None:
-    with pytest.raises(ValueError, match="checkpoint_every must be an int of at least 1"):
+    error = ValueError if type(every) is int else TypeError
+    with pytest.raises(error, match="checkpoint_every must be an int of at least 1"):
         scan(noise_everywhere(NOISES[0]), checkpoint_every=every)
