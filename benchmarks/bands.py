@@ -137,11 +137,14 @@ def run_row(row: Row, config: Config) -> dict[str, Any]:
     found = forecast(config, models, held_out.past)
     seen = np.asarray(held_out.future)
     score = crps(to_spots(found.values), to_spots(seen)).mean()
+    result = assess(found, seen)
+    # By name, as a JSON has them.
+    coverage = {str(level): share for level, share in result.coverage.items()}
     return {
         "cell": row.cell,
         "scheme": row.scheme,
         "seed": config.seed,
-        **assess(found, seen)._asdict(),
+        **result._replace(coverage=coverage)._asdict(),
         "crps": float(score),
         "seconds": round(time.monotonic() - began, 1),
     }

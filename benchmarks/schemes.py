@@ -278,6 +278,8 @@ def main() -> None:
         parser.error(f"--batch is {config.batch}, of {len(task.splits[0].inputs)} sequences")
     path = arguments.out / f"schemes_{arguments.task}.json"
     report = resume(parser, describe(task, arguments.task, config), path)
+    if report["source"] != task.source:
+        parser.error(f"{path} is of {report['source']}, not {task.source}; give another --out")
     order = [(cell, name) for cell, names in COMPARED.items() for name in names]
     done = {(row["cell"], row["scheme"]) for row in report["rows"]}
     for cell in arguments.cell or COMPARED:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import platform
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -253,6 +254,21 @@ def test_bad_input_is_one_line(modules, tmp_path, monkeypatch, capsys, files, ar
         modules.schemes.main()
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+def test_rows_of_other_data_are_not_added(modules, tmp_path, monkeypatch, capsys):
+    """Each Python has an edition of the words."""
+    other = modules.tasks.load_sunspots(None)._replace(source="the sunspots of another star")
+    path, argv = tmp_path / "schemes_sunspots.json", ["schemes.py", "sunspots", "--out"]
+    config = modules.schemes.Config(**other.config)
+    text = json.dumps(modules.schemes.describe(other, "sunspots", config))
+    path.write_text(text)
+    monkeypatch.setattr("sys.argv", [*argv, str(tmp_path)])
+    with pytest.raises(SystemExit):
+        modules.schemes.main()
+    assert "is of the sunspots of another star, not yearly sunspots" in capsys.readouterr().err
+    assert path.read_text() == text
+    assert platform.python_version() in modules.tasks.load_words(None).source
 
 
 def test_stored_results_are_whole(modules):
