@@ -100,7 +100,7 @@ def differing(name: str, sign: int) -> set[tuple[str, str]]:
 def test_dropout_does_not_help_at_the_end() -> None:
     assert not differing("return", 1)
     assert (CARDS, STRONG) in differing("return", -1)
-    assert "no way of dropout ends better than none, and some end far worse" in PAGE
+    assert "no kind of dropout ends better than none, and some end far worse" in PAGE
     gains, losses = (len(differing("shifted_return", sign)) for sign in (1, -1))
     assert (gains, losses) == (1, 6) and "one of twelve is better, and six are worse" in PAGE
     assert "At the end of the training, no way is better than no dropout in any task" in PAGE

@@ -72,8 +72,8 @@ def start_with_gal() -> str:
     worse = [name for name in TASKS if gain(name, GAL) < 0]
     return (
         f"Start with Gal's tied variational dropout, `fdc.recipes.gal2016`. On the chorales it has "
-        f"{shares[0]} of the gain of the best scheme of one pass, on words {shares[1]}; its mean "
-        f"loss is {'sometimes' if worse else 'never'} higher than without dropout, and training "
+        f"{shares[0]} of the gain of the best scheme that runs once at test time, and on words "
+        f"{shares[1]}; its mean loss is {'sometimes' if worse else 'never'} higher than without dropout, and training "
         f"takes {costs()[GAL]:.2f} times as long."
     )
 
@@ -84,8 +84,9 @@ def what_to_keep() -> str:
         for task in ("chorales", "words", "digits")
     )
     return (
-        f"Keep {keep} of a layer of {wide} units and {keep_words} of one of {small} on words; "
-        f"start from {keep_long} if the network must remember for long."
+        f"Keep {keep} in a layer of {wide} units on the chorales, and {keep_words} in a layer of "
+        f"{small} units on words; start from {keep_long} if the network must remember for a long "
+        f"time."
     )
 
 
@@ -98,9 +99,9 @@ def more_is_worse() -> str:
             half = rows[scheme]["strengths"].index(0.5)
             ratios.append(rows[scheme]["valid_nll_by_strength"][half] / bare)
     return (
-        f"On long memory, the digits read pixel by pixel, more is worse: schemes that keep half of "
-        f"h, or half of its weights, have {min(ratios):.1f} to {max(ratios):.1f} times the "
-        f"validation loss of no dropout."
+        f"If the task needs long memory, as with the digits read pixel by pixel, more dropout is "
+        f"worse: schemes that keep half of h, or half of its weights, have {min(ratios):.1f} to "
+        f"{max(ratios):.1f} times the validation loss without dropout."
     )
 
 
@@ -176,7 +177,8 @@ def not_everywhere() -> str:
     unclear = sum(each >= -2 for each in gaps)
     return (
         f"Dropout does not always help: {unclear} of the {len(gaps)} rows with dropout in the "
-        f"tables below are not better than none by two standard errors. All trainings stop early."
+        f"tables below are not better than none by two standard errors. Every run keeps the "
+        f"weights of its best epoch."
     )
 
 

@@ -148,8 +148,8 @@ def test_the_explanation_of_many_rows_and_other_uses() -> None:
     assert told.before == told.after == ()
     assert told.once == ("1 sort",)
     assert sorted(told.accumulated) == [
-        "float32[128,128]: small beside the rows it meets",
-        "float32[128,128]: small beside the rows it meets",
+        "float32[128,128]: small compared with its rows",
+        "float32[128,128]: small compared with its rows",
         "float32[300,128]: used in max",
     ]
 
