@@ -73,8 +73,8 @@ def start_with_gal() -> str:
     return (
         f"Start with Gal's tied variational dropout, `fdc.recipes.gal2016`. On the chorales it has "
         f"{shares[0]} of the gain of the best scheme that runs once at test time, and on words "
-        f"{shares[1]}; its mean loss is {'sometimes' if worse else 'never'} higher than without dropout, and training "
-        f"takes {costs()[GAL]:.2f} times as long."
+        f"{shares[1]}; its mean loss is {'sometimes' if worse else 'never'} higher than without "
+        f"dropout, and training takes {costs()[GAL]:.2f} times as long."
     )
 
 
