@@ -167,7 +167,7 @@ def test_a_scaling_noise_on_the_c_of_an_lstm_is_refused(noise) -> None:
         return fdc.LSTMState(c, h), y
 
     pair, state = (noise, None), fdc.LSTMState(noise, noise)
-    weights = fdc.init_lstm(RNG, *XS.shape[-1:], h.shape[-1])
+    weights = fdc.init_lstm(RNG, D, H)
     for cell, carry, params, spec in (
         (LSTM.apply, (c, h), variables, pair),
         (named, fdc.LSTMState(c, h), variables, pair),

@@ -147,16 +147,13 @@ def test_the_pages_table_and_sentences_are_those_of_the_stored_rows(bands) -> No
     assert [(row["cell"], row["scheme"]) for row in stored] == names * 5
     assert [row["seed"] for row in stored] == sorted([*range(5)] * len(names))
     crps = np.array([row["crps"] for row in stored]).reshape(5, len(names))
-    rows = [
-        {"crps": crps[:, at].mean(), "error": np.mean([row["error"] for row in runs])}
-        | {
-            "coverage": {
-                level: np.mean([row["coverage"][level] for row in runs]) for level in LEVELS
-            }
-        }
-        for at in range(len(names))
-        for runs in [stored[at :: len(names)]]
-    ]
+
+    def mean_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+        shares = {level: np.mean([row["coverage"][level] for row in runs]) for level in LEVELS}
+        means = {name: np.mean([row[name] for row in runs]) for name in ("crps", "error")}
+        return means | {"coverage": shares}
+
+    rows = [mean_of(stored[at :: len(names)]) for at in range(len(names))]
     none, zaremba, gal, zoneout, weight_drop, min_gru, lru = rows
 
     def wide(row: dict[str, Any]) -> float:
