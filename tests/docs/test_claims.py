@@ -240,9 +240,21 @@ def test_the_benchmarks_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes = [rows[0][which]["gradient_bytes"] for which in (name, "scan: bare")]
         line = f"| {' | '.join([*cells, f'{sizes[0] / sizes[1]:.2f}'])} |"
         assert line in page
-    peers = benchmark("peers")
-    for result in (runs[0], peers, benchmark("small")):
+    peers, small = benchmark("peers"), [benchmark(f"small_{number}") for number in (1, 2, 3)]
+    for result in (runs[0], peers, small[0]):
         assert compare.format_table(result["rows"]) in page
+    ahead, *in_the_loop = (
+        [
+            f"{compare.ratios(rows[name], rows['scan: bare'], 'forward')[1]:.2f}"
+            for run in small
+            for rows in [{row["name"]: row for row in run["rows"]}]
+        ]
+        for name in ("scan: per step, 0.7", "nn.RNN: per step, 0.7", "nnx.RNN: per step, 0.7")
+    )
+    text = " ".join(page.split())
+    assert f"masks of 0.7 takes {ahead[0]}, {ahead[1]} and {ahead[2]} times as long" in text
+    least, most = (pick([*in_the_loop[0], *in_the_loop[1]]) for pick in (min, max))
+    assert f"and {least} to {most} times as long with a `DropoutCell`." in text
     assert compare.format_sweep(benchmark("sweep")["points"]) in page
     gradients = [
         compare.ratios(row, point["rows"][0], "gradient")[1]
