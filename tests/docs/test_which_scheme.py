@@ -214,6 +214,15 @@ def test_the_page_says_how_linear_cells_fare() -> None:
     assert linear_cells() in " ".join(PAGE.read_text().split())
 
 
+def test_the_page_says_what_a_tuned_rate_is_worth() -> None:
+    row = rows_of("chorales")["none"]
+    by_rate = dict(zip(row["strengths"], row["valid_nll_by_strength"], strict=True))
+    assert row["strength"] == 0.5
+    told = f"validation loss without dropout from {by_rate[1.0]:.2f} to {by_rate[0.5]:.2f}."
+    assert told in " ".join(PAGE.read_text().split())
+    assert rows_of("chorales", "gru")["none"]["strengths"] == [0.0]
+
+
 SENTENCES = [
     start_with_gal,
     what_to_keep,
