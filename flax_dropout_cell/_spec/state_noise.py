@@ -37,14 +37,6 @@ def resolve_state_noise(
       ValueError: if the noise would make a value explode.
     """
     _check_leaky_sites(dropout, family)
-    resolved = _resolve(dropout, carry, family, in_module)
-    _check_leaky_leaves(resolved.state, carry, family)
-    return resolved
-
-
-def _resolve(
-    dropout: RecurrentDropout, carry: PyTree, family: Family | None, in_module: bool
-) -> RecurrentDropout:
     noise = dropout.state
     # Noises for c and h may be a plain pair or an LSTMState; so may the carry.
     if isinstance(carry, LSTMState) and type(noise) is tuple and len(noise) == 2:
@@ -94,30 +86,12 @@ def _check_leaky_sites(dropout: RecurrentDropout, family: Family | None) -> None
         for site in (Site("state"), *(Site(site.name, inside=True) for site in family.carried)):
             leaky[site] = f"{family.name}'s h, which it carries on"
     for site, what in leaky.items():
-        _check_grows(f"dropout.{site}", site.of(dropout), what, family)
-
-
-def _check_leaky_leaves(state: PyTree, carry: PyTree, family: Family | None) -> None:
-    """Raises if a noise that enlarges kept units is on the memory of a carry of several leaves."""
-    if isinstance(carry, LSTMState):
-        leaky = {0: "dropout.state.c"}
-    elif type(carry) is tuple and family is not None and len(family.carried) > 1:
-        leaky = {at: f"dropout.state[{at}]" for at, site in enumerate(family.carried) if site.leaky}
-    else:
-        return
-    # A noise that is not for one leaf has an error of its own.
-    if isinstance(state, tuple) and len(state) == len(carry):
-        for at, where in leaky.items():
-            _check_grows(where, state[at], "the memory c, which a cell adds to", family)
-
-
-def _check_grows(where: str, noises: PyTree, what: str, family: Family | None) -> None:
-    for noise in active_noises(noises):
-        if amplifies(noise):
-            raise ValueError(
-                f"{where}: {type(noise).__name__} would enlarge {what}, again at every step: the "
-                f"values would explode. {_ways_out(family)}"
-            )
+        for noise in active_noises(site.of(dropout)):
+            if amplifies(noise):
+                raise ValueError(
+                    f"dropout.{site}: {type(noise).__name__} would enlarge {what}, again at every "
+                    f"step: the values would explode. {_ways_out(family)}"
+                )
 
 
 def _ways_out(family: Family | None) -> str:

@@ -157,32 +157,6 @@ def test_a_scaling_noise_on_a_memory_is_refused(noise) -> None:
             entry()
 
 
-@pytest.mark.parametrize("noise", [NOISE, FROZEN], ids=["step", "variational"])
-def test_a_scaling_noise_on_the_c_of_an_lstm_is_refused(noise) -> None:
-    """As one leaf of the state, in each way to write it; without scaling it is welcome there."""
-    variables, (c, h) = variables_of(LSTM)
-
-    def named(params, carry, x):
-        (c, h), y = LSTM.apply(params, tuple(carry), x)  # type: ignore
-        return fdc.LSTMState(c, h), y
-
-    pair, state = (noise, None), fdc.LSTMState(noise, noise)
-    weights = fdc.init_lstm(RNG, D, H)
-    for cell, carry, params, spec in (
-        (LSTM.apply, (c, h), variables, pair),
-        (named, fdc.LSTMState(c, h), variables, pair),
-        (named, fdc.LSTMState(c, h), variables, state),
-        (fdc.lstm_cell, fdc.LSTMState(c, h), weights, state),
-        (fdc.lstm_cell, (c, h), weights, pair),
-    ):
-        for entry in entries(cell, carry, params, fdc.RecurrentDropout(state=spec)):
-            with pytest.raises(ValueError, match=r"state(\.c|\[0\]): .*c.*explode.*Zoneout"):
-                entry()
-    unscaled = fdc.Dropout(keep_prob=0.8, scale=False)
-    (c, _), _ = run(LSTM.apply, (c, h), variables, fdc.RecurrentDropout(state=(unscaled, noise)))
-    assert (c == 0).any() and jnp.abs(c).max() < 10
-
-
 def test_what_would_have_happened() -> None:
     """The numbers that these errors are for: a kept unit of a leaky path grows without bound."""
     variables, carry = variables_of(GRUS["nn.GRUCell"])

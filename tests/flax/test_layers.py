@@ -213,18 +213,6 @@ def test_one_noise_for_an_lstms_state_means_h(framework: Framework) -> None:
 
 
 @frameworks
-def test_an_lstms_memory_takes_no_noise_that_scales(framework: Framework) -> None:
-    """In the layer, its table and the wrapper; TensorFlow's wrapper drops c if it is told to."""
-    scaled = fdc.RecurrentDropout(state=(VARIATIONAL, None))
-    layer = framework.layer(framework.stock_lstm(), scaled, XS)
-    with pytest.raises(ValueError, match=r"dropout.state\[0\]: Dropout .* would explode"):
-        layer.run(XS, KEY)
-    unscaled = dataclasses.replace(VARIATIONAL, scale=False)
-    spec = fdc.RecurrentDropout(state=(unscaled, None))
-    framework.layer(framework.stock_lstm(), spec, XS).run(XS, KEY)
-
-
-@frameworks
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_an_actor_and_a_learner_see_the_same_masks(framework: Framework, impl: str) -> None:
     """Two rollouts step by step, the second one learned whole with its rows permuted: same bits."""
