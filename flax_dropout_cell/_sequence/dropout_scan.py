@@ -137,6 +137,8 @@ def dropout_scan(
     """
     check_dropout(dropout)
     check_masks(masks, dropout)
+    if checkpoint_every is not None:
+        checkpoint_every = check_count("checkpoint_every", checkpoint_every)
     rng = as_rng(rng)
     steps = count_steps(xs)
     check_start(start, steps)
@@ -175,9 +177,7 @@ def dropout_scan(
         steps=steps,
         reverse=reverse,
         unroll=unroll,
-        checkpoint_every=(
-            None if checkpoint_every is None else check_count("checkpoint_every", checkpoint_every)
-        ),
+        checkpoint_every=checkpoint_every,
         parallel=parallel,
     )
     return running.carry, ys

@@ -1,5 +1,6 @@
 """An adapter for another framework is one `Framework` and one layer; here it is Equinox's."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -11,7 +12,14 @@ import pytest
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell._flax.framework import Framework
-from flax_dropout_cell._flax.layer import Call, describe_layer, needs_key, read_layout, run_layer
+from flax_dropout_cell._flax.layer import (
+    SETTINGS,
+    Call,
+    describe_layer,
+    needs_key,
+    read_layout,
+    run_layer,
+)
 from flax_dropout_cell.cells.family import CellSite, Family
 from flax_dropout_cell.cells.lstm import LSTM
 
@@ -145,3 +153,11 @@ def test_a_layer_that_lacks_a_setting_is_not_taken_for_one_that_sets_none() -> N
 
     with pytest.raises(AttributeError, match="parallel"):
         Call.of(Lacking(), {})
+
+
+@pytest.mark.parametrize("layer_class", [fdc.linen.RNN, fdc.nnx.RNN])
+def test_every_setting_of_a_layer_is_read_from_it(layer_class: Any) -> None:
+    """One that `SETTINGS` lacks would silently have no effect."""
+    named = set(inspect.signature(layer_class.__init__).parameters)
+    others = {"self", "cell", "dropout", "deterministic", "rngs", "parent", "name"}
+    assert named - others == SETTINGS
