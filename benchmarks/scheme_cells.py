@@ -17,14 +17,12 @@ class Layers(NamedTuple):
       cell: as `dropout_scan` takes it.
       first_carry: `first_carry(rows, features)`.
       count: the number of layers.
-      parallel: as `dropout_scan` takes it.
     """
 
     init: Callable[..., Any]
     cell: Callable[..., Any]
     first_carry: Callable[[int, int], Any]
     count: int = 1
-    parallel: bool | None = None
 
 
 def zeros(rows: int, features: int) -> jax.Array:
@@ -55,6 +53,6 @@ def with_gelu(cell: Callable[..., Any]) -> Callable[..., Any]:
 CELLS = {
     "lstm": Layers(fdc.init_lstm, fdc.lstm_cell, lstm_zeros),
     "gru": Layers(fdc.init_gru, fdc.gru_cell, zeros),
-    "lru": Layers(fdc.init_lru, with_gelu(fdc.lru_cell), complex_zeros, count=2, parallel=True),
-    "min_gru": Layers(fdc.init_min_gru, with_gelu(fdc.min_gru_cell), zeros, count=2, parallel=True),
+    "lru": Layers(fdc.init_lru, with_gelu(fdc.lru_cell), complex_zeros, count=2),
+    "min_gru": Layers(fdc.init_min_gru, with_gelu(fdc.min_gru_cell), zeros, count=2),
 }

@@ -95,7 +95,6 @@ class Model(NamedTuple):
                 cell=layers.cell,
                 dropout=spec,
                 seq_lengths=split.lengths,
-                parallel=layers.parallel,
             )
         return ys.swapaxes(0, 1) @ params["kernel"] + params["bias"]
 
