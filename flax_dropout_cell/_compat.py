@@ -20,6 +20,7 @@ try:
 except ImportError:  # before JAX 0.8
     from jax.core import get_opaque_trace_state  # type: ignore[attr-defined, no-redef]
 
+IS_BEFORE_0_8 = jax.__version_info__ < (0, 8)
 IS_BEFORE_0_12 = jax.__version_info__ < (0, 12)
 
 
@@ -45,10 +46,20 @@ def is_threefry_dtype(dtype: Any) -> bool:
     return dtype.name == "key<fry>"
 
 
-def differs_between_shards(aval: Any) -> bool:
-    """Whether a type says that `jax.shard_map` holds another array on each device."""
+def varying_axes(aval: Any) -> frozenset[str]:
+    """The axes of `jax.shard_map` over which a type says that an array differs."""
     newer = getattr(aval, "manual_axis_type", None)
-    return bool(getattr(aval, "vma", ()) or getattr(newer, "varying", ()))
+    return frozenset(getattr(aval, "vma", None) or getattr(newer, "varying", ()))
+
+
+def vary_over(value: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """The same array, with a type that says that it differs over more axes of `jax.shard_map`."""
+    missing = tuple(sorted(axes - varying_axes(jax.typeof(value))))
+    if not missing:
+        return value
+    if IS_BEFORE_0_8:
+        return jax.lax.pvary(value, missing)
+    return jax.lax.pcast(value, missing, to="varying")
 
 
 def jaxpr_of(equation: Any, debug_info: Any) -> Jaxpr:

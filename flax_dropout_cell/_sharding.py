@@ -3,6 +3,9 @@
 `jnp.where` and the carry of `jax.lax.scan` want arrays of one sharding there. So a mask is drawn
 with the sharding of the value that it is for, and a carry starts sharded as the inputs are. On all
 other meshes, and on one device, arrays have no such sharding, and these functions do nothing.
+
+Inside of `jax.shard_map`, the type says over which axes an array differs; a carry starts with those
+of the inputs.
 """
 
 from collections.abc import Callable
@@ -14,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ._compat import ShapedArray
+from ._compat import ShapedArray, vary_over, varying_axes
 
 
 def explicit_sharding(leaf: Any) -> NamedSharding | None:
@@ -42,8 +45,12 @@ def broadcast_like(value: Any, leaf: Any) -> jax.Array:
 
 
 def place_rows(tree: Any, batch: tuple[int, ...], like: Any) -> Any:
-    """Leaves that start with the batch dims, with these sharded as in the array `like`."""
-    sharding = explicit_sharding(like)
+    """Leaves that start with the batch dims, with these sharded as in arrays of the type `like`.
+
+    In `jax.shard_map` all leaves differ over the axes that `like` differs over.
+    """
+    axes, sharding = varying_axes(like), explicit_sharding(like)
+    tree = jax.tree.map(lambda leaf: vary_over(leaf, axes), tree)
     if sharding is None:
         return tree
     rows = sharding.spec[: len(batch)]

@@ -23,8 +23,7 @@ PyTree = Any
 
 _NOT_TRACED = (
     "parallel=True needs a step without side effects, whose carry keeps its shapes and dtypes, on "
-    "arrays of known shapes; in jax.shard_map it needs check_vma=False. Leave parallel=None to run "
-    "it step by step."
+    "arrays of known shapes. Leave parallel=None to run it step by step."
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._compat import IS_BEFORE_0_12, differs_between_shards
+from .._compat import IS_BEFORE_0_8, IS_BEFORE_0_12, varying_axes
 from .._sharding import explicit_sharding
 from .flat_jaxpr import Program, all_equations, flatten
 from .recomputed_operands import Recomputed, plan_operands
@@ -66,10 +66,9 @@ def trace_scan(step: Step, carry: PyTree, xs: PyTree, *, length: int | None) -> 
 
 def trace(step: Step, carry: PyTree, xs: PyTree, length: int | None) -> tuple[Any, Any] | str:
     """The step as a jaxpr and the structure of its results, or why it is left alone."""
-    # Shapes are compared and multiplied, so they must be known. Types that differ between shards
-    # would have to be told of every value that is made here; jax.lax.scan knows how.
-    if any(map(_is_unusual, jax.tree.leaves((carry, xs)))):
-        return "an array has a symbolic shape, or differs between the shards of jax.shard_map"
+    # Shapes are compared and multiplied, so they must be known.
+    if any(map(_has_symbolic_shape, jax.tree.leaves((carry, xs)))):
+        return "an array has a symbolic shape"
     lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(xs)}
     if length is not None:
         lengths.add((length,))
@@ -85,38 +84,36 @@ def trace(step: Step, carry: PyTree, xs: PyTree, length: int | None) -> tuple[An
     if jax.tree.structure(results[0]) != jax.tree.structure(carry):
         return changes
     # jax.debug.print is an effect: for all steps at once it would print once.
-    if closed.effects or any(map(_is_unusual, closed.consts)):
-        return "the step has side effects, or reads arrays that differ between shards"
-    for got, came in zip(jax.tree.leaves(results[0]), jax.tree.leaves(carry), strict=True):
+    if closed.effects or any(map(_has_symbolic_shape, closed.consts)):
+        return "the step has side effects, or reads an array of a symbolic shape"
+    for got, came in zip(closed.out_avals, jax.tree.leaves(carry), strict=False):
         wanted = jax.typeof(came)
         # A weakly typed carry, such as a Python number, changes its type in the first step.
         if (got.shape, got.dtype) != (wanted.shape, wanted.dtype) or wanted.weak_type:
             return changes
         if explicit_sharding(got) != explicit_sharding(wanted):
             return changes
+        if varying_axes(got) != varying_axes(wanted):
+            return changes
     return closed, jax.tree.structure(results)
 
 
-def type_at_a_step(leaf: Any) -> jax.ShapeDtypeStruct:
+def type_at_a_step(leaf: Any) -> Any:
     """The type of an array without its leading axis, time."""
     whole = jax.typeof(leaf)
-    sharding = explicit_sharding(whole)
-    if sharding is not None:
-        sharding = sharding.update(spec=sharding.spec[1:])
-    return jax.ShapeDtypeStruct(
-        whole.shape[1:], whole.dtype, sharding=sharding, weak_type=whole.weak_type
-    )
+    sharding = whole.sharding.update(spec=whole.sharding.spec[1:])
+    return whole.update(shape=whole.shape[1:], sharding=sharding)
 
 
-def _is_unusual(leaf: Any) -> bool:
-    """Whether an array has a symbolic shape, or a type with axes of `jax.shard_map`."""
-    aval = jax.typeof(leaf)
-    symbolic = not all(isinstance(dim, int) for dim in aval.shape)
-    return symbolic or differs_between_shards(aval)
+def _has_symbolic_shape(leaf: Any) -> bool:
+    return not all(isinstance(dim, int) for dim in jax.typeof(leaf).shape)
 
 
 def why_plain(closed: Any) -> str | None:
     """Why a step cannot be cut up and differentiated in any way; None if it can."""
+    # jax.linearize forgets there that a complex tangent differs between the shards.
+    if IS_BEFORE_0_8 and any(map(varying_axes, closed.out_avals)):
+        return "the carry differs between the shards of jax.shard_map, which needs JAX 0.8"
     for eqn in all_equations(closed.jaxpr):
         name = eqn.primitive.name
         if name.startswith("custom_vjp"):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from .._compat import vary_over, varying_axes
 from .._sharding import explicit_sharding
 from .flat_jaxpr import is_inexact, run_all
 from .run_loop import pick, run_loop
@@ -147,9 +148,11 @@ def _at_every_step(use: WeightUse, run: Callable[..., Any]) -> Callable[..., Any
 
 
 def _zeros(traced: TracedScan, value: int) -> jax.Array:
-    # They are tangents of values with this sharding, and arrays on an explicit mesh do not mix.
+    # They are tangents of values with this type, and JAX mixes no arrays that are sharded in other
+    # ways, or differ over other axes of jax.shard_map.
     aval = traced.program.types[value]
     sharding = explicit_sharding(aval)
     if sharding is not None:
         sharding = sharding.update(spec=jax.P(None, *sharding.spec))
-    return jax.lax.full((traced.steps, *aval.shape), 0, aval.dtype, sharding=sharding)
+    zeros = jax.lax.full((traced.steps, *aval.shape), 0, aval.dtype, sharding=sharding)
+    return vary_over(zeros, varying_axes(aval))

@@ -52,6 +52,9 @@ HOSTS = ("dropout_scan", "nn.RNN")
 # JAX 0.7 has explicit sharding, but cannot mix arrays that are sharded with ones that are not.
 HAS_SET_MESH = hasattr(jax, "set_mesh")
 
+# JAX 0.7 runs the loop of a shard_map that checks as jax.lax.scan does.
+HAS_CHECKED_LOOPS = jax.__version_info__ >= (0, 8)
+
 CASES = Cases()
 
 
@@ -404,26 +407,26 @@ def masks_drawn_outside_of_shard_map() -> None:
     assert_same((params, results), (want[0], want_results))
 
 
-@CASES.over(scheme=SCHEMES)
-def nn_rnn_in_shard_map(scheme: str) -> None:
-    """The carry that a host makes inside of a map does not vary over it, so nobody may check."""
+@CASES.over(host=("nn.RNN", *hosts.LAYERS), scheme=SCHEMES)
+def hosts_in_shard_map(host: str, scheme: str) -> None:
+    """The carry that Flax's RNN makes does not vary over the map, so nobody may check it there."""
     mesh = mesh_of("batch")
     mapped = jax.shard_map(
-        with_own_key(masks_of("nn.RNN", scheme)),
+        with_own_key(masks_of(host, scheme)),
         mesh=mesh,
         in_specs=(P(), P(None, "batch")),
         out_specs=P(None, "batch"),
-        check_vma=False,
+        check_vma=host in hosts.LAYERS,
     )
     got = jax.tree.map(np.asarray, jax.jit(mapped)(everywhere(mesh), spread(mesh, ones())))
-    run, rng = jax.jit(masks_of("nn.RNN", scheme)), key()
+    run, rng = jax.jit(masks_of(host, scheme)), key()
     for index, rows in enumerate(np.split(np.arange(BATCH), DEVICES)):
         want = run(jax.random.fold_in(rng, index), ones()[:, rows])
         assert_same({site: masks[:, rows] for site, masks in got.items()}, want)
 
 
-@CASES.over()
-def linear_recurrences_in_shard_map() -> None:
+@CASES.over(check_vma=(True, False))
+def linear_recurrences_in_shard_map(check_vma: bool) -> None:
     """In parallel over time on each device; sums of small integers and halves are exact."""
     draw = np.random.default_rng(0)
     kernel, h, xs = (
@@ -448,7 +451,8 @@ def linear_recurrences_in_shard_map() -> None:
 
     def local(*args: Any) -> Any:
         total, ys = gradient(*args)
-        return jax.lax.psum(total, "batch"), ys
+        # A checked gradient of weights that all shards have is summed up already.
+        return total if check_vma else jax.lax.psum(total, "batch"), ys
 
     ids = np.arange(BATCH)
     mapped = jax.shard_map(
@@ -456,7 +460,7 @@ def linear_recurrences_in_shard_map() -> None:
         mesh=mesh_of("batch"),
         in_specs=(P(), P("batch"), P(None, "batch"), P("batch")),
         out_specs=(P(), P(None, "batch")),
-        check_vma=False,
+        check_vma=check_vma,
     )
     want = jax.jit(functools.partial(gradient, parallel=False))(kernel, h, xs, ids)
     assert_same(jax.jit(mapped)(kernel, h, xs, ids), want)
@@ -611,7 +615,8 @@ def gru_step(p: Any, h: Any, x: jax.Array) -> Any:
 
 
 def dropped_step(p: Any, h: Any, x: jax.Array) -> Any:
-    mask = jnp.arange(ROWS * WIDTH).reshape(ROWS, WIDTH) % 3 > 0
+    # The same in a shard of six rows, of which each has 16 numbers, as in the whole batch.
+    mask = jnp.arange(h.size).reshape(h.shape) % 3 > 0
     return tanh_step(p, jnp.where(mask, h, 0), x)
 
 
@@ -641,8 +646,8 @@ def embedding_step(p: Any, h: jax.Array, x: jax.Array) -> Any:
 
 def convolution_step(p: Any, h: jax.Array, x: jax.Array) -> Any:
     kernel = p["w"].reshape(4, 4, 4, 4)
-    images = jax.lax.conv(h.reshape(ROWS, 4, 2, 2), kernel, (1, 1), "SAME")
-    h = jnp.tanh(images.reshape(ROWS, WIDTH) + x + p["b"][None])
+    images = jax.lax.conv(h.reshape(-1, 4, 2, 2), kernel, (1, 1), "SAME")
+    h = jnp.tanh(images.reshape(h.shape) + x + p["b"][None])
     return h, h
 
 
@@ -677,14 +682,18 @@ def loop_of(cell: str) -> tuple[Any, Any]:
     return {name: drawn(*shape) for name, shape in WEIGHTS.items()}, h
 
 
-def loop_gradient(scan: Any, cell: str) -> Callable[..., Any]:
+def loop_loss(scan: Any, cell: str) -> Callable[..., Any]:
     step = STEPS_OF_CELLS[cell]
 
     def loss(params: Any, carry: Any, xs: jax.Array) -> Any:
         carry, ys = scan(lambda carry, x: step(params, carry, x), carry, xs)
         return (ys**2).sum(), ys
 
-    return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    return loss
+
+
+def loop_gradient(scan: Any, cell: str) -> Callable[..., Any]:
+    return jax.grad(loop_loss(scan, cell), argnums=(0, 1, 2), has_aux=True)
 
 
 def assert_close(got: Any, wanted: Any) -> None:
@@ -729,6 +738,32 @@ def a_gradient_on_a_mesh_sends_the_weights_gradients_once(cell: str) -> None:
     wanted = jax.jit(loop_gradient(jax.lax.scan, cell))
     assert in_loops(str(wanted.lower(*placed).compile().as_text()), LONG)
     assert_close(gradient(*placed), wanted(*args))
+
+
+@CASES.over(cell=STEPS_OF_CELLS)
+def a_checked_gradient_in_shard_map_sends_the_weights_gradients_once(cell: str) -> None:
+    """Shards add up the gradients of weights that all have; a plain scan does at each step."""
+    args: Any = (*loop_of(cell), drawn(LONG, ROWS, WIDTH))
+
+    def gradient(way: Any) -> Any:
+        def total(*args: Any) -> Any:
+            # The sum of the losses of all rows, and each row's outputs.
+            run = loop_loss(way, cell)
+            summed = jax.shard_map(
+                lambda *args: (jax.lax.psum(run(*args)[0], "batch"), run(*args)[1]),
+                mesh=mesh_of("batch"),
+                in_specs=(P(), P("batch"), P(None, "batch")),
+                out_specs=(P(), P(None, "batch")),
+            )
+            return summed(*args)
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
+
+    got = gradient(scan).lower(*args).compile()
+    if HAS_CHECKED_LOOPS:
+        assert in_loops(str(got.as_text()), LONG) == []
+    assert in_loops(str(gradient(jax.lax.scan).lower(*args).compile().as_text()), LONG)
+    assert_close(got(*args), jax.jit(loop_gradient(jax.lax.scan, cell))(*args))
 
 
 @CASES.over(cell=("tanh", "GRU", "masks", "head"))
