@@ -58,7 +58,7 @@ def vary_over(value: jax.Array, axes: frozenset[str]) -> jax.Array:
     if not missing:
         return value
     if IS_BEFORE_0_8:
-        return jax.lax.pvary(value, missing)
+        return jax.lax.pvary(value, missing)  # pyright: ignore[reportAttributeAccessIssue]
     return jax.lax.pcast(value, missing, to="varying")
 
 

@@ -86,8 +86,9 @@ def trace(step: Step, carry: PyTree, xs: PyTree, length: int | None) -> tuple[An
     # jax.debug.print is an effect: for all steps at once it would print once.
     if closed.effects or any(map(_has_symbolic_shape, closed.consts)):
         return "the step has side effects, or reads an array of a symbolic shape"
-    for got, came in zip(closed.out_avals, jax.tree.leaves(carry), strict=False):
-        wanted = jax.typeof(came)
+    leaves = jax.tree.leaves(carry)
+    outputs: list[Any] = closed.out_avals
+    for got, wanted in zip(outputs[: len(leaves)], map(jax.typeof, leaves), strict=True):
         # A weakly typed carry, such as a Python number, changes its type in the first step.
         if (got.shape, got.dtype) != (wanted.shape, wanted.dtype) or wanted.weak_type:
             return changes
