@@ -2,8 +2,9 @@
 
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +37,7 @@ class Task(NamedTuple):
       unit: what a negative log-likelihood is per.
       source: where the data is from.
       config: the fields of `schemes.Config` that this task wants otherwise.
+      rate_of: factors of the learning rate, for cells that are too slow at that of the others.
       words: how many there are, where the inputs are numbers of words; None for vectors.
       score: what else is measured of the predictions; None is nothing.
     """
@@ -50,6 +52,7 @@ class Task(NamedTuple):
     config: dict[str, Any]
     words: int | None = None
     score: "Score | None" = None
+    rate_of: Mapping[str, float] = MappingProxyType({})
 
 
 class Score(NamedTuple):
@@ -140,6 +143,8 @@ def load_digits(data: Path | None) -> Task:
         source="scikit-learn's digits",
         config={"units": 128, "epochs": 60, "batch": 32, "learning_rate": 3e-3},
         score=Score("accuracy", lambda outputs, _: jax.nn.softmax(outputs), hits),
+        # Of 1 to 16, by validation without dropout.
+        rate_of={"min_gru": 8.0},
     )
 
 

@@ -208,6 +208,8 @@ def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Cal
 def compare(task: Task, config: Config, cell: str, scheme: Scheme) -> dict[str, Any]:
     """Runs all strengths with all seeds, and picks the strength by the mean validation."""
     began = time.monotonic()
+    rate = config.learning_rate * task.rate_of.get(cell, 1.0)
+    config = dataclasses.replace(config, learning_rate=rate)
     run = build_run(task, config, cell, scheme)
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
     results = run(keys, jnp.array(scheme.strengths, jnp.float32))
@@ -217,6 +219,7 @@ def compare(task: Task, config: Config, cell: str, scheme: Scheme) -> dict[str, 
     row = {
         "scheme": scheme.name,
         "cell": cell,
+        "learning_rate": config.learning_rate,
         "strengths": [*scheme.strengths],
         "valid_nll_by_strength": by_strength.tolist(),
         "strength": scheme.strengths[picked],
