@@ -21,11 +21,6 @@ from .weight_gradients import differentiate
 
 PyTree = Any
 
-_NOT_TRACED = (
-    "parallel=True needs a step without side effects, whose carry keeps its shapes and dtypes, on "
-    "arrays of known shapes. Leave parallel=None to run it step by step."
-)
-
 
 def scan(
     step: Step,
@@ -59,7 +54,10 @@ def scan(
     found = trace(step, carry, xs, length)
     if isinstance(found, str):
         if parallel:
-            raise ValueError(_NOT_TRACED)
+            raise ValueError(
+                f"parallel=True cannot run this scan, because {found}. Leave parallel=None to run "
+                f"it step by step."
+            )
         return loop(step, carry, xs)
     closed, structure = found
     traced = TracedScan.of(closed, carry, xs, loop)

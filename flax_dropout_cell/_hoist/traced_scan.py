@@ -95,7 +95,7 @@ def trace(step: Step, carry: PyTree, xs: PyTree, length: int | None) -> tuple[An
         if explicit_sharding(got) != explicit_sharding(wanted):
             return changes
         if varying_axes(got) != varying_axes(wanted):
-            return changes
+            return "a step changes the axes of jax.shard_map over which the carry differs"
     return closed, jax.tree.structure(results)
 
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from op_by_op import op_by_op
 from quick_prng import quick_key
 
@@ -512,8 +514,22 @@ def test_side_effects_are_refused() -> None:
         jax.debug.callback(lambda h: None, h)
         return h * x, h
 
-    with pytest.raises(ValueError, match="parallel=True needs a step without side effects"):
+    with pytest.raises(ValueError, match="cannot run this scan, because the step has side effects"):
         hoisted_scan.scan(step, jnp.ones(ROW), jnp.ones(XS), parallel=True)
+
+
+def test_a_carry_that_starts_equal_on_all_shards_is_refused() -> None:
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(AxisType.Auto,))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(None, "rows"), out_specs=P("rows"))
+    def run(xs: jax.Array) -> jax.Array:
+        def step(h: jax.Array, x: jax.Array) -> Any:
+            return h / 2 + x, None
+
+        return hoisted_scan.scan(step, jnp.zeros(ROW), xs, parallel=True)[0]
+
+    with pytest.raises(ValueError, match=r"a step changes the axes of jax\.shard_map over which"):
+        run(jnp.ones(XS))
 
 
 @pytest.mark.usefixtures("float64")
