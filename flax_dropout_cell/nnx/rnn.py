@@ -34,8 +34,9 @@ class RNN(DropoutAttribute, nnx.Module):
     `eval()`, `nnx.view` or `deterministic=True`, needs no key. Each call draws new masks, whichever
     carry it starts from (Gal and Ghahramani 2016, arXiv:1512.05287, section 4).
 
-    Weights have the same paths as in `nnx.RNN(cell)`, so its checkpoints load unchanged. The carry
-    is the cell's own. Outputs at padding are zero, unlike in `nnx.RNN`. The layer works in
+    Weights have the same paths as in `nnx.RNN(cell)`: load them with
+    `nnx.update(model, nnx.state(old, nnx.Param))`. The filter is needed because `nnx.RNN` has a
+    random stream among its state. The carry is the cell's own. Outputs at padding are zero, unlike in `nnx.RNN`. The layer works in
     `nnx.Bidirectional`.
 
     Args:
@@ -101,7 +102,9 @@ class RNN(DropoutAttribute, nnx.Module):
         self.unroll = unroll
         self.checkpoint_every = checkpoint_every
         self.parallel = parallel
-        self.rngs: nnx.RngStream | None = fork_stream(rngs)
+        # Not `rngs`: there nnx.RNN keeps its stream for carries, with the same key in all layers. A
+        # checkpoint of it would give all layers the same masks.
+        self.dropout_stream: nnx.RngStream | None = fork_stream(rngs)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Switches between training and evaluation; `nnx.view` calls it.
@@ -183,7 +186,8 @@ class RNN(DropoutAttribute, nnx.Module):
 
         carry = make_carry() if initial_carry is None else initial_carry
         # A draw counts the stream on, which is a side effect: only a call that uses it may have it.
-        key = dropout_key("RNN", rngs, self.rngs) if needs_key(self, deterministic) else None
+        own = self.dropout_stream
+        key = dropout_key("RNN", rngs, own) if needs_key(self, deterministic) else None
         if key is not None:
             check_one_step(self, call, layout, initial_carry, rngs)
         cell = NNX_FRAMEWORK.pure(self.cell)

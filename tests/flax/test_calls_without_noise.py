@@ -80,8 +80,8 @@ class TestNoStream:
             nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0)), NOTHING["empty"], rngs=nnx.Rngs(1)
         )
         module(X)
-        assert module.rngs is not None
-        assert int(module.rngs.count[...]) == 0
+        assert module.dropout_stream is not None
+        assert int(module.dropout_stream.count[...]) == 0
 
     def test_an_array_of_ones_may_change_so_it_needs_one(self) -> None:
         spec = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=jnp.float32(1)))

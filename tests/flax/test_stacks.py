@@ -129,7 +129,7 @@ def test_three_bidirectional_layers_in_nnx(page: Any) -> None:
     for layer in (tagger.first, tagger.second, tagger.third):
         ys = []
         for rnn, reverse in ((layer.forward_rnn, False), (layer.backward_rnn, True)):
-            keys.append(nnx.clone(rnn.rngs)())
+            keys.append(nnx.clone(rnn.dropout_stream)())
             _, y = fdc.dropout_scan(
                 nnx_params(rnn.cell),
                 zeros(),
