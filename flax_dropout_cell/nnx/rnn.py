@@ -36,8 +36,8 @@ class RNN(DropoutAttribute, nnx.Module):
 
     Weights have the same paths as in `nnx.RNN(cell)`: load them with
     `nnx.update(model, nnx.state(old, nnx.Param))`. The filter is needed because `nnx.RNN` has a
-    random stream among its state. The carry is the cell's own. Outputs at padding are zero, unlike in `nnx.RNN`. The layer works in
-    `nnx.Bidirectional`.
+    random stream among its state. The carry is the cell's own. Outputs at padding are zero, unlike
+    in `nnx.RNN`. The layer works in `nnx.Bidirectional`.
 
     Args:
       cell: any `nnx.RNNCellBase`, bare.
