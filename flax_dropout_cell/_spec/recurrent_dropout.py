@@ -83,6 +83,13 @@ class RecurrentDropout:
                 if entry is not None and not is_deferred(entry):
                     check_noise(f"dropout.{site}", entry)
 
+    def __bool__(self) -> bool:
+        # Flax's `nn.RNN(cell, dropout)` would take it for `time_major=True`, and drop nothing.
+        raise TypeError(
+            "a RecurrentDropout is neither true nor false: compare it with None. Flax's own RNN "
+            "takes no dropout: write fdc.linen.RNN(cell, dropout) or fdc.nnx.RNN(cell, dropout)."
+        )
+
     def __hash__(self) -> int:
         # dataclasses would hash the fields, of which `inside` is a dict.
         leaves, structure = jax.tree.flatten(self)

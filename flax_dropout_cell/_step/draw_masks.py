@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._compat import varying_axes
 from .._random.keys import as_rng, fold_in, is_threefry, leaf_rng
 from .._sharding import draw_like
 from .._spec.match_leaves import Leaf, match_leaves
@@ -172,6 +173,8 @@ def draw_leaf(site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: Rows | 
     shape, dtype = tuple(np.shape(leaf)), dtype_of(leaf)
     if rows is not None and not _by_row(site, noise, leaf, rows):
         rows = None
+    if draws_by_row(site, noise, shape, 1):
+        _check_shards_differ(site, leaf, rng, rows)
 
     def draw(noise: Noise, rng: jax.Array, rows: Rows | None) -> jax.Array:
         if rows is None:
@@ -185,6 +188,20 @@ def draw_leaf(site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: Rows | 
             f"which does not broadcast to the value's shape {shape}."
         )
     return mask
+
+
+def _check_shards_differ(site: Site, leaf: Any, rng: jax.Array, rows: Rows | None) -> None:
+    """Raises if the shards of `jax.shard_map` would draw the same mask for different rows."""
+    drawn_from = (jax.typeof(source) for source in jax.tree.leaves((rng, rows)))
+    missing = sorted(varying_axes(leaf).difference(*map(varying_axes, drawn_from)))
+    if missing:
+        axes = repr(missing[0] if len(missing) == 1 else tuple(missing))
+        raise ValueError(
+            f"dropout.{site}: the value differs between the shards of {axes} in jax.shard_map, and "
+            f"the key does not, so all shards would draw the same mask. Write "
+            f"rng = jax.random.fold_in(rng, jax.lax.axis_index({axes})), or give sequence_ids=, "
+            f"the numbers of the rows in the whole batch."
+        )
 
 
 def _by_row(site: Site, noise: Noise, leaf: Any, rows: Rows) -> bool:

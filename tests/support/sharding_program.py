@@ -371,14 +371,51 @@ def shards_with_their_own_keys(mapping: str, what: str, scheme: str) -> None:
                 assert (one != other).any(), site
 
 
-@CASES.over(mapping=("shard_map", "pmap"), scheme=SCHEMES)
-def shards_with_one_key(mapping: str, scheme: str) -> None:
+@CASES.over(scheme=SCHEMES)
+def shards_with_one_key_under_pmap(scheme: str) -> None:
     """Without that line every shard has the same masks: why the docs tell of it."""
     function = masks_of("dropout_scan", scheme)
-    got = MAPS[mapping](function)(key(), cut(ones()))
+    got = pmapped(function)(key(), cut(ones()))
     for masks in got.values():
         for other in np.asarray(masks)[1:]:
             np.testing.assert_array_equal(other, masks[0])
+
+
+@CASES.over(site=("input", "state", "output"), scheme=SCHEMES, cell=("step", "sequence"))
+def shards_with_one_key_are_refused_in_shard_map(site: str, scheme: str, cell: str) -> None:
+    """Weights, and masks that rows share, are to be the same on all shards."""
+
+    def run(dropout: fdc.RecurrentDropout, xs: Any, **options: Any) -> Any:
+        h, weights = jnp.zeros_like(xs[0]), jnp.ones((1, UNITS))
+        options |= {"cell": exact_cell, "dropout": dropout}
+        if cell == "sequence":
+            return fdc.dropout_scan(weights, h, xs, key(), **options)[1]
+        masks = fdc.draw_masks(weights, h, xs[0], key(), **options)
+        return fdc.dropout_cell(weights, h, xs[0], key(), step=0, masks=masks, **options)[1][None]
+
+    def in_shards(dropout: fdc.RecurrentDropout, **options: Any) -> Any:
+        mapped = jax.shard_map(
+            lambda xs, ids: run(dropout, xs, **options and {"sequence_ids": ids}),
+            mesh=mesh_of("batch"),
+            in_specs=(P(None, "batch"), P("batch")),
+            out_specs=P(None, "batch"),
+        )
+        return jax.jit(mapped)(ones(), np.arange(BATCH))
+
+    noise = noise_of(scheme)
+    dropout = fdc.RecurrentDropout(**{site: noise})
+    try:
+        in_shards(dropout)
+    except ValueError as error:
+        assert "fold_in(rng, jax.lax.axis_index('batch'))" in str(error), error
+    else:
+        raise AssertionError("the shards have the same masks")
+    # By their numbers in the whole batch, rows have the masks that they have on one device.
+    ids = np.arange(BATCH)
+    assert_same(in_shards(dropout, ids=True), run(dropout, ones(), sequence_ids=ids))
+    shared = dataclasses.replace(noise, broadcast_dims=(0,))
+    for same in (fdc.RecurrentDropout(params=noise), fdc.RecurrentDropout(**{site: shared})):
+        assert_same(in_shards(same), run(same, ones()))
 
 
 @CASES.over()
