@@ -1,5 +1,6 @@
 """Prefixes of pytrees: how noises and masks are matched with a value, and facts about leaves."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import jax
@@ -20,11 +21,40 @@ def zip_prefix(name: str, prefix: PyTree, value: PyTree) -> list[tuple[Any, PyTr
     try:
         subtrees = structure.flatten_up_to(value)
     except (ValueError, TypeError):
-        raise ValueError(
-            f"{name} has the structure {structure_str(prefix)}, which is not a prefix of the "
-            f"value's structure {structure_str(value)}: a value takes one noise, or None."
-        ) from None
+        raise ValueError(f"{name} {_say_mismatch(prefix, value)}") from None
     return list(zip(entries, subtrees, strict=True))
+
+
+def _say_mismatch(prefix: PyTree, value: PyTree, path: str = "") -> str:
+    """Says why one tree is not a prefix of another: by name if dicts have other keys."""
+    if isinstance(prefix, Mapping) and isinstance(value, Mapping):
+        at = f" at {path}" if path else ""
+        if unknown := _names(prefix.keys() - value.keys()):
+            return f"names {unknown}{at}, which the value does not have: it has {_names(value)}."
+        if missing := _names(value.keys() - prefix.keys()):
+            return f"has no entry for {missing}{at}: write None there."
+        for key, below in prefix.items():
+            if _differs(below, value[key]):
+                return _say_mismatch(below, value[key], f"{path}[{key!r}]")
+    at, ours, theirs = path and f" at {path}", structure_str(prefix), structure_str(value)
+    if theirs == "*":
+        return f"has the structure {ours}{at}, but the value is one array: it takes one noise."
+    return (
+        f"has the structure {ours}{at}, which is not a prefix of the value's structure {theirs}: a "
+        f"value takes one noise, or None."
+    )
+
+
+def _differs(prefix: PyTree, value: PyTree) -> bool:
+    try:
+        jax.tree.structure(prefix, is_leaf=is_prefix_leaf).flatten_up_to(value)
+    except (ValueError, TypeError):
+        return True
+    return False
+
+
+def _names(keys: Iterable[Any]) -> str:
+    return ", ".join(sorted(map(repr, keys)))
 
 
 def structure_str(tree: PyTree) -> str:

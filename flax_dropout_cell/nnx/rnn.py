@@ -16,11 +16,10 @@ from .._flax.layer import (
 )
 from .._flax.wrapper import check_bare
 from .._inspect.describe import Description
-from .._random.keys import as_rng
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout
 from .dropout_attribute import DropoutAttribute
 from .framework import NNX_FRAMEWORK
-from .streams import RngSource, carry_stream, dropout_key, fork_stream
+from .streams import RngSource, as_source, carry_stream, dropout_key, fork_stream
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -176,8 +175,7 @@ class RNN(DropoutAttribute, nnx.Module):
         """
         arguments = locals()  # before any other name is bound here
         call = Call.of(self, arguments)
-        if not isinstance(rngs, nnx.Rngs | nnx.RngStream):
-            rngs = as_rng(rngs)
+        rngs = as_source(rngs)
         layout = read_layout(inputs, NNX_FRAMEWORK.num_feature_axes(self.cell), call.time_major)
 
         def make_carry() -> PyTree:

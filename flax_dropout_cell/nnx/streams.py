@@ -55,13 +55,24 @@ def dropout_key(
     if isinstance(source, nnx.RngStream):
         return _draw(name, source, takes)
     # An Rngs without a stream for dropout is as good as none.
-    key = None if isinstance(source, nnx.Rngs) else as_rng(source)
+    key = None if isinstance(source, nnx.Rngs) else as_source(source)
     if key is None:
         raise ValueError(
             f"{name} needs a 'dropout' stream in training: make it with rngs=nnx.Rngs(dropout=0), "
             f"pass {takes}, or evaluate with eval() or deterministic=True."
         )
     return key
+
+
+def as_source(rngs: Any) -> Any:
+    """A call's `rngs`, with a type if it is a raw key; raises if nothing can be drawn from it."""
+    if isinstance(rngs, nnx.Rngs | nnx.RngStream):
+        return rngs
+    try:
+        return as_rng(rngs)
+    except TypeError:
+        wanted = "an Rngs such as nnx.Rngs(dropout=key), an RngStream, one key or None"
+        raise TypeError(must_be("rngs", wanted, rngs)) from None
 
 
 def _draw(name: str, stream: nnx.RngStream, takes: str) -> jax.Array:

@@ -46,6 +46,8 @@ MISTAKES = {
         "scan_gru(dropout=fdc.RecurrentDropout(state=noise))",
         'scan(dropout=fdc.RecurrentDropout(inside={"recurrent": noise}))',
         'scan_gru(dropout=fdc.RecurrentDropout(inside={"recurent": noise}))',
+        'scan(dropout=fdc.RecurrentDropout(params={"rec": noise}))',
+        'scan(dropout=fdc.RecurrentDropout(params={"in": None, "hidden": noise}))',
         'scan(dropout=fdc.RecurrentDropout(params=fdc.at_paths(noise, "hh/kernel")))',
     ],
     "Arrays and their axes": [
@@ -77,6 +79,7 @@ MISTAKES = {
     ],
     "Layers of linen": [
         "fdc.linen.RNN(nn.LSTMCell(8))",
+        "nn.RNN(nn.LSTMCell(8), spec).apply(variables, inputs)  # Flax's own RNN",
         "fdc.linen.RNN(nn.LSTMCell(8), 0.8)",
         "fdc.linen.RNN(nn.LSTMCell(8), fdc.recipes.gal2016)",
         "fdc.linen.RNN(nn.LSTMCell(8), dropout=0.2, recurrent_dropout=0.2)",
@@ -101,6 +104,7 @@ MISTAKES = {
         "fdc.nnx.RNN(nn.LSTMCell(8), spec)",
         "fdc.nnx.RNN(nnx.LSTMCell(3, 8, rngs=nnx.Rngs(0)), spec)(inputs)  # no rngs=",
         "fdc.nnx.RNN(nnx.LSTMCell(3, 8, rngs=nnx.Rngs(0)), spec, rngs=0)",
+        "nnx_rnn(inputs, rngs=0)",
         "jax.jit(nnx_rnn)(inputs)  # with jax.jit, not nnx.jit",
     ],
 }
