@@ -92,9 +92,8 @@ def dropout_scan(
         weights, or through `broadcast_dims`) stay the same for the whole call. Resets in padding
         are ignored.
       reset_carry: the carry at a reset, of the carry's structure; zeros by default.
-      sequence_ids: ints `[*batch]`, or `[time, *batch]` with `resets`. A row then draws by its id
-        instead of by its place, so its masks do not depend on the batch that it is in, or on the
-        steps before. Two sequences with the same id get the same masks. An id that changes
+      sequence_ids: ints `[*batch]`, or `[time, *batch]` with `resets`. A row's masks
+        then depend on its id: not on its place, the batch that it is in, or the steps before. Two sequences with the same id get the same masks. An id that changes
         without a reset changes the masks, not the carry. Without ids, a reset at step s names the
         sequence (s, place). All 64 bits of an id count, in NumPy arrays too; arguments of
         `jax.jit` have 32 bits.
@@ -110,14 +109,14 @@ def dropout_scan(
         recurrence: updated as `a * carry + b`, element by element, with `a` and `b` independent
         of the carry. Elementwise noise, resets and padding keep it one. If True, any other carry
         is an error. If None, linear recurrences run in parallel except on a CPU, where a loop is
-        faster. The masks are the same, and the numbers are the same to rounding.
+        usually faster. The masks are the same, and the numbers are the same to rounding.
 
     Returns:
       `(carry, ys)`: the last carry, and the outputs `[time, ...]`.
 
     Raises:
-      ValueError: as in `dropout_cell`, and if a length, shape or `start` does not fit, or the carry
-        does not permit `parallel=True`.
+      ValueError: as in `dropout_cell`, and if a shape, `start` or a length in a NumPy array does
+        not fit, or the carry does not permit `parallel=True`. Lengths on a device are clipped.
       TypeError: as in `dropout_cell`, and if `seq_lengths` or `start` is not an int.
 
     Example:

@@ -63,7 +63,7 @@ def draw_step_masks(
         output and of its sites inside.
       dropout: the noise at each site.
       start: the absolute index of the first step.
-      sequence_ids: ints `[*batch]`. Each row then draws by its id instead of by its place.
+      sequence_ids: ints `[*batch]`. A row's masks then depend on its id, not on its place.
 
     Returns:
       `Masks` with a mask `[time, ...]` for each leaf with a per-step noise, None elsewhere.

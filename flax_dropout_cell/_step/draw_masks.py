@@ -64,7 +64,7 @@ def draw_masks(
       cell: `cell(params, carry, x) -> (carry, y)`. It is only traced, for the shapes of its output
         and of its sites inside.
       dropout: the noise at each site.
-      sequence_ids: ints `[*batch]`. Each row then draws by its id instead of by its place.
+      sequence_ids: ints `[*batch]`. A row's masks then depend on its id, not on its place.
 
     Returns:
       `Masks` with the variational leaves filled in, None elsewhere.

@@ -52,7 +52,7 @@ def dropout_cell(
       dropout: the noise at each site.
       masks: the masks that are already drawn, by `draw_masks`.
       step: the index of this step in its sequence, an int or a traced int.
-      sequence_ids: ints `[*batch]`. Each row then draws by its id instead of by its place.
+      sequence_ids: ints `[*batch]`. A row's masks then depend on its id, not on its place.
 
     Returns:
       `(carry, y)`, with the dtypes that the cell gives them.

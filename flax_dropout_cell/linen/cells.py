@@ -46,8 +46,9 @@ class LSTMCell(nn.OptimizedLSTMCell):
     """`nn.LSTMCell` with sites inside: `lstm_cell` under Flax's names.
 
     Weights of `nn.LSTMCell` and `nn.OptimizedLSTMCell` load as they are, and `init` makes the
-    same ones from the same key. It draws nothing of its own: noise at its sites comes from
-    `RecurrentDropout(inside={site: ..})`; `fdc.lstm_cell` lists them.
+    same ones from the same key. In a compact method Flax names a cell by its class: write
+    `name="OptimizedLSTMCell_0"` to load the weights of such a cell. It draws nothing of its own:
+    noise at its sites comes from `RecurrentDropout(inside={site: ..})`; `fdc.lstm_cell` lists them.
 
     Args:
       features: the size of c and h. The other fields are those of `nn.OptimizedLSTMCell`:

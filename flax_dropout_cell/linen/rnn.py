@@ -31,20 +31,22 @@ class RNN(nn.Module):
     """`nn.RNN` under recurrent dropout: any cell over whole sequences.
 
     In training a call reads the `dropout` stream once, or takes `rng`; from that key variational
-    masks are drawn once and per-step masks at each step. `init` and evaluation need no key. Each
-    call draws new masks, whichever carry it starts from (Gal and Ghahramani 2016,
-    arXiv:1512.05287, section 4).
+    masks are drawn once and per-step masks at each step. `init` and evaluation need no key. Every
+    call draws new masks, even if `initial_carry` continues an earlier call (Gal and Ghahramani
+    2016, arXiv:1512.05287, section 4). To keep the masks, pass the same `rng`, and `start`.
 
     Parameters have the same names as in `nn.RNN(cell)`, so its checkpoints load unchanged. The
     carry is the cell's own. Outputs at padding are zero, unlike in `nn.RNN`. The layer works in
-    `nn.Bidirectional`.
+    `nn.Bidirectional`, which passes on no `deterministic`: to evaluate, make its layers with
+    `deterministic=True`.
 
     Args:
       cell: any `nn.RNNCellBase`, bare.
-      dropout: the noise at each site. One noise for the whole `state` of an LSTM means h.
+      dropout: the noise at each site. One noise at the `state` of an LSTM is for h alone.
       deterministic: if True, this is evaluation. Arguments at the call take precedence.
       time_major: whether inputs are `[time, *batch, *features]`, not `[*batch, time, *features]`.
-      return_carry: whether to return `(carry, outputs)`.
+      return_carry: whether to return `(carry, outputs)`. Noise at `output` is not on the carry: to
+        classify by the last step under it, read that step of the outputs.
       reverse: whether to run from each sequence's end to its start. Outputs then come in the
         order in which they were made, with padding still at the end.
       keep_order: with `reverse`, outputs come in the order of the inputs.
@@ -119,8 +121,10 @@ class RNN(nn.Module):
             for padding of any pattern. False marks padding.
           resets: bools `[*batch, time]`, with the inputs' order of axes. True marks a sequence's
             first step: the row's carry becomes `reset_carry`, and its variational masks are new.
-          sequence_ids: ints `[*batch]`, or with the shape of `resets`. A row then draws by its id
-            instead of by its place. Two sequences with the same id get the same masks.
+            For a learner to have the masks of its actors, both need `sequence_ids`.
+          sequence_ids: ints `[*batch]`, or with the shape of `resets`. A row's masks then
+            depend on its id, not on its place in the batch. Two sequences with the same id get the
+            same masks.
           start: the absolute index of the first step, 0 by default. A sequence that is cut into
             windows, each with the same `rng`, its own `start` and the carry of the one before,
             gives the uncut result. With `resets` this needs `sequence_ids` too.

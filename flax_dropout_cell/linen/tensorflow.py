@@ -24,7 +24,9 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
       cell: any `nn.RNNCellBase`.
       input_keep_prob: the probability of keeping a unit of the inputs, a number or a scalar array.
       output_keep_prob: the same for the outputs.
-      state_keep_prob: the same for the outgoing state.
+      state_keep_prob: the same for the outgoing state. As in TensorFlow, a GRU's h then grows at
+        every step; so does an LSTM's c if the visitor chooses it. For a GRU use the layer `RNN`
+        with `recipes.gal2016`.
       variational_recurrent: whether one mask serves all steps of a sequence (Gal and Ghahramani
         2016, arXiv:1512.05287). Each example has its own mask; with `broadcast_dims=(0,)` the
         whole batch shares one, as in TensorFlow.

@@ -30,8 +30,9 @@ class RNN(DropoutAttribute, nnx.Module):
 
     In training a call draws one key from the module's own `dropout` stream, or takes `rngs`; from
     that key variational masks are drawn once and per-step masks at each step. Evaluation, by
-    `eval()`, `nnx.view` or `deterministic=True`, needs no key. Each call draws new masks, whichever
-    carry it starts from (Gal and Ghahramani 2016, arXiv:1512.05287, section 4).
+    `eval()`, `nnx.view` or `deterministic=True`, needs no key. Every call draws new masks, even if
+    `initial_carry` continues an earlier call (Gal and Ghahramani 2016, arXiv:1512.05287, section
+    4). To keep the masks, pass the same key as `rngs`, and `start`.
 
     Weights have the same paths as in `nnx.RNN(cell)`: load them with
     `nnx.update(model, nnx.state(old, nnx.Param))`. The filter is needed because `nnx.RNN` has a
@@ -40,12 +41,13 @@ class RNN(DropoutAttribute, nnx.Module):
 
     Args:
       cell: any `nnx.RNNCellBase`, bare.
-      dropout: the noise at each site. One noise for the whole `state` of an LSTM means h. `params`
+      dropout: the noise at each site. One noise at the `state` of an LSTM is for h alone. `params`
         takes a prefix of the cell's parameters (`nnx.Param`) as a plain dict. Arrays in it are data
         of this module, so that a new `dropout` with other values does not retrace.
       deterministic: if True, this is evaluation. Arguments at the call take precedence.
       time_major: whether inputs are `[time, *batch, *features]`, not `[*batch, time, *features]`.
-      return_carry: whether to return `(carry, outputs)`.
+      return_carry: whether to return `(carry, outputs)`. Noise at `output` is not on the carry: to
+        classify by the last step under it, read that step of the outputs.
       reverse: whether to run from each sequence's end to its start. Outputs then come in the
         order in which they were made, with padding still at the end.
       keep_order: with `reverse`, outputs come in the order of the inputs.
@@ -146,8 +148,10 @@ class RNN(DropoutAttribute, nnx.Module):
             for padding of any pattern. False marks padding.
           resets: bools `[*batch, time]`, with the inputs' order of axes. True marks a sequence's
             first step: the row's carry becomes `reset_carry`, and its variational masks are new.
-          sequence_ids: ints `[*batch]`, or with the shape of `resets`. A row then draws by its id
-            instead of by its place. Two sequences with the same id get the same masks.
+            For a learner to have the masks of its actors, both need `sequence_ids`.
+          sequence_ids: ints `[*batch]`, or with the shape of `resets`. A row's masks then
+            depend on its id, not on its place in the batch. Two sequences with the same id get the
+            same masks.
           start: the absolute index of the first step, 0 by default. A sequence that is cut into
             windows, each with the same key as `rngs`, its own `start` and the carry of the one
             before, gives the uncut result. With `resets` this needs `sequence_ids` too.
