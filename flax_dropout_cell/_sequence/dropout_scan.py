@@ -92,11 +92,11 @@ def dropout_scan(
         weights, or through `broadcast_dims`) stay the same for the whole call. Resets in padding
         are ignored.
       reset_carry: the carry at a reset, of the carry's structure; zeros by default.
-      sequence_ids: ints `[*batch]`, or `[time, *batch]` with `resets`. A row's masks
-        then depend on its id: not on its place, the batch that it is in, or the steps before. Two sequences with the same id get the same masks. An id that changes
-        without a reset changes the masks, not the carry. Without ids, a reset at step s names the
-        sequence (s, place). All 64 bits of an id count, in NumPy arrays too; arguments of
-        `jax.jit` have 32 bits.
+      sequence_ids: ints `[*batch]`, or `[time, *batch]` with `resets`. A row's masks then depend on
+        its id: not on its place, the batch that it is in, or the steps before. Two sequences with
+        the same id get the same masks. An id that changes without a reset changes the masks, not
+        the carry. Without ids, a reset at step s names the sequence (s, place). All 64 bits of an
+        id count, in NumPy arrays too; arguments of `jax.jit` have 32 bits.
       reverse: run from the last step to the first; `ys` keep the order of `xs`.
       start: the absolute index of `xs[0]`, at least 0. A sequence that is cut in pieces, each
         run with the same `rng` and its own `start`, gives the uncut result. With `resets` this
