@@ -113,7 +113,7 @@ def test_keep_prob_out_of_range(bad) -> None:
         (
             lambda: step(fdc.RecurrentDropout(input=(NOISE, FROZEN))),
             ValueError,
-            r"dropout.input has the structure \(\*, \*\), .* structure \*: a value takes one noise",
+            r"dropout.input has the structure \(\*, \*\), but the value is one array: it takes one",
         ),
         (
             lambda: step(
