@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from compare import positive_int
-from rounds import resume, write
+from rounds import command_of, resume, write
 from scheme_cells import CELLS
 from scheme_noises import COMPARED, SCHEMES, Scheme
 from scheme_tables import draw, format_table
@@ -254,7 +253,7 @@ def describe_run() -> dict[str, Any]:
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_of(sys.argv),
     }
 
 
