@@ -381,6 +381,37 @@ def shards_with_one_key_under_pmap(scheme: str) -> None:
             np.testing.assert_array_equal(other, masks[0])
 
 
+@CASES.over(what=("resets", "resets and ids", "lengths"), scheme=SCHEMES)
+def sequences_in_shard_map(what: str, scheme: str) -> None:
+    """Each shard has the outputs of one device for its rows, under its own key."""
+    ends = np.random.default_rng(1).random((STEPS, BATCH)) < 0.5
+    lengths, ids = np.arange(BATCH) % (STEPS + 1), np.arange(BATCH) + BATCH * ends.cumsum(0)
+
+    def run(rng: jax.Array, rows: Any) -> jax.Array:
+        xs, ends, lengths, ids = rows
+        options: dict[str, Any] = (
+            {"seq_lengths": lengths} if what == "lengths" else {"resets": ends}
+        )
+        if what == "resets and ids":
+            options["sequence_ids"] = ids
+        options |= {"cell": exact_cell, "dropout": spec_of_scheme(scheme)}
+        h = jnp.zeros_like(xs[0])
+        return fdc.dropout_scan(jnp.ones((1, UNITS)), h, xs, rng, **options)[1]
+
+    rows, in_specs = (ones(), ends, lengths, ids), [P(None, "batch")] * 4
+    in_specs[2] = P("batch")
+    mapped = jax.shard_map(
+        with_own_key(run),
+        mesh=mesh_of("batch"),
+        in_specs=(P(), tuple(in_specs)),
+        out_specs=P(None, "batch"),
+    )
+    got = np.asarray(jax.jit(mapped)(key(), rows))
+    for index, at in enumerate(np.split(np.arange(BATCH), DEVICES)):
+        own = tuple(leaf[..., at] if leaf.ndim < 3 else leaf[:, at] for leaf in rows)
+        assert_same(got[:, at], jax.jit(run)(jax.random.fold_in(key(), index), own))
+
+
 @CASES.over(site=("input", "state", "output"), scheme=SCHEMES, cell=("step", "sequence"))
 def shards_with_one_key_are_refused_in_shard_map(site: str, scheme: str, cell: str) -> None:
     """Weights, and masks that rows share, are to be the same on all shards."""
