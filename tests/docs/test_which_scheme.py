@@ -215,8 +215,8 @@ def linear_cells() -> str:
         f"Both have been run on {TASKS[task]}, and the minGRU on {also} too. On {TASKS[task]}, "
         f"kernel weight-drop is the best scheme for both, and candidate dropout the second; of the "
         f"{len(losses)} rows with dropout, {clear} are better than none by two standard errors. "
-        f"Even so, the best of them, the {LINEAR[cell]} with {scheme}, is at {losses[cell, scheme]:.2f} behind the LSTM without "
-        f"dropout, at {loss(task, 'none'):.2f}."
+        f"Even so, the best of them, the {LINEAR[cell]} with {scheme}, is at "
+        f"{losses[cell, scheme]:.2f} behind the LSTM without dropout, at {loss(task, 'none'):.2f}."
     )
 
 
