@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from .._compat import vary_over, varying_axes
 from .keys import is_threefry
 from .threefry import threefry_2x32
 
@@ -62,8 +63,9 @@ def _in_own_kernel(
         return finish(left ^ right, *operands)
 
     def never(keys: jax.Array, *operands: jax.Array) -> jax.Array:
-        del operands
-        return jnp.full((*keys.shape[:-1], *shape), keys.reshape(-1)[0])
+        # In jax.shard_map both branches must differ over the same axes.
+        axes = frozenset[str]().union(*(varying_axes(jax.typeof(each)) for each in operands))
+        return vary_over(jnp.full((*keys.shape[:-1], *shape), keys.reshape(-1)[0]), axes)
 
     @jax.custom_batching.custom_vmap
     def draw(keys: jax.Array, *operands: jax.Array) -> jax.Array:

@@ -412,6 +412,32 @@ def sequences_in_shard_map(what: str, scheme: str) -> None:
         assert_same(got[:, at], jax.jit(run)(jax.random.fold_in(key(), index), own))
 
 
+@CASES.over(scheme=SCHEMES)
+def probabilities_over_another_axis_of_shard_map(scheme: str) -> None:
+    """The key differs over the batch, and a population of probabilities over the other axis."""
+    keep_probs = jnp.array([0.5, 0.25], jnp.float32)
+
+    def run(rng: jax.Array, keep_prob: jax.Array, xs: Any) -> jax.Array:
+        dropout = fdc.RecurrentDropout(input=noise_of(scheme, keep_prob[0]))
+        h = jnp.zeros_like(xs[0]) + keep_prob[0] * 0
+        options: dict[str, Any] = {"cell": exact_cell, "dropout": dropout}
+        return fdc.dropout_scan(jnp.ones((1, UNITS)), h, xs, rng, **options)[1]
+
+    mapped = jax.shard_map(
+        lambda rng, keep_prob, xs: with_own_key(lambda rng, xs: run(rng, keep_prob, xs))(rng, xs),
+        mesh=mesh_of("both"),
+        in_specs=(P(), P("features"), P(None, "batch")),
+        out_specs=P("features", "batch"),
+    )
+    got = np.asarray(jax.jit(mapped)(key("threefry"), keep_probs, ones()))
+    for index, at in enumerate(np.split(np.arange(BATCH), LAYOUTS["both"][0])):
+        for number in range(len(keep_probs)):
+            steps = slice(number * STEPS, (number + 1) * STEPS)
+            own = jax.random.fold_in(key("threefry"), index)
+            want = jax.jit(run)(own, keep_probs[number : number + 1], ones()[:, at])
+            assert_same(got[steps, at], want)
+
+
 @CASES.over(site=("input", "state", "output"), scheme=SCHEMES, cell=("step", "sequence"))
 def shards_with_one_key_are_refused_in_shard_map(site: str, scheme: str, cell: str) -> None:
     """Weights, and masks that rows share, are to be the same on all shards."""
