@@ -52,6 +52,15 @@ def varying_axes(aval: Any) -> frozenset[str]:
     return frozenset(getattr(aval, "vma", None) or getattr(newer, "varying", ()))
 
 
+def shape_struct(shape: Any, dtype: Any, sharding: Any, like: Any) -> jax.ShapeDtypeStruct:
+    """A shape whose type differs over the axes of `jax.shard_map` that the type `like` does."""
+    if not varying_axes(like):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    newer = getattr(like, "manual_axis_type", None)
+    varying = {"vma": like.vma} if newer is None else {"manual_axis_type": newer}
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, **varying)
+
+
 def vary_over(value: jax.Array, axes: frozenset[str]) -> jax.Array:
     """The same array, with a type that says that it differs over more axes of `jax.shard_map`."""
     missing = tuple(sorted(axes - varying_axes(jax.typeof(value))))

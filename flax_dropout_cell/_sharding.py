@@ -22,7 +22,7 @@ from ._compat import ShapedArray, vary_over, varying_axes
 
 def explicit_sharding(leaf: Any) -> NamedSharding | None:
     """The sharding in the type of an array, or of its shape; None if it is not sharded there."""
-    sharding = _type_of(leaf).sharding
+    sharding = type_of(leaf).sharding
     if not isinstance(sharding, NamedSharding) or not any(
         axes is not None and _is_explicit(sharding.mesh, axes) for axes in sharding.spec
     ):
@@ -32,7 +32,7 @@ def explicit_sharding(leaf: Any) -> NamedSharding | None:
 
 def place_like(value: Any, leaf: Any) -> Any:
     """A value that broadcasts to a leaf, with the leaf's sharding and its axes of `shard_map`."""
-    value = vary_over(value, varying_axes(_type_of(leaf)))
+    value = vary_over(value, varying_axes(type_of(leaf)))
     sharding = _sharding_of(np.shape(value), leaf)
     if sharding is None or sharding == jax.typeof(value).sharding:
         return value
@@ -94,7 +94,7 @@ def draw_like(leaf: Any, draw: Callable[..., jax.Array], *args: Any) -> jax.Arra
     return cast(jax.Array, sharded)
 
 
-def _type_of(leaf: Any) -> Any:
+def type_of(leaf: Any) -> Any:
     """The type of an array; a type as it is."""
     known = isinstance(leaf, jax.ShapeDtypeStruct | ShapedArray)
     return leaf if known else jax.typeof(leaf)

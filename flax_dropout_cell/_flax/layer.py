@@ -238,7 +238,7 @@ def _flip(y: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """Turns outputs `[time, *batch, ...]` round; padding stays at the end."""
     if lengths is None:
         return jnp.flip(y, 0)
-    steps = jnp.arange(y.shape[0]).reshape((-1,) + (1,) * lengths.ndim)
+    steps = jnp.arange(y.shape[0], dtype=lengths.dtype).reshape((-1,) + (1,) * lengths.ndim)
     # Each row's own steps are turned. The rest, modulo the length, are steps of its padding.
     at = (lengths[None] - 1 - steps) % y.shape[0]
     return jnp.take_along_axis(y, at.reshape(at.shape + (1,) * (y.ndim - at.ndim)), 0)

@@ -193,7 +193,7 @@ def guesses(inputs: Any, cell_carry: PyTree) -> Iterable[PyTree]:
         yield jax.tree.unflatten(
             structure,
             [
-                jax.ShapeDtypeStruct(leaf if is_shape(leaf) else leaf.shape, dtype)
+                jax.ShapeDtypeStruct(leaf, dtype) if is_shape(leaf) else leaf
                 for leaf, dtype in zip(leaves, picked, strict=True)
             ],
         )

@@ -21,8 +21,8 @@ from .._compat import (
 _CALLS = ("jit", "pjit")
 # Their parameters do not name the dtype of their operands, or `in_float32` exchanges it.
 _ANY_DTYPE = frozenset(
-    "add broadcast_in_dim concatenate convert_element_type copy expand_dims mul neg reshape "
-    "select_n slice split squeeze sub transpose".split()
+    "add broadcast_in_dim concatenate convert_element_type copy expand_dims mul neg pcast pvary "
+    "reshape select_n slice split squeeze sub transpose".split()
 )
 
 

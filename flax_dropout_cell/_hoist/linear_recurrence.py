@@ -58,18 +58,22 @@ def _solve(slope: jax.Array, offset: jax.Array, reverse: bool) -> jax.Array:
 
 def _solve_step_by_step(slope: jax.Array, offset: jax.Array, *, reverse: bool) -> jax.Array:
     def step(h: jax.Array, now: Any) -> tuple[jax.Array, jax.Array]:
-        slope, offset = now
-        h = slope * h + offset
+        h = _advance(h, *now)
         return h, h
 
     return jax.lax.scan(step, jnp.zeros_like(offset[0]), (slope, offset), reverse=reverse)[1]
+
+
+def _advance(h: jax.Array, slope: jax.Array, offset: jax.Array) -> jax.Array:
+    """`slope * h + offset`, in which a NaN of h does not survive a reset or a dropped unit."""
+    return jnp.where(slope == 0, offset, slope * h + offset)
 
 
 def _solve_at_once(slope: jax.Array, offset: jax.Array, *, reverse: bool) -> jax.Array:
     # A step is the function h -> a h + b. Two of them, one after the other, are such a function
     # too.
     def join(early: Any, late: Any) -> Any:
-        return early[0] * late[0], early[1] * late[0] + late[1]
+        return early[0] * late[0], _advance(early[1], *late)
 
     return jax.lax.associative_scan(join, (slope, offset), reverse=reverse)[1]
 
@@ -231,7 +235,8 @@ class _History:
         offset, slope = offset.astype(wide), slope.astype(wide)
         # h[-1] = 0 in the solver, so the initial carry goes into the first offset.
         begin = -1 if reverse else 0
-        offset = offset.at[begin].add(slope[begin] * first.astype(wide))
+        began = _advance(first.astype(wide), slope[begin], offset[begin])
+        offset = offset.at[begin].set(began)
         return linear_recurrence(slope, offset, reverse=reverse).astype(first.dtype)
 
     def _step_through(

@@ -115,6 +115,9 @@ def why_plain(closed: Any) -> str | None:
     # jax.linearize forgets there that a complex tangent differs between the shards.
     if IS_BEFORE_0_8 and any(map(varying_axes, closed.out_avals)):
         return "the carry differs between the shards of jax.shard_map, which needs JAX 0.8"
+    # jax.sharding.auto_axes cannot be linearized inside of jax.shard_map.
+    if any(varying_axes(aval) and explicit_sharding(aval) for aval in closed.in_avals):
+        return "an array is sharded on an explicit axis inside of jax.shard_map"
     for eqn in all_equations(closed.jaxpr):
         name = eqn.primitive.name
         if name.startswith("custom_vjp"):

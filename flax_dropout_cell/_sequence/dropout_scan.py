@@ -280,7 +280,7 @@ def _draw(
             raise ValueError("a reset draws new variational masks, so it needs rng; got rng=None.")
         return _Drawn(brought, None, None)
     rows, values = plan.first_ids, values_of(dropout)
-    own = draw_sites(dropout, values, rng, rows)
+    own = draw_sites(dropout, values, rng, rows, brought=brought)
     masks = own if brought is None else fill_in(brought, own)
     of_rows = plan.row_masks(
         masks, lambda rows: draw_sites(dropout, values, rng, rows, per_row_only=True)

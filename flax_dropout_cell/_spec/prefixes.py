@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._compat import as_weakly_typed
-from .._sharding import explicit_sharding
+from .._compat import as_weakly_typed, shape_struct
+from .._sharding import explicit_sharding, type_of
 from ..noises.protocol import Noise
 
 PyTree = Any
@@ -118,6 +118,6 @@ def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 
 def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The shape, dtype and explicit sharding of a leaf: an array, a tracer or a Python number."""
+    """The shape, dtype and shardings of a leaf: an array, a tracer or a Python number."""
     shape = cast(tuple[int, ...], np.shape(leaf))
-    return jax.ShapeDtypeStruct(shape, dtype_of(leaf), sharding=explicit_sharding(leaf))
+    return shape_struct(shape, dtype_of(leaf), explicit_sharding(leaf), type_of(leaf))

@@ -119,12 +119,17 @@ def draw_sites(
     rng: jax.Array,
     rows: Rows | None = None,
     *,
+    brought: Masks | None = None,
     per_row_only: bool = False,
 ) -> Masks:
-    """Draws the variational masks for `values`: each site's value, or its shapes and dtypes."""
+    """Draws the variational masks for `values`: each site's value, or its shapes and dtypes.
+
+    Masks that the caller has brought are not drawn.
+    """
 
     def draw(site: Site) -> PyTree:
-        return draw_site(site, dropout, site.of(values), rng, rows, per_row_only=per_row_only)
+        options: dict[str, Any] = {"brought": brought, "per_row_only": per_row_only}
+        return draw_site(site, dropout, site.of(values), rng, rows, **options)
 
     with jax.named_scope("draw_masks"):
         return make_masks({site: draw(site) for site in sites_of(values)})
@@ -137,6 +142,7 @@ def draw_site(
     rng: jax.Array,
     rows: Rows | None = None,
     *,
+    brought: Masks | None = None,
     per_row_only: bool = False,
     at_step: bool = False,
 ) -> PyTree:
@@ -150,14 +156,14 @@ def draw_site(
         return None
 
     def draw(index: int, leaf: Leaf) -> jax.Array | None:
-        if leaf.noise is None or not is_drawn(leaf.noise):
+        if leaf.noise is None or leaf.mask is not None or not is_drawn(leaf.noise):
             return None
         if per_row_only and rows is not None and not _by_row(site, leaf.noise, leaf.value, rows):
             return None
         return draw_leaf(site, leaf.noise, site_rng(rng, site, index), leaf.value, rows)
 
     # Leaves without noise count too, so that noise on one leaf moves no mask of another.
-    leaves, structure = match_leaves(site, dropout, None, value)
+    leaves, structure = match_leaves(site, dropout, brought, value)
     return jax.tree.unflatten(structure, [draw(*pair) for pair in enumerate(leaves)])
 
 
@@ -173,7 +179,7 @@ def draw_leaf(site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: Rows | 
     shape, dtype = tuple(np.shape(leaf)), dtype_of(leaf)
     if rows is not None and not _by_row(site, noise, leaf, rows):
         rows = None
-    if draws_by_row(site, noise, shape, 1):
+    if site == PARAMS or draws_by_row(site, noise, shape, 1):
         _check_shards_differ(site, leaf, rng, rows)
 
     def draw(noise: Noise, rng: jax.Array, rows: Rows | None) -> jax.Array:
@@ -191,7 +197,7 @@ def draw_leaf(site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: Rows | 
 
 
 def _check_shards_differ(site: Site, leaf: Any, rng: jax.Array, rows: Rows | None) -> None:
-    """Raises if the shards of `jax.shard_map` would draw the same mask for different rows."""
+    """Raises if the shards of `jax.shard_map` would draw the same mask for different values."""
     drawn_from = (jax.typeof(source) for source in jax.tree.leaves((rng, rows)))
     missing = sorted(varying_axes(leaf).difference(*map(varying_axes, drawn_from)))
     if missing:
@@ -200,7 +206,8 @@ def _check_shards_differ(site: Site, leaf: Any, rng: jax.Array, rows: Rows | Non
             f"dropout.{site}: the value differs between the shards of {axes} in jax.shard_map, and "
             f"the key does not, so all shards would draw the same mask. Write "
             f"rng = jax.random.fold_in(rng, jax.lax.axis_index({axes})), or give sequence_ids=, "
-            f"the numbers of the rows in the whole batch."
+            f"the numbers of the rows in the whole batch. If the values are in fact equal on all "
+            f"of them, write rng = jax.lax.pcast(rng, {axes}, to='varying')."
         )
 
 

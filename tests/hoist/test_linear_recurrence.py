@@ -509,6 +509,33 @@ def test_one_leaf_that_is_not_affine_keeps_the_loop_for_all(monkeypatch) -> None
         )
 
 
+@pytest.mark.usefixtures("float64", "solver")
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_nan_does_not_survive_a_reset(bad: float) -> None:
+    """One that comes in with the carry, and one of an earlier sequence of the row."""
+    xs = jnp.ones((T, B, H)).at[1].set(bad)
+    resets = jnp.zeros((T, B), bool).at[3].set(True)
+    options: Any = {
+        "cell": lambda params, h, x: (h / 2 + x,) * 2,
+        "dropout": fdc.RecurrentDropout(),
+    }
+
+    def run(xs: jax.Array, h: float, resets: jax.Array, parallel: bool) -> jax.Array:
+        carry = jnp.full((B, H), h, xs.dtype)
+        return fdc.dropout_scan(None, carry, xs, None, resets=resets, parallel=parallel, **options)[
+            1
+        ]
+
+    def later(xs: jax.Array) -> jax.Array:
+        return run(xs, 0.0, resets, True)[3:].sum()
+
+    np.testing.assert_array_equal(run(xs, 0.0, resets, True), run(xs, 0.0, resets, False))
+    assert jnp.isfinite(jax.grad(later)(xs)).all() and jnp.isfinite(later(xs))
+    at_first = jnp.zeros((T, B), bool).at[0].set(True)
+    ones = jnp.ones((T, B, H))
+    np.testing.assert_array_equal(run(ones, bad, at_first, True), run(ones, 0.0, at_first, False))
+
+
 def test_side_effects_are_refused() -> None:
     def step(h: jax.Array, x: jax.Array) -> Any:
         jax.debug.callback(lambda h: None, h)

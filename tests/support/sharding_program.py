@@ -381,6 +381,61 @@ def shards_with_one_key_under_pmap(scheme: str) -> None:
             np.testing.assert_array_equal(other, masks[0])
 
 
+@CASES.over(where=("inside", "redrawn masks", "slices of weights"))
+def one_key_is_refused_elsewhere_too(where: str) -> None:
+    """Inside a cell, where only shapes are at hand, and on weights that are cut."""
+    noise = noise_of("variational")
+
+    def local(weights: jax.Array, xs: Any) -> Any:
+        if where == "inside":
+            layer = fdc.linen.RNN(
+                fdc.linen.GRUCell(UNITS), fdc.RecurrentDropout(inside={"recurrent": noise})
+            )
+            variables = layer.init(key(), xs)
+            return layer.apply(variables, xs, rngs={"dropout": key()})
+        if where == "redrawn masks":
+            cell = DropoutCell(nn.SimpleCell(UNITS), fdc.RecurrentDropout(input=noise))
+            return cell.redraw_masks(jnp.zeros_like(xs[0]), xs[0], rng=key()).masks.input
+        dropout = fdc.RecurrentDropout(params=noise)
+        h = jnp.zeros_like(xs[0])
+        return fdc.dropout_scan(weights, h, xs, key(), cell=exact_cell, dropout=dropout)[1]
+
+    slices = where == "slices of weights"
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh_of("batch"),
+        in_specs=(P("batch") if slices else P(), P() if slices else P(None, "batch")),
+        out_specs=P("batch"),
+    )
+    try:
+        jax.jit(mapped)(jnp.ones((DEVICES, UNITS)), ones())
+    except ValueError as error:
+        assert "so all shards would draw the same mask" in str(error), error
+    else:
+        raise AssertionError("the shards have the same masks")
+
+
+@CASES.over()
+def brought_masks_are_not_drawn() -> None:
+    """Cut from those of the whole batch, beside a key for the weights that all shards have."""
+    noise = noise_of("variational")
+    dropout = fdc.RecurrentDropout(input=noise, params=noise)
+    weights, h, xs = jnp.ones((1, UNITS)), jnp.zeros((BATCH, UNITS)), ones()
+    options: dict[str, Any] = {"cell": exact_cell, "dropout": dropout}
+    masks = fdc.draw_masks(weights, h, xs[0], key(), **options)
+
+    def local(mask: jax.Array, h: jax.Array, xs: Any) -> jax.Array:
+        brought = fdc.Masks(input=mask)
+        return fdc.dropout_scan(weights, h, xs, key(), masks=brought, **options)[1]
+
+    rows, steps = P("batch"), P(None, "batch")
+    mapped = jax.shard_map(
+        local, mesh=mesh_of("batch"), in_specs=(rows, rows, steps), out_specs=steps
+    )
+    want = fdc.dropout_scan(weights, h, xs, key(), masks=masks, **options)[1]
+    assert_same(jax.jit(mapped)(masks.input, h, xs), want)
+
+
 @CASES.over(what=("resets", "resets and ids", "lengths"), scheme=SCHEMES)
 def sequences_in_shard_map(what: str, scheme: str) -> None:
     """Each shard has the outputs of one device for its rows, under its own key."""
@@ -858,6 +913,33 @@ def a_checked_gradient_in_shard_map_sends_the_weights_gradients_once(cell: str) 
         assert in_loops(str(got.as_text()), LONG) == []
     assert in_loops(str(gradient(jax.lax.scan).lower(*args).compile().as_text()), LONG)
     assert_close(got(*args), jax.jit(loop_gradient(jax.lax.scan, cell))(*args))
+
+
+@CASES.over()
+def a_checked_gradient_in_half_precision_is_summed_once() -> None:
+    """Weights are cast in the step, as modules with a dtype do."""
+    xs, weights = drawn(LONG, ROWS, WIDTH), drawn(WIDTH, WIDTH)
+
+    def loss(way: Any, weights: Any, h: Any, xs: Any) -> jax.Array:
+        def step(h: Any, x: jax.Array) -> Any:
+            half = h.astype(jnp.bfloat16) @ weights.astype(jnp.bfloat16)
+            h = jnp.tanh(x + half.astype(jnp.float32))
+            return h, h
+
+        return jax.lax.psum((way(step, h, xs)[1] ** 2).sum(), "batch")
+
+    def compiled_with(way: Any) -> str:
+        mapped = jax.shard_map(
+            functools.partial(loss, way),
+            mesh=mesh_of("batch"),
+            in_specs=(P(), P("batch"), P(None, "batch")),
+            out_specs=P(),
+        )
+        return str(jax.jit(jax.grad(mapped)).lower(weights, xs[0], xs).compile().as_text())
+
+    assert in_loops(compiled_with(jax.lax.scan), LONG)
+    if HAS_CHECKED_LOOPS:
+        assert in_loops(compiled_with(scan), LONG) == []
 
 
 @CASES.over(cell=("tanh", "GRU", "masks", "head"))
