@@ -395,7 +395,8 @@ def one_key_is_refused_elsewhere_too(where: str) -> None:
             return layer.apply(variables, xs, rngs={"dropout": key()})
         if where == "redrawn masks":
             cell = DropoutCell(nn.SimpleCell(UNITS), fdc.RecurrentDropout(input=noise))
-            return cell.redraw_masks(jnp.zeros_like(xs[0]), xs[0], rng=key()).masks.input
+            carry: Any = cell.redraw_masks(jnp.zeros_like(xs[0]), xs[0], rng=key())
+            return carry.masks.input
         dropout = fdc.RecurrentDropout(params=noise)
         h = jnp.zeros_like(xs[0])
         return fdc.dropout_scan(weights, h, xs, key(), cell=exact_cell, dropout=dropout)[1]
