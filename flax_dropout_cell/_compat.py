@@ -66,9 +66,10 @@ def vary_over(value: jax.Array, axes: frozenset[str]) -> jax.Array:
     missing = tuple(sorted(axes - varying_axes(jax.typeof(value))))
     if not missing:
         return value
-    if IS_BEFORE_0_8:
-        return jax.lax.pvary(value, missing)  # pyright: ignore[reportAttributeAccessIssue]
-    return jax.lax.pcast(value, missing, to="varying")
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(value, missing, to="varying")
+    # JAX 0.7 and 0.8.0
+    return jax.lax.pvary(value, missing)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def jaxpr_of(equation: Any, debug_info: Any) -> Jaxpr:
