@@ -143,7 +143,7 @@ def load_digits(data: Path | None) -> Task:
         source="scikit-learn's digits",
         config={"units": 128, "epochs": 60, "batch": 32, "learning_rate": 3e-3},
         score=Score("accuracy", lambda outputs, _: jax.nn.softmax(outputs), hits),
-        # Of 1 to 16, by validation without dropout.
+        # Without dropout, its validation loss is 0.73 at 2 times the rate, 0.49 at 16 times.
         rate_of={"min_gru": 8.0},
     )
 

@@ -212,7 +212,7 @@ def compare(task: Task, config: Config, cell: str, scheme: Scheme) -> dict[str, 
     run = build_run(task, config, cell, scheme)
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
     results = run(keys, jnp.array(scheme.strengths, jnp.float32))
-    by_strength = np.asarray(results[0])[:, :, 0].mean(1)
+    by_strength = np.asarray(results[0], float)[:, :, 0].mean(1)
     picked = int(by_strength.argmin())
     valid, test, epochs, curves = (np.asarray(part)[picked] for part in results)
     row = {

@@ -59,10 +59,10 @@ class DropoutCarry(_Fields):
     window, it continues the sequence, as if one long sequence had been cut. To start new masks on
     an old state, see `redraw_masks` of the wrapper.
 
-    Take the cell's own carry by its name: `c, h = carry.cell_carry`. A row's
-    per-step masks depend on its place: a part of a carry (a microbatch, a shard) has those of rows
-    0, 1 and so on, not those of the rows that it was cut from. For parts with masks of their own
-    use the layer `RNN` with `sequence_ids`.
+    Take the cell's own carry by its name: `c, h = carry.cell_carry`. A row's per-step masks depend
+    on its place: a part of a carry (a microbatch, a shard) has those of rows 0, 1 and so on, not
+    those of the rows that it was cut from. For parts with masks of their own use the layer `RNN`
+    with `sequence_ids`.
 
     Attributes:
       cell_carry: the wrapped cell's carry, such as an LSTM's `(c, h)`.

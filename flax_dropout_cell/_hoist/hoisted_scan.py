@@ -67,10 +67,15 @@ def scan(
         return jax.tree.unflatten(structure, results)
     if why_plain(closed) is not None:
         return loop(step, carry, xs)
+    return jax.tree.unflatten(structure, _run_loop(traced, closed, leaves))
+
+
+def _run_loop(traced: TracedScan, closed: Any, leaves: list[Any]) -> list[Any]:
+    """The results of the scan as a loop, with the rule for its weights if some can wait."""
     plan = traced.plan(traced.constants)
     # Without such a weight JAX differentiates the loop itself: there is no rule to give.
     if not plan.sums:
-        return jax.tree.unflatten(structure, run_cut(traced, traced.plan(()), leaves))
+        return run_cut(traced, traced.plan(()), leaves)
 
     # A rule for tangents, not for cotangents (custom_vjp): JAX transposes it where reverse mode is
     # asked for, so forward mode, jax.linearize, higher orders and jax.vmap all work.
@@ -88,7 +93,7 @@ def scan(
             results = eval_jaxpr(closed.jaxpr, consts, *carry, *x)
             return results[: len(carry)], results[len(carry) :]
 
-        carry, ys = loop(flat_step, carry, xs)
+        carry, ys = traced.loop(flat_step, carry, xs)
         return [*carry, *ys]
 
     # Symbolic zeros tell which weights are differentiated; only their products leave the loop.
@@ -96,7 +101,7 @@ def scan(
     def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
         return differentiate(traced, primals, tangents)
 
-    return jax.tree.unflatten(structure, run(*leaves))
+    return run(*leaves)
 
 
 def _run_in_parallel(

@@ -24,8 +24,8 @@ class Dropout(NamedNoise):
 
     A boolean mask is drawn, True for a kept unit: with `variational` once per sequence (Gal and
     Ghahramani 2016, arXiv:1512.05287, eq. 7), otherwise at every step (Zaremba et al. 2014,
-    arXiv:1409.2329, eq. 5). In evaluation the value comes back as it is. The value
-    of a dropped unit, even NaN or inf, affects neither the output nor the gradient.
+    arXiv:1409.2329, eq. 5). In evaluation the value comes back as it is. The value of
+    a dropped unit, even NaN or inf, affects neither the output nor the gradient.
 
     Args:
       keep_prob: in [0, 1], a number or an array, which may be traced and may have one for each

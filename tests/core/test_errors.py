@@ -113,7 +113,8 @@ def test_keep_prob_out_of_range(bad) -> None:
         (
             lambda: step(fdc.RecurrentDropout(input=(NOISE, FROZEN))),
             ValueError,
-            r"dropout.input has the structure \(\*, \*\), but the value is one array: it takes one",
+            r"dropout.input has the structure \(\*, \*\), but the value is one array: it takes one "
+            r"noise\.",
         ),
         (
             lambda: step(

@@ -113,7 +113,11 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         r"initial_carry is a DropoutCarry.*give initial_carry=carry.cell_carry",
     ),
-    "rng, a seed": ({"key": 0}, TypeError, "one key.* or None, got 0"),
+    "rng, a seed": (
+        {"key": 0},
+        TypeError,
+        r"one key(, such as jax.random.key\(0\),)? or None, got 0\.",
+    ),
     "rng, floats": ({"key": jnp.ones(2)}, TypeError, r"one key.*, got float32\[2\]"),
     "rng, many keys": ({"key": jax.random.split(KEY, 3)}, TypeError, r"one key.*key<fry>\[3\]"),
     "rng, a name": ({"key": "dropout"}, TypeError, "one key.*, got 'dropout'"),
