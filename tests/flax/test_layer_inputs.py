@@ -48,6 +48,20 @@ def test_padding_of_any_pattern(framework: Framework, reverse: bool) -> None:
         assert_close(got, ys[:, ::-1])
 
 
+@pytest.mark.usefixtures("float64")
+def test_reversed_rows_with_64_bits() -> None:
+    """Under strict promotion, with lengths of 32 bits: the stock layer's, but for padding."""
+    xs, lengths = np.asarray(XS, np.float32), np.array([5, 2, 6], np.int32)
+    layer = fdc.linen.RNN(nn.GRUCell(UNITS), NONE, reverse=True)
+    stock = nn.RNN(nn.GRUCell(UNITS), reverse=True)
+    variables = layer.init(jax.random.key(0), xs)
+    got = layer.apply(variables, xs, seq_lengths=lengths)
+    with jax.numpy_dtype_promotion("standard"):
+        want = np.array(stock.apply(variables, xs, seq_lengths=lengths))
+    want[np.arange(STEPS)[None] >= lengths[:, None]] = 0
+    assert_close(got, want)
+
+
 @frameworks
 @backward
 def test_time_first(framework: Framework, reverse: bool) -> None:

@@ -412,6 +412,48 @@ def other_ways_to_spread_a_sequence(case: str) -> None:
     assert_close(got, want)
 
 
+@CASES.over(keep_prob=(0.5, 0.7) if HAS_SET_MESH else ())
+def a_gradient_on_a_mesh_with_a_manual_axis(keep_prob: float) -> None:
+    """That of `jax.lax.scan`, in a `shard_map` that checks; the rows are sharded over both axes."""
+    spec = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=keep_prob))
+    weights, h, xs = numbers(UNITS, UNITS), numbers(BATCH, UNITS), numbers(STEPS, BATCH, UNITS)
+    axes = jax.make_mesh((2, 2), ("rows", "batch"), axis_types=(AxisType.Auto, AxisType.Explicit))
+
+    def cell(weights: Any, h: Any, x: Any) -> Any:
+        h = jnp.tanh(x + h @ weights / 8)
+        return h, h
+
+    def ours(*args: Any) -> Any:
+        return fdc.dropout_scan(*args, cell=cell, dropout=spec)[1]
+
+    def by_steps(weights: Any, h: Any, xs: Any, key: Any) -> Any:
+        def step(h: Any, at: Any) -> Any:
+            number, x = at
+            options: dict[str, Any] = {"step": number, "cell": cell, "dropout": spec}
+            return fdc.dropout_cell(weights, h, x, key, **options)
+
+        return jax.lax.scan(step, h, (jnp.arange(STEPS), xs))[1]
+
+    def gradient_of(way: Any) -> Any:
+        def loss(weights: Any, h: Any, xs: Any, key: Any) -> Any:
+            key = jax.random.fold_in(key, jax.lax.axis_index("rows"))
+            return jax.lax.psum(way(weights, h, xs, key).sum(), "rows")
+
+        specs = (P(), P("rows"), P(None, "rows"), P())
+        mapped = jax.shard_map(
+            jax.grad(loss), mesh=axes, axis_names={"rows"}, in_specs=specs, out_specs=P()
+        )
+        return jax.jit(mapped)
+
+    def on(value: Any, *spec: Any) -> Any:
+        return jax.device_put(value, NamedSharding(axes, P(*spec)))
+
+    both = ("rows", "batch")
+    with jax.set_mesh(axes):
+        args = on(weights), on(h, both), on(xs, None, both), on(jax.random.key(3))
+        assert_close(gradient_of(ours)(*args), gradient_of(by_steps)(*args))
+
+
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.config.update("jax_numpy_rank_promotion", "raise")
