@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from .._compat import Literal as Constant
 from .._compat import function_name
 from .flat_jaxpr import Equation, Program, is_inexact
+from .kept_values import is_kept_or_replaced
 
 # The operands in which an equation is affine, element by element, if the others do not depend on
 # the carry. A product is affine in either operand, but not in both at once. Those that could mix
@@ -31,8 +32,8 @@ class Stage(NamedTuple):
 
     Attributes:
       kind: "shifted" if the new carry does not depend on an unknown one, so that the next step
-        sees it as it is; "affine" for linear recurrences; "stepped" for integers, booleans and
-        keys, which take a loop of their own.
+        sees it as it is; "affine" for linear recurrences; "stepped" for integers, booleans, keys,
+        and floats that a step keeps or replaces, such as masks: these take a loop of their own.
       leaves: the carries, as arguments of the step.
     """
 
@@ -89,7 +90,7 @@ def plan_stages(
         }
         # Only if nothing else is left, since these take a loop.
         if not any(ready.values()):
-            ready = {"stepped": sorted(_exact_alone(program, updates, waiting))}
+            ready = {"stepped": sorted(_steppable(program, updates, waiting))}
         if not any(ready.values()):
             return _obstacle(program, updates, paths)
         stages += [Stage(kind, leaves) for kind, leaves in ready.items() if leaves]
@@ -154,14 +155,21 @@ def _places(equation: Equation, wanted: set[int]) -> Iterator[int]:
             yield place
 
 
-def _exact_alone(program: Program, updates: dict[int, int], waiting: set[int]) -> set[int]:
-    """The waiting integers, booleans and keys that do not depend on a waiting float."""
+def _steppable(program: Program, updates: dict[int, int], waiting: set[int]) -> set[int]:
+    """The waiting carries that depend on none but each other, and that are cheap to step through.
+
+    Those are integers, booleans and keys, and floats that no step computes with.
+    """
     origins: dict[int, set[int]] = {leaf: {leaf} for leaf in waiting}
     for equation in program.equations:
         reads = set().union(*(origins.get(value, ()) for value in equation.inputs))
         origins.update(dict.fromkeys(equation.outputs, reads))
     # Until nothing changes: an integer that depends on one that depends on a float is out as well.
-    alone = {leaf for leaf in waiting if not program.is_inexact(leaf)}
+    alone = {
+        leaf
+        for leaf in waiting
+        if not program.is_inexact(leaf) or is_kept_or_replaced(program, leaf, updates[leaf])
+    }
     while left := {leaf for leaf in alone if not origins.get(updates[leaf], set()) <= alone}:
         alone -= left
     return alone

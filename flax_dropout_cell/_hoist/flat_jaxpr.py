@@ -173,9 +173,14 @@ def run_all(
         values.update(zip(equation.outputs, outputs, strict=True))
 
 
+def is_call(eqn: Any) -> bool:
+    """Whether an equation is a call under `jit`."""
+    return eqn.primitive.name in _CALLS and "jaxpr" in eqn.params
+
+
 def _is_inlined(eqn: Any) -> bool:
     """Whether an equation is a call under `jit` that something differentiable may go through."""
-    if eqn.primitive.name not in _CALLS or "jaxpr" not in eqn.params:
+    if not is_call(eqn):
         return False
     # With a sharding of its own, a call is more than its equations.
     placed = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
@@ -193,7 +198,7 @@ def all_equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def changes_under_vmap(equation: Equation) -> bool:
-    """Whether `jax.vmap` gives other random bits, or runs both branches of a condition.
+    """Whether `jax.vmap` fails, gives other random bits, or runs both branches of a condition.
 
     JAX's rbg gives all rows of a vmap the bits of the first key; a branch that is not taken may
     have a gradient of NaN.
@@ -203,6 +208,8 @@ def changes_under_vmap(equation: Equation) -> bool:
         # vmap makes a selection of a branch, which computes both sides.
         if eqn.primitive.name == "cond":
             return any(is_inexact(variable.aval) for variable in eqn.outvars)
+        if eqn.primitive.name == "pure_callback":
+            return eqn.params["vmap_method"] is None
         dtypes = [atom.aval.dtype for atom in (*eqn.invars, *eqn.outvars)]
         keys = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jax.dtypes.prng_key)]
         return eqn.primitive.name == "rng_bit_generator" or not all(map(is_threefry_dtype, keys))

@@ -116,6 +116,7 @@ def scan_in_parallel(
         firsts = {leaf: leaves[leaf] for leaf in stage.leaves}
         for leaf, new in history.solve(stage, changing, firsts, reverse).items():
             history.values[leaf] = _previous(new, firsts[leaf], reverse)
+            history.know(changing[leaf], new)
             last[leaf] = new[0 if reverse else -1]
     history.advance()
     return [*last.values(), *map(history.at_all_steps, program.outputs[len(carry) :])]
@@ -154,6 +155,19 @@ class _History:
         self._same = {*same, *program.constants}
         self._waiting = program.equations
         self.values = program.constants | arguments
+
+    def know(self, value: int, at_all_steps: jax.Array) -> None:
+        """Takes a value as it is, so that no equation makes it a second time."""
+        if value in self.values:
+            return
+        self.values[value] = at_all_steps
+        # A draw of masks, of which a loop has just made those of all steps, would be the most
+        # expensive equation of all.
+        self._waiting = [
+            equation
+            for equation in self._waiting
+            if not self.values.keys() >= set(equation.outputs)
+        ]
 
     def advance(self) -> None:
         """Runs the equations whose inputs are known."""

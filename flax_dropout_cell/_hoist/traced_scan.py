@@ -89,8 +89,7 @@ def trace(step: Step, carry: PyTree, xs: PyTree, length: int | None) -> tuple[An
     leaves = jax.tree.leaves(carry)
     outputs: list[Any] = closed.out_avals
     for got, wanted in zip(outputs[: len(leaves)], map(jax.typeof, leaves), strict=True):
-        # A weakly typed carry, such as a Python number, changes its type in the first step.
-        if (got.shape, got.dtype) != (wanted.shape, wanted.dtype) or wanted.weak_type:
+        if (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
             return changes
         if explicit_sharding(got) != explicit_sharding(wanted):
             return changes

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from ..noises.protocol import Noise, check_noise, is_array, needs_previous
+from ..noises.protocol import Noise, check_noise, is_array, mask_kind, needs_previous
 from .prefixes import PyTree, broadcasts, dtype_of, is_deferred, structure_str, zip_prefix
 from .recurrent_dropout import PARAMS, STATE, Masks, RecurrentDropout, Site, active_noises
 
@@ -96,4 +96,12 @@ def _check_mask(site: Site, name: str, mask: Any, leaf: Any, noise: Noise | None
         raise ValueError(
             f"masks.{name} has shape {np.shape(mask)}, which does not broadcast to the value's "
             f"shape {np.shape(leaf)}."
+        )
+    kind, dtype = mask_kind(noise), dtype_of(mask)
+    # Cast to bool, deviates would all be True; masks of Dropout would count as noise of 0 and 1.
+    if kind is not None and not jnp.issubdtype(dtype, kind):
+        wanted = "boolean (write mask != 0)" if kind is jnp.bool_ else "floating-point"
+        raise TypeError(
+            f"masks.{name} is {dtype}{list(np.shape(mask))}, but a mask of {type(noise).__name__} "
+            f"is {wanted}."
         )

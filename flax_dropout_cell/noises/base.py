@@ -18,11 +18,13 @@ class NamedNoise:
 
     Attributes:
       written: the way to write one, for the error of a number without a name.
+      mask_kind: the kind of its masks' dtype, as `Noise` says.
       probability: the name of the field from which `draw_keep_mask` draws the mask; such masks are
         the same bits under `jax.vmap`, so a scan may draw those of all steps at once.
     """
 
     written: ClassVar[str]
+    mask_kind: ClassVar[Any]
     probability: ClassVar[str | None] = None
     variational: bool
     broadcast_dims: Sequence[int]

@@ -55,6 +55,7 @@ class ConcreteDropout(NamedNoise):
     broadcast_dims: Sequence[int] = ()
 
     written: ClassVar[str] = "write ConcreteDropout(logit=params['logit'])"
+    mask_kind: ClassVar[Any] = jnp.floating
 
     amplifies = True
 

@@ -55,6 +55,7 @@ class Dropout(NamedNoise):
     scale: bool = True
 
     written: ClassVar[str] = "nn.Dropout(0.2) is Dropout(keep_prob=0.8)"
+    mask_kind: ClassVar[Any] = jnp.bool_
     probability: ClassVar[str | None] = "keep_prob"
 
     def __post_init__(self) -> None:

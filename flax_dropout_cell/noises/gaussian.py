@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from .._dtypes import wide_dtype
 from .._random.keep_masks import Number
@@ -49,6 +50,7 @@ class GaussianNoise(NamedNoise):
     broadcast_dims: Sequence[int] = ()
 
     written: ClassVar[str] = "write GaussianNoise(stddev=0.1)"
+    mask_kind: ClassVar[Any] = jnp.inexact
 
     def __post_init__(self) -> None:
         check_number("stddev", self.stddev, least=0)

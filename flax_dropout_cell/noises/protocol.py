@@ -20,7 +20,8 @@ class Noise(Protocol):
     is refused at sites that have no previous value), and `amplifies` (True: a kept unit grows, so
     the noise is refused where that would grow at every step). A noise whose mask is shared over
     some of the value's dims says so in a field `broadcast_dims`, a tuple of ints: a mask that is
-    shared over the batch is then drawn once for all rows, whatever their ids.
+    shared over the batch is then drawn once for all rows, whatever their ids. With `mask_kind`, a
+    kind of dtype such as `jnp.bool_`, masks that a caller brings are refused if theirs is another.
 
     Example:
       >>> import dataclasses, jax
@@ -135,6 +136,11 @@ def needs_previous(noise: Noise) -> bool:
 def amplifies(noise: Noise) -> bool:
     """Whether a noise makes the units that it keeps larger."""
     return _flag(noise, "amplifies") and not is_identity(noise)
+
+
+def mask_kind(noise: Noise) -> Any:
+    """The kind of dtype that a noise's masks have; None if it does not say."""
+    return getattr(noise, "mask_kind", None)
 
 
 def _flag(noise: Noise, name: str) -> bool:

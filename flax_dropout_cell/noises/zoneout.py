@@ -54,6 +54,7 @@ class Zoneout(NamedNoise):
     broadcast_dims: Sequence[int] = ()
 
     written: ClassVar[str] = "write Zoneout(prob=0.1)"
+    mask_kind: ClassVar[Any] = jnp.bool_
     probability: ClassVar[str | None] = "prob"
 
     needs_previous = True

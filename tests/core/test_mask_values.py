@@ -1,5 +1,6 @@
 """The effect of a mask on a value, and how often a unit is kept."""
 
+import dataclasses
 import itertools
 import math
 
@@ -276,3 +277,56 @@ def test_order_within_a_step() -> None:
     )
     np.testing.assert_array_equal(carry, [262.0, 0.0])
     np.testing.assert_array_equal(y, [131.0, 131.0])
+
+
+DEVIATES = jnp.full((2, 3), -0.3)
+OF_ANOTHER_NOISE = {  # a mask, and the dtype and kind that its error names
+    "deviates for Dropout": (fdc.Dropout(keep_prob=0.5), DEVIATES, "float32", "boolean"),
+    "integers for Dropout": (fdc.Dropout(keep_prob=0.5), jnp.ones((2, 3), int), "int32", "boolean"),
+    "deviates for Zoneout": (fdc.Zoneout(prob=0.5), DEVIATES, "float32", "boolean"),
+    "keep-mask for noise": (fdc.GaussianNoise(stddev=1.0), DEVIATES < 0, "bool", "floating"),
+    "keep-mask for concrete": (fdc.ConcreteDropout(logit=0.0), DEVIATES < 0, "bool", "floating"),
+}
+
+
+@pytest.mark.parametrize("case", OF_ANOTHER_NOISE.values(), ids=OF_ANOTHER_NOISE)
+@pytest.mark.parametrize("variational", [True, False], ids=["variational", "step"])
+def test_masks_of_another_noise_are_refused(case, variational) -> None:
+    """Cast to booleans, all deviates would be True: no dropout, and nothing to see it by."""
+    noise, mask, dtype, kind = case
+    noise = dataclasses.replace(noise, variational=variational)
+    spec = fdc.RecurrentDropout(inside={"site": noise})
+
+    def cell(params, carry, x, disturb=fdc.undisturbed):
+        del params
+        return disturb("site", x, carry), x
+
+    x, masks = jnp.ones((2, 3)), fdc.Masks(inside={"site": mask})
+    message = rf"\['site'\] is {dtype}\[2, 3\], but a mask of {type(noise).__name__} is {kind}"
+    for rng in (None, jax.random.key(0)):
+        with pytest.raises(TypeError, match=message):
+            fdc.dropout_cell(None, x, x, rng, cell=cell, dropout=spec, masks=masks)
+        with pytest.raises(TypeError, match=message):
+            fdc.dropout_scan(None, x, x[None], rng, cell=cell, dropout=spec, masks=masks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Multiplied:
+    """A noise of a user's own, whose masks are as the user likes them."""
+
+    variational: bool = False
+
+    def draw_mask(self, rng, shape, dtype):
+        return jax.random.randint(rng, shape, 0, 3)
+
+    def apply(self, mask, value, previous):
+        return mask.astype(value.dtype) * value
+
+    def expected(self, value, previous):
+        return value
+
+
+def test_a_noise_without_a_mask_kind_takes_any_mask() -> None:
+    for mask in (jnp.array([2, 0]), jnp.array([2.0, 0.0]), jnp.array([True, False])):
+        y = drop_input(_Multiplied(), jnp.ones(2), None, mask)
+        np.testing.assert_array_equal(y, np.asarray(mask, float))

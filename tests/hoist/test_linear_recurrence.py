@@ -212,6 +212,84 @@ def test_resets_padding_and_the_rest(options) -> None:
     assert_close(*both_ways(arrays=gated_arrays(), dropout=SPECS["all"], **options))
 
 
+# Their masks are floats, which a reset keeps or draws again.
+FLOAT_MASKS: dict[str, fdc.Noise] = {
+    "Gaussian noise": fdc.GaussianNoise(stddev=0.3, variational=True),
+    "concrete dropout": fdc.ConcreteDropout(logit=-1.0, variational=True),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("noise", FLOAT_MASKS.values(), ids=FLOAT_MASKS)
+@pytest.mark.parametrize("ids", [None, IDS], ids=["by place", "by id"])
+def test_resets_redraw_masks_of_floats_in_parallel(noise, ids) -> None:
+    spec = fdc.RecurrentDropout(input=noise, output=TIED, inside={"candidate": noise})
+    options: dict[str, Any] = {"resets": RESETS, "sequence_ids": ids}
+    arrays = gated_arrays()
+    assert_close(*both_ways(arrays=arrays, dropout=spec, **options))
+    assert_close(*both_ways(arrays=arrays, dropout=spec, reverse=True, **options))
+    _, ys = run(True, arrays=arrays, dropout=fdc.RecurrentDropout(input=noise), **options)
+    frozen = run(True, arrays=arrays, dropout=fdc.RecurrentDropout(input=noise), resets=RESETS & False)
+    if ids is None:  # up to a row's first reset it has the masks of a sequence without one
+        close(ys[:2, 2], frozen[1][:2, 2])
+        assert (np.abs(ys[0, 1] - frozen[1][0, 1]) > 1e-3).any()
+
+
+def test_masks_of_a_reset_are_drawn_once() -> None:
+    """The loop over the masks draws them; nothing else of the program does."""
+    options: dict[str, Any] = {"resets": RESETS, "dropout": fdc.RecurrentDropout(input=TIED)}
+    jaxpr = jax.make_jaxpr(
+        lambda arrays: run(True, jax.random.key(0), arrays=arrays, **options)
+    )(gated_arrays())
+    drawn = [
+        eqn.outvars[0].aval.shape
+        for eqn in all_equations(jaxpr.jaxpr)
+        if eqn.params.get("name") == "_draw"
+    ]
+    assert len(drawn) == 2  # before the loop, and in it
+    assert all(T not in shape for shape in drawn)
+
+
+def test_the_key_of_a_reset_is_not_used_twice() -> None:
+    with jax.debug_key_reuse(True):
+        run(
+            True,
+            jax.random.key(0),
+            arrays=gated_arrays(),
+            dropout=fdc.RecurrentDropout(input=TIED),
+            resets=RESETS,
+        )
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_float_that_a_step_computes_with_is_not_stepped_through() -> None:
+    """Kept or replaced it has a loop of its own; anything else would be the loop to be avoided."""
+    row, xs = draw(0, *ROW), draw(1, *XS)
+
+    def kept(carry: Any, x: jax.Array) -> Any:
+        held, h = carry
+        held = jax.lax.cond(x.sum() > 0, lambda old: x, lambda old: old, held)
+        return (held, held * h + x), h
+
+    def computed(carry: Any, x: jax.Array) -> Any:
+        held, h = carry
+        held = jax.lax.cond(x.sum() > 0, lambda old: x, lambda old: jnp.sin(old), held)
+        return (held, held * h + x), h
+
+    def chosen_by_itself(carry: Any, x: jax.Array) -> Any:
+        held, h = carry
+        held = jnp.where(held > 0, x, held)
+        return (held, held * h + x), h
+
+    carry = (row, row)
+    assert_close(
+        hoisted_scan.scan(kept, carry, xs, parallel=True), jax.lax.scan(kept, carry, xs)
+    )
+    for step in (computed, chosen_by_itself):
+        with pytest.raises(ValueError, match="parallel=True needs a carry"):
+            hoisted_scan.scan(step, carry, xs, parallel=True)
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("rng", [None, "threefry2x32", "rbg", "unsafe_rbg"])
 def test_every_prng(rng) -> None:
@@ -391,6 +469,7 @@ SEVERAL: dict[str, Any] = {
     "one after the other": lambda c, x: ((c[0] * x + 1, c[0] * c[1] + x), c[1]),
     "a delay line": lambda c, x: ((x, c[0]), c[1]),
     "side by side": lambda c, x: ((c[0] * x, c[1] / 2 + x), c[0] * c[1]),
+    "exchanged": lambda c, x: ((c[1], c[0]), c[0] * x),
 }
 
 
@@ -507,9 +586,9 @@ def test_one_leaf_that_is_not_affine_keeps_the_loop_for_all(monkeypatch) -> None
             jnp.ones(XS),
             parallel=True,
         )
-    with pytest.raises(ValueError, match="depends on another part of the carry"):
+    with pytest.raises(ValueError, match=r"\['a'\] depends on another part of the carry\. Leave"):
         hoisted_scan.scan(
-            lambda c, x: ({"a": c["b"], "b": c["a"]}, x), pair, jnp.ones(XS), parallel=True
+            lambda c, x: ({"a": c["b"], "b": c["a"] * c["b"]}, x), pair, jnp.ones(XS), parallel=True
         )
 
 

@@ -1,0 +1,61 @@
+"""Values that a step keeps or replaces, as it does with the masks of rows that reset."""
+
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+from .._compat import Literal
+from .flat_jaxpr import Program, is_call
+
+# They move an array, or pick one of several. A selection must not be made by the value itself.
+_MOVES = frozenset(
+    "broadcast_in_dim copy copy_p expand_dims pcast pvary reshape select_n sharding_constraint "
+    "squeeze".split()
+)
+
+
+class _Fate(enum.IntEnum):
+    """The fate of a value, from the best to the worst; that of a result is the worst of all."""
+
+    UNREAD = 0
+    KEPT = 1
+    COMPUTED = 2
+
+
+def is_kept_or_replaced(program: Program, value: int, result: int) -> bool:
+    """Whether a result is a value as it is, or another that does not depend on it."""
+    fates = {value: _Fate.KEPT}
+    for equation in program.equations:
+        inputs = iter(equation.inputs)
+        operands = [
+            _Fate.UNREAD if isinstance(atom, Literal) else fates.get(next(inputs), _Fate.UNREAD)
+            for atom in equation.eqn.invars
+        ]
+        fates.update(zip(equation.outputs, _fates_after(equation.eqn, operands), strict=True))
+    return fates.get(result, _Fate.UNREAD) < _Fate.COMPUTED
+
+
+def _fates_after(eqn: Any, operands: Sequence[_Fate]) -> list[_Fate]:
+    """The fates of the results of an equation."""
+    name = eqn.primitive.name
+    if name == "cond" and operands[0] is _Fate.UNREAD:
+        branches = [_fates_in(branch, operands[1:]) for branch in eqn.params["branches"]]
+        return [max(fates) for fates in zip(*branches, strict=True)]
+    if is_call(eqn):
+        return _fates_in(eqn.params["jaxpr"], operands)
+    worst = max(operands, default=_Fate.UNREAD)
+    if worst is _Fate.KEPT and (name not in _MOVES or operands[0] and name == "select_n"):
+        worst = _Fate.COMPUTED
+    return [worst] * len(eqn.outvars)
+
+
+def _fates_in(closed: Any, arguments: Sequence[_Fate]) -> list[_Fate]:
+    """The fates of the results of a function."""
+    fates = dict(zip(closed.jaxpr.invars, arguments, strict=True))
+
+    def read(atom: Any) -> _Fate:
+        return _Fate.UNREAD if isinstance(atom, Literal) else fates.get(atom, _Fate.UNREAD)
+
+    for eqn in closed.jaxpr.eqns:
+        fates.update(zip(eqn.outvars, _fates_after(eqn, [*map(read, eqn.invars)]), strict=True))
+    return [*map(read, closed.jaxpr.outvars)]
