@@ -7,7 +7,7 @@ from typing import Any
 from .._compat import Literal
 from .flat_jaxpr import Program, is_call
 
-# They move an array, or pick one of several. A selection must not be made by the value itself.
+# They move an array, or pick one of several; they do not pick by a float.
 _MOVES = frozenset(
     "broadcast_in_dim copy copy_p expand_dims pcast pvary reshape select_n sharding_constraint "
     "squeeze".split()
@@ -44,7 +44,7 @@ def _fates_after(eqn: Any, operands: Sequence[_Fate]) -> list[_Fate]:
     if is_call(eqn):
         return _fates_in(eqn.params["jaxpr"], operands)
     worst = max(operands, default=_Fate.UNREAD)
-    if worst is _Fate.KEPT and (name not in _MOVES or operands[0] and name == "select_n"):
+    if worst is _Fate.KEPT and name not in _MOVES:
         worst = _Fate.COMPUTED
     return [worst] * len(eqn.outvars)
 

@@ -229,7 +229,9 @@ def test_resets_redraw_masks_of_floats_in_parallel(noise, ids) -> None:
     assert_close(*both_ways(arrays=arrays, dropout=spec, **options))
     assert_close(*both_ways(arrays=arrays, dropout=spec, reverse=True, **options))
     _, ys = run(True, arrays=arrays, dropout=fdc.RecurrentDropout(input=noise), **options)
-    frozen = run(True, arrays=arrays, dropout=fdc.RecurrentDropout(input=noise), resets=RESETS & False)
+    frozen = run(
+        True, arrays=arrays, dropout=fdc.RecurrentDropout(input=noise), resets=RESETS & False
+    )
     if ids is None:  # up to a row's first reset it has the masks of a sequence without one
         close(ys[:2, 2], frozen[1][:2, 2])
         assert (np.abs(ys[0, 1] - frozen[1][0, 1]) > 1e-3).any()
@@ -238,9 +240,9 @@ def test_resets_redraw_masks_of_floats_in_parallel(noise, ids) -> None:
 def test_masks_of_a_reset_are_drawn_once() -> None:
     """The loop over the masks draws them; nothing else of the program does."""
     options: dict[str, Any] = {"resets": RESETS, "dropout": fdc.RecurrentDropout(input=TIED)}
-    jaxpr = jax.make_jaxpr(
-        lambda arrays: run(True, jax.random.key(0), arrays=arrays, **options)
-    )(gated_arrays())
+    jaxpr = jax.make_jaxpr(lambda arrays: run(True, jax.random.key(0), arrays=arrays, **options))(
+        gated_arrays()
+    )
     drawn = [
         eqn.outvars[0].aval.shape
         for eqn in all_equations(jaxpr.jaxpr)
@@ -281,11 +283,14 @@ def test_a_float_that_a_step_computes_with_is_not_stepped_through() -> None:
         held = jnp.where(held > 0, x, held)
         return (held, held * h + x), h
 
+    def branched_by_itself(carry: Any, x: jax.Array) -> Any:
+        held, h = carry
+        held = jax.lax.cond(held.sum() > 0, lambda old: x, lambda old: old, held)
+        return (held, held * h + x), h
+
     carry = (row, row)
-    assert_close(
-        hoisted_scan.scan(kept, carry, xs, parallel=True), jax.lax.scan(kept, carry, xs)
-    )
-    for step in (computed, chosen_by_itself):
+    assert_close(hoisted_scan.scan(kept, carry, xs, parallel=True), jax.lax.scan(kept, carry, xs))
+    for step in (computed, chosen_by_itself, branched_by_itself):
         with pytest.raises(ValueError, match="parallel=True needs a carry"):
             hoisted_scan.scan(step, carry, xs, parallel=True)
 
@@ -483,6 +488,38 @@ def test_steps_that_need_no_loop(name, reverse) -> None:
     scan = functools.partial(hoisted_scan.scan, step, reverse=reverse, parallel=True)
     assert_close(
         scan(carry, draw(1, *XS)), jax.lax.scan(step, carry, draw(1, *XS), reverse=reverse)
+    )
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_weakly_typed_carry() -> None:
+    """As `jnp.full((B, H), 0.1)` makes it."""
+    h, xs = jnp.full(ROW, 0.1), draw(1, *XS)
+    assert jax.typeof(h).weak_type
+    step = STEPS["the same slope at all steps"]
+    assert_close(hoisted_scan.scan(step, h, xs, parallel=True), jax.lax.scan(step, h, xs))
+    last, ys = run(True, arrays=(gated_arrays()[0], h, draw(4, T, B, D)), dropout=SPECS["all"])
+    strong = jnp.full(ROW, 0.1, float)
+    assert_close(
+        (last, ys),
+        run(False, arrays=(gated_arrays()[0], strong, draw(4, T, B, D)), dropout=SPECS["all"]),
+    )
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_callback_that_cannot_be_mapped() -> None:
+    """It is called at each step, with that step's input."""
+
+    def sine(x: jax.Array) -> jax.Array:
+        return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    def step(h: jax.Array, x: jax.Array) -> Any:
+        return 0.5 * h + sine(x), h
+
+    h, xs = draw(0, *ROW), draw(1, *XS)
+    assert_close(
+        hoisted_scan.scan(step, h, xs, parallel=True),
+        jax.lax.scan(lambda h, x: (0.5 * h + x, h), h, np.sin(xs)),
     )
 
 

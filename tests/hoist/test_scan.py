@@ -127,6 +127,24 @@ def test_a_head_whose_weight_is_cast_at_each_step_stays_in_the_loop() -> None:
     assert explain(False).outputs and not explain(True).outputs
 
 
+def test_a_callback_that_cannot_be_mapped_stays_in_the_loop() -> None:
+    head = jnp.linspace(-1, 1, 128 * 256).reshape(128, 256)
+
+    def run(scan: Any, on_host: bool) -> Any:
+        def step(h: Any, x: Any) -> Any:
+            h = jnp.tanh(x @ WIDE + h @ WIDE)
+            y = h @ head
+            if not on_host:
+                return h, jnp.sin(y)
+            return h, jax.pure_callback(np.sin, jax.ShapeDtypeStruct(y.shape, y.dtype), y)
+
+        return scan(step, ROW, XS)
+
+    assert run(fdc.explain_scan, False).outputs and not run(fdc.explain_scan, True).outputs
+    got, wanted = run(fdc.scan, True), run(jax.lax.scan, False)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, wanted)
+
+
 def test_the_explanation_of_linear_recurrences() -> None:
     def step(carry: Any, x: Any) -> Any:
         a, b = carry

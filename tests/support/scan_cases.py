@@ -411,6 +411,16 @@ def reverse_and_unrolled(scan, wx, wh, b, h, xs):
     return scan(step, h, xs, reverse=True, unroll=2)
 
 
+@case(wx=(D, H), wh=(H, H), b=(1, H), xs=(T, B, D))
+def a_weakly_typed_carry(scan, wx, wh, b, xs):
+    def step(carry, x):
+        h, total = carry
+        h = jnp.tanh(x @ wx + h @ wh + b)
+        return (h, total * 0.5), h * total
+
+    return scan(step, (jnp.full((B, H), 0.1), jnp.full((B, H), 2.0)), xs)
+
+
 @case(wh=(H, H), h=(B, H))
 def no_xs(scan, wh, h):
     return scan(lambda h, _: (jnp.tanh(h @ wh), h), h, None, length=T)
