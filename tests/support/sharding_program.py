@@ -54,6 +54,7 @@ HAS_SET_MESH = hasattr(jax, "set_mesh")
 
 # JAX 0.7 runs the loop of a shard_map that checks as jax.lax.scan does.
 HAS_CHECKED_LOOPS = jax.__version_info__ >= (0, 8)
+HAS_PCAST = hasattr(jax.lax, "pcast")
 
 CASES = Cases()
 
@@ -529,6 +530,35 @@ def shards_with_one_key_are_refused_in_shard_map(site: str, scheme: str, cell: s
     shared = dataclasses.replace(noise, broadcast_dims=(0,))
     for same in (fdc.RecurrentDropout(params=noise), fdc.RecurrentDropout(**{site: shared})):
         assert_same(in_shards(same), run(same, ones()))
+
+
+@CASES.over(scheme=SCHEMES)
+def gathered_rows_share_masks_with_a_cast_key(scheme: str) -> None:
+    """`all_gather` makes rows equal on all shards, but their type still says that they differ."""
+    dropout = spec_of_scheme(scheme)
+
+    def run(rng: jax.Array, xs: Any) -> jax.Array:
+        h, options = jnp.zeros_like(xs[0]), {"cell": exact_cell, "dropout": dropout}
+        return fdc.dropout_scan(jnp.ones((1, UNITS)), h, xs, rng, **options)[1]
+
+    def in_shards(cast: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        def local(xs: Any) -> jax.Array:
+            return run(cast(key()), jax.lax.all_gather(xs, "batch", axis=1, tiled=True))[None]
+
+        mesh, in_specs = mesh_of("batch"), P(None, "batch")
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=P("batch"))
+        return jax.jit(mapped)(ones())
+
+    try:
+        in_shards(lambda rng: rng)
+    except ValueError as error:
+        assert "jax.lax.pcast(rng, 'batch', to='varying')" in str(error), error
+    else:
+        raise AssertionError("a key that is equal on all shards was taken for rows that differ")
+    if HAS_PCAST:
+        want = run(key(), ones())
+        for got in in_shards(lambda rng: jax.lax.pcast(rng, "batch", to="varying")):
+            assert_same(got, want)
 
 
 @CASES.over()
