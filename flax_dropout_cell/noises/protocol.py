@@ -21,7 +21,8 @@ class Noise(Protocol):
     the noise is refused where that would grow at every step). A noise whose mask is shared over
     some of the value's dims says so in a field `broadcast_dims`, a tuple of ints: a mask that is
     shared over the batch is then drawn once for all rows, whatever their ids. With `mask_kind`, a
-    kind of dtype such as `jnp.bool_`, masks that a caller brings are refused if theirs is another.
+    kind of dtype such as `jnp.bool_`, masks that a caller brings are refused if theirs is another;
+    a subclass of `Dropout` that draws other masks than booleans sets its own.
 
     Example:
       >>> import dataclasses, jax
