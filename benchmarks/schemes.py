@@ -13,7 +13,6 @@ again, it goes on with the schemes that are missing. It ends with a table and a 
 
 import argparse
 import dataclasses
-import functools
 import importlib.metadata
 import platform
 import sys
@@ -192,13 +191,20 @@ def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Cal
     if jax.default_backend() != "cpu":
         return jax.jit(jax.vmap(jax.vmap(run, (0, None)), (None, 0)))
 
-    # One after the other: on a CPU batched products of matrices are slower than plain ones.
-    def run_seeds(keys: jax.Array, strength: jax.Array) -> Any:
-        return jax.lax.map(lambda rng: run(rng, strength), keys)
+    # One after the other: on a CPU batched products of matrices are slower than plain ones. And
+    # each in a call of its own: with JAX 0.12 on a CPU, a loop with several large products keeps
+    # some memory at each step until its program returns, which was 22 GB after half an hour.
+    one = jax.jit(run)
 
-    return jax.jit(
-        lambda keys, strengths: jax.lax.map(functools.partial(run_seeds, keys), strengths)
-    )
+    def run_all(keys: jax.Array, strengths: jax.Array) -> Any:
+        runs = [[one(rng, strength) for rng in keys] for strength in strengths]
+        return stack([stack(of_strength) for of_strength in runs])
+
+    return run_all
+
+
+def stack(results: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
 
 # All runs ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ forecasts, each under masks of its own, and the bands are their quantiles.
 The last line adds what costs five times as much: an ensemble of five models without dropout, from
 other initial weights, trained in one `vmap` (Lakshminarayanan et al. 2017, arXiv:1612.01474).
 
-It ends with a table of how much of 1929 to 2008 falls into the 50, 80 and 95 % bands, and writes
+It ends with a table of how much of 1929 to 2008 falls into the 50, 80 and 95% bands, and writes
 it to `uncertainty.json` and the bands to `uncertainty.png` in `--out`. All models are trained for
 as many steps, and none has seen a year after 1928. The sun was livelier after 1929 than before:
 no model can know that, and even the bands with dropout hold somewhat less than they say.

@@ -160,10 +160,10 @@ def test_the_pages_table_and_sentences_are_those_of_the_stored_rows(bands) -> No
         return row["coverage"]["0.95"]
 
     least = min(map(wide, (gal, weight_drop, min_gru, lru)))
-    assert f"Without dropout the 95 % band holds {wide(none):.0%} of the years." in text
+    assert f"Without dropout the 95% band holds {wide(none):.0%} of the years." in text
     assert f"linear cells, it holds at least {least:.0%}." in text
     assert (
-        f"with Zaremba's scheme the 95 % band holds {wide(zaremba):.0%}, with zoneout "
+        f"with Zaremba's scheme the 95% band holds {wide(zaremba):.0%}, with zoneout "
         f"{wide(zoneout):.0%}." in text
     )
     assert max(map(wide, (none, zaremba, zoneout))) < least - 0.3

@@ -60,7 +60,7 @@ def test_the_setup_is_the_programs(modules: SimpleNamespace) -> None:
     by_chance = compared * math.erfc(2 / math.sqrt(2))
     assert f"Of the {compared} comparisons, about" in PAGE and round(by_chance) == 2
     minutes = sum(row["seconds"] for row in REPORT["rows"]) / 60
-    assert f"All trainings together took {minutes:.0f} minutes" in PAGE
+    assert f"All training runs together took {minutes:.0f} minutes" in PAGE
     assert f"outside of 1 ± {tasks.ppo.CLIP}" in PAGE
 
 

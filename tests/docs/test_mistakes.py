@@ -1,4 +1,4 @@
-"""Each mistake is an error of a few lines, and the page of sharp bits shows today's text."""
+"""Each mistake is an error of a few lines, and the page of error messages shows today's text."""
 
 import jax
 import mistakes

@@ -156,4 +156,4 @@ def test_joint_probabilities_are_what_the_docs_say() -> None:
             assert most == f"{max(ratio for _, _, ratio in inside):.3g}"
     _, least, most = worst_of("two", in_24_bits(0.001))
     assert 0.98 < least < most < 1.015
-    assert "two units are off by 1.4 %" in text
+    assert "two units are off by 1.4%" in text

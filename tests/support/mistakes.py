@@ -1,4 +1,4 @@
-"""Mistakes that newcomers make, as they write them; `docs/sharp_bits.md` shows the errors.
+"""Mistakes that newcomers make, as they write them; `docs/error_messages.md` shows the errors.
 
 `python tests/support/mistakes.py` writes that part of the page anew.
 """
@@ -19,7 +19,7 @@ from flax import nnx
 
 import flax_dropout_cell as fdc
 
-PAGE = Path(__file__).parents[2] / "docs/sharp_bits.md"
+PAGE = Path(__file__).parents[2] / "docs/error_messages.md"
 BEGIN, END = "<!-- mistakes: begin -->\n", "<!-- mistakes: end -->\n"
 
 MISTAKES = {
