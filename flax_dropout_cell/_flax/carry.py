@@ -120,7 +120,11 @@ def run_step(
       The next carry, and the output.
     """
     check_carry(carry)
-    spec = dropout if disturb_params else dataclasses.replace(dropout, params=None)
+
+    def without_missing(spec: RecurrentDropout) -> RecurrentDropout:
+        return spec if disturb_params else dataclasses.replace(spec, params=None)
+
+    spec = without_missing(dropout)
     if deterministic or (carry.masks is None and not active_noises(dropout)):
         cell_carry, y = dropout_cell(params, carry.cell_carry, x, None, cell=cell, dropout=spec)
         return carry._replace(cell_carry=cell_carry), y
@@ -128,7 +132,9 @@ def run_step(
         raise ValueError("the carry was made in evaluation and has no masks: call redraw_masks.")
     check_fingerprint(carry.fingerprint, dropout)
     if carry.arrays is not None:
-        spec = with_fixed_arrays(spec, [_first(array) for array in carry.arrays])
+        # Before any site is left out, since the arrays are those of all sites.
+        arrays = [_first(array) for array in carry.arrays]
+        spec = without_missing(with_fixed_arrays(dropout, arrays))
     masks = carry.masks
     weights = jax.tree.map(_first, masks.params) if disturb_params else None
     masks = masks._replace(params=weights)

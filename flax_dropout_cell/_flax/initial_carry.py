@@ -9,6 +9,7 @@ import numpy as np
 
 from .._messages import short_tree_repr
 from .._spec.recurrent_dropout import PyTree
+from ..cells import LSTMState
 
 
 @contextlib.contextmanager
@@ -28,7 +29,10 @@ def naming_carry(carry: PyTree, make_carry: Callable[[], PyTree], shape: PyTree)
     try:
         yield
     except Exception as error:
-        wanted = make_carry()
+        try:
+            wanted = make_carry()
+        except Exception:
+            wanted = carry  # a cell without an initial carry of its own, so none to compare with
         # The user's error is shown as it is if the carry is not to blame.
         if _layout(carry) == _layout(wanted):
             raise
@@ -39,4 +43,12 @@ def naming_carry(carry: PyTree, make_carry: Callable[[], PyTree], shape: PyTree)
 
 
 def _layout(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
-    return jax.tree.structure(tree), list(map(np.shape, jax.tree.leaves(tree)))
+    # A plain pair stands for an LSTMState, and the other way round.
+    plain = jax.tree.map(
+        lambda node: tuple(node) if _is_lstm_state(node) else node, tree, is_leaf=_is_lstm_state
+    )
+    return jax.tree.structure(plain), list(map(np.shape, jax.tree.leaves(tree)))
+
+
+def _is_lstm_state(node: Any) -> bool:
+    return isinstance(node, LSTMState)

@@ -236,7 +236,7 @@ def run_layer(
 
 def _flip(y: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """Turns outputs `[time, *batch, ...]` round; padding stays at the end."""
-    if lengths is None:
+    if lengths is None or y.ndim <= lengths.ndim:  # an output that rows share has no padding
         return jnp.flip(y, 0)
     steps = jnp.arange(y.shape[0], dtype=lengths.dtype).reshape((-1,) + (1,) * lengths.ndim)
     # Each row's own steps are turned. The rest, modulo the length, are steps of its padding.

@@ -10,12 +10,23 @@ from .spec_fingerprint import SpecFingerprint
 
 
 def _to_state(fingerprint: SpecFingerprint) -> dict[str, Any]:
-    return dict(fingerprint.sites)
+    return {
+        "sites": dict(fingerprint.sites),
+        "inputs": list(fingerprint.inputs),
+        "prng": None if fingerprint.prng is None else str(fingerprint.prng),
+    }
 
 
 def _from_state(fingerprint: SpecFingerprint, state: dict[str, Any]) -> SpecFingerprint:
-    # Restore the saved fingerprint, so that masks of another spec are an error.
-    return dataclasses.replace(fingerprint, sites=tuple(sorted(state.items())))
+    # Restore the saved fingerprint, so that masks of another spec are an error, and the key is of
+    # the PRNG that it was made for. One that JAX does not ship is known by its object alone.
+    prng = state["prng"]
+    return dataclasses.replace(
+        fingerprint,
+        sites=tuple(sorted(state["sites"].items())),
+        inputs=tuple(state["inputs"]),
+        prng=fingerprint.prng if prng == str(fingerprint.prng) else prng,
+    )
 
 
 serialization.register_serialization_state(SpecFingerprint, _to_state, _from_state)

@@ -16,7 +16,7 @@ from .._compat import eval_jaxpr
 from .affine import Obstacle
 from .linear_recurrence import scan_in_parallel
 from .run_loop import run_cut
-from .traced_scan import Step, TracedScan, trace, why_plain
+from .traced_scan import Step, TracedScan, trace
 from .weight_gradients import differentiate
 
 PyTree = Any
@@ -65,7 +65,7 @@ def scan(
     results = _run_in_parallel(traced, carry, leaves, reverse, parallel)
     if results is not None:
         return jax.tree.unflatten(structure, results)
-    if why_plain(closed) is not None:
+    if traced.plain is not None:
         return loop(step, carry, xs)
     return jax.tree.unflatten(structure, _run_loop(traced, closed, leaves))
 

@@ -249,8 +249,10 @@ class _History:
         offset, slope = offset.astype(wide), slope.astype(wide)
         # h[-1] = 0 in the solver, so the initial carry goes into the first offset.
         begin = -1 if reverse else 0
-        began = _advance(first.astype(wide), slope[begin], offset[begin])
-        offset = offset.at[begin].set(began)
+        # JAX differentiates this line, so not `_advance`, which has no derivative by a slope of 0.
+        is_bad = (slope[begin] == 0) & ~jnp.isfinite(first)
+        start = jnp.where(is_bad, jnp.zeros_like(first), first).astype(wide)
+        offset = offset.at[begin].set(slope[begin] * start + offset[begin])
         return linear_recurrence(slope, offset, reverse=reverse).astype(first.dtype)
 
     def _step_through(

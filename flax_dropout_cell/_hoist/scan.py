@@ -81,7 +81,8 @@ class ScanExplanation(NamedTuple):
 
     def __str__(self) -> str:
         if self.plain is not None:
-            return f"jax.lax.scan as it is: {self.plain}"
+            parallel = ", unless it runs in parallel: the carry is a linear recurrence"
+            return say_plain(self.plain) + ("" if self.obstacle else parallel)
         rows = {
             "once": self.once,
             "before the loop": self.before,
@@ -96,6 +97,11 @@ class ScanExplanation(NamedTuple):
             for at, entry in enumerate(entries or ("nothing",)):
                 lines.append(f"{'' if at else title:<26}{entry}")
         return "\n".join(lines)
+
+
+def say_plain(plain: str) -> str:
+    """Says that a step runs as it is, and why."""
+    return f"jax.lax.scan as it is: {plain}"
 
 
 def explain_scan(
@@ -135,7 +141,7 @@ def explain_scan(
     """
     traced = traced_scan.trace_scan(step, init, xs, length=length)
     if isinstance(traced, str):
-        return ScanExplanation(traced)
+        return ScanExplanation(traced, obstacle=traced)
     return explain_traced(traced, init, traced.steps)
 
 
@@ -143,12 +149,15 @@ def explain_traced(
     traced: traced_scan.TracedScan, init: PyTree, steps: int | None = None
 ) -> ScanExplanation:
     """Explains a traced scan; `steps` leads the shapes outside the loop, if it is given."""
-    program, plan = traced.program, traced.plan(traced.constants)
+    program = traced.program
+    found = find_obstacle(program, traced.carry, traced.xs.stop)
+    obstacle = None if found is None else hoisted_scan.say_obstacle(found, traced.carry, init)
+    if traced.plain is not None:
+        return ScanExplanation(traced.plain, obstacle=obstacle)
+    plan = traced.plan(traced.constants)
     cut = traced.cut(plan)
     # In the order of their uses, each once, because a tied weight has several.
     weights = dict.fromkeys(use.weight for use in plan.uses.values())
-    obstacle = find_obstacle(program, traced.carry, traced.xs.stop)
-
     return ScanExplanation(
         None,
         tuple(_summary(program, plan.hoisted)),
@@ -157,7 +166,7 @@ def explain_traced(
         tuple(_summary(program, cut.after, steps)),
         tuple(_type(program, weight) for weight in weights),
         tuple(_why_accumulated(program, plan)),
-        None if obstacle is None else hoisted_scan.say_obstacle(obstacle, traced.carry, init),
+        obstacle,
     )
 
 

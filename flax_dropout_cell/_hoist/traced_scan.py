@@ -19,7 +19,11 @@ Step = Callable[[Any, Any], tuple[Any, Any]]
 
 
 class TracedScan(NamedTuple):
-    """A traced scan: its step, the numbers of its arguments, and `jax.lax.scan` for it."""
+    """A traced scan: its step, the numbers of its arguments, and `jax.lax.scan` for it.
+
+    Attributes:
+      plain: why the step cannot be cut up, so that its loop is `jax.lax.scan`; None if it can.
+    """
 
     program: Program
     constants: range
@@ -28,6 +32,7 @@ class TracedScan(NamedTuple):
     steps: int
     is_complex: bool
     loop: Callable[..., Any]
+    plain: str | None
 
     @classmethod
     def of(
@@ -40,7 +45,7 @@ class TracedScan(NamedTuple):
         # Inside of the step too: an LRU's x and y are real, and its h is not.
         made = (variable for eqn in all_equations(closed.jaxpr) for variable in eqn.outvars)
         is_complex = any(jnp.issubdtype(it.aval.dtype, jnp.complexfloating) for it in made)
-        return cls(flatten(closed), *parts, steps, is_complex, loop)
+        return cls(flatten(closed), *parts, steps, is_complex, loop, _why_plain(closed))
 
     def plan(self, differentiated: Iterable[int]) -> Plan:
         return plan_weight_uses(
@@ -55,13 +60,13 @@ class TracedScan(NamedTuple):
 
 
 def trace_scan(step: Step, carry: PyTree, xs: PyTree, *, length: int | None) -> TracedScan | str:
-    """The traced scan, or why its step runs in `jax.lax.scan` as it is."""
+    """The traced scan, or why nothing is known of its step, so that it runs as it is."""
     carry, xs = jax.tree.map(jnp.asarray, (carry, xs))
     found = trace(step, carry, xs, length)
     if isinstance(found, str):
         return found
     loop = functools.partial(jax.lax.scan, length=length)
-    return why_plain(found[0]) or TracedScan.of(found[0], carry, xs, loop)
+    return TracedScan.of(found[0], carry, xs, loop)
 
 
 def trace(step: Step, carry: PyTree, xs: PyTree, length: int | None) -> tuple[Any, Any] | str:
@@ -109,7 +114,7 @@ def _has_symbolic_shape(leaf: Any) -> bool:
     return not all(isinstance(dim, int) for dim in jax.typeof(leaf).shape)
 
 
-def why_plain(closed: Any) -> str | None:
+def _why_plain(closed: Any) -> str | None:
     """Why a step cannot be cut up and differentiated in any way; None if it can."""
     # jax.linearize forgets there that a complex tangent differs between the shards.
     if IS_BEFORE_0_8 and any(map(varying_axes, closed.out_avals)):

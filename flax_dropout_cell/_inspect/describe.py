@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._hoist.scan import ScanExplanation, explain_traced
+from .._hoist.scan import ScanExplanation, explain_traced, say_plain
 from .._hoist.traced_scan import trace_scan
 from .._spec.match_leaves import match_leaves
 from .._spec.prefixes import dtype_of, shape_of
@@ -79,18 +79,21 @@ class Description:
     is_linear: bool = False
 
     def __repr__(self) -> str:
-        return "\n".join(
-            [
-                *_aligned([_HEAD, *map(_cells, self.places)]),
-                f"not disturbed: {', '.join(self.undisturbed) or 'nothing'}",
-                f"free sites inside the cell: {', '.join(self.free_sites) or 'none'}",
-                *(_UNZONED for place in self.places if _is_zoned_h(place)),
-                *([] if self.plain is None else [str(ScanExplanation(self.plain))]),
-                *(f"before the loop: {', '.join(self.before)}" for _ in self.before[:1]),
-                *(f"after the loop: {', '.join(self.after)}" for _ in self.after[:1]),
-                *([_LINEAR] if self.is_linear else []),
-            ]
-        )
+        lines = [
+            *_aligned([_HEAD, *map(_cells, self.places)]),
+            f"not disturbed: {', '.join(self.undisturbed) or 'nothing'}",
+            f"free sites inside the cell: {', '.join(self.free_sites) or 'none'}",
+            *(_UNZONED for place in self.places if _is_zoned_h(place)),
+        ]
+        if self.plain is not None:
+            lines.append(say_plain(self.plain))
+        if self.before:
+            lines.append(f"before the loop: {', '.join(self.before)}")
+        if self.after:
+            lines.append(f"after the loop: {', '.join(self.after)}")
+        if self.is_linear:
+            lines.append(_LINEAR)
+        return "\n".join(lines)
 
 
 def describe(
@@ -152,7 +155,7 @@ def describe(
         scan.plain,
         scan.before,
         scan.outputs,
-        scan.plain is None and scan.obstacle is None,
+        scan.obstacle is None,
     )
 
 
@@ -165,7 +168,9 @@ def _explain(cell: Cell, params: PyTree, carry: PyTree, x: PyTree) -> ScanExplan
         step = functools.partial(call_cell, cell, params)
         traced = trace_scan(step, carry, one_step, length=1)
         explained.append(
-            ScanExplanation(traced) if isinstance(traced, str) else explain_traced(traced, carry)
+            ScanExplanation(traced, obstacle=traced)
+            if isinstance(traced, str)
+            else explain_traced(traced, carry)
         )
 
     eval_shape(run, params, carry, x)

@@ -1,5 +1,6 @@
 """`plot_masks`: a picture of which units a spec keeps and drops over time."""
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,7 +80,7 @@ def plot_masks(
       cell: `cell(params, carry, x) -> (carry, y)`; it is traced, not run.
       dropout: the noise at each site.
       start: the absolute index of the first step.
-      row: which row of the batch, counted through all batch dims.
+      row: which row of the batch, counted through all dims of the inputs but the last.
       max_units: how many units of each array are shown.
       ax: the matplotlib axes to draw in, one for each array; a new figure by default.
 
@@ -191,17 +192,31 @@ def draw_strips(
     x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], dtype_of(leaf)), xs)
     y, inside = trace_cell(cell, params, carry, x, inside_names(dropout))
     values = SiteValues(params=params, input=x, state=carry, output=y, inside=inside)
+    batch_ndim = _batch_ndim(x, carry)
     strips: Strips = {}
     for site in sites_of(dropout):
         if active_noises(site.of(dropout)):
             strips |= _strips_at(
-                site, dropout, site.of(values), key, range(start, start + steps), row
+                site, dropout, site.of(values), key, range(start, start + steps), row, batch_ndim
             )
     return strips
 
 
+def _batch_ndim(x: PyTree, carry: PyTree) -> int:
+    """How many dims the inputs and the carry have in common, their last ones aside."""
+    shapes = [np.shape(leaf)[:-1] for leaf in jax.tree.leaves((x, carry)) if np.ndim(leaf)]
+    common = itertools.takewhile(lambda sizes: len(set(sizes)) == 1, zip(*shapes, strict=False))
+    return len(list(common))
+
+
 def _strips_at(
-    site: Site, dropout: RecurrentDropout, value: PyTree, key: jax.Array, steps: range, row: int
+    site: Site,
+    dropout: RecurrentDropout,
+    value: PyTree,
+    key: jax.Array,
+    steps: range,
+    row: int,
+    batch_ndim: int,
 ) -> Strips:
     """The strips of a site: variational masks are one column again and again."""
 
@@ -222,7 +237,7 @@ def _strips_at(
             shape = (len(steps), *np.shape(leaf))
             whole = np.broadcast_to(_with_ndim(np.asarray(masks), len(shape)), shape)
             axis = f"weight {list(np.shape(leaf))}" if site == PARAMS else "unit"
-            strip = Strip(_units(site, whole, row), noise, axis)
+            strip = Strip(_units(site, whole, row, batch_ndim), noise, axis)
             strips[f"{site}{keystr(path)}"] = strip
     return strips
 
@@ -238,12 +253,12 @@ def _with_ndim(masks: np.ndarray, ndim: int) -> np.ndarray:
     return masks.reshape(masks.shape[:1] + (1,) * (ndim - masks.ndim) + masks.shape[1:])
 
 
-def _units(site: Site, masks: np.ndarray, row: int) -> np.ndarray:
-    """One row's units over time; all of a weight's, for rows share it."""
-    steps, units = len(masks), masks.shape[-1] if masks.ndim > 1 else 1
+def _units(site: Site, masks: np.ndarray, row: int, batch_ndim: int) -> np.ndarray:
+    """One row's units over time, gate by gate; all of a weight's, for rows share it."""
+    steps, (batch, rest) = len(masks), np.split(masks.shape[1:], [batch_ndim])
     if site == PARAMS:
         return masks.reshape(steps, -1).T
-    rows = masks.reshape(steps, -1, units)
+    rows = masks.reshape(steps, int(np.prod(batch)), int(np.prod(rest)))
     if not 0 <= row < rows.shape[1]:
         raise ValueError(f"row must be one of the {rows.shape[1]} rows at {site}, got {row}.")
     return rows[:, row].T

@@ -10,6 +10,7 @@ A draw's key depends on the sequence's key, the step, the site and the leaf, and
     a wrapper's cell        fold_in(rng, CELL) for its rng, if the cell draws too
 """
 
+import functools
 import hashlib
 from typing import Any
 
@@ -38,6 +39,7 @@ def leaf_rng(rng: jax.Array, site: str, index: int, *, inside: str | None = None
     return fold_in(named, np.uint32(index))
 
 
+@functools.cache
 def name_hash(name: str) -> int:
     """The number of a site inside a cell: a hash of its name, the same on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
@@ -56,7 +58,7 @@ def cell_rng(rng: jax.Array) -> jax.Array:
 
 
 def step_rng(rng: jax.Array, step: int | np.integer | jax.Array) -> jax.Array:
-    """The key of a step, which is `jax.random.split(rng, T)[step]` too."""
+    """The key of a step: `jax.random.split(rng, T)[step]`, if the PRNG is partitionable."""
     return fold_in(rng, jnp.asarray(step).astype(jnp.uint32))
 
 

@@ -1,5 +1,6 @@
 """Several sequences in one scan: resets of the carry, and new masks for a row that resets."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from .._sharding import broadcast_like
 from .._spec.prefixes import as_ints, broadcasts, structure_str, weaken_like
-from .._spec.recurrent_dropout import Masks, PyTree
+from .._spec.recurrent_dropout import Masks, PyTree, Site, make_masks, sites_of
 from .._step.row_keys import Rows, rows_by_id, rows_by_start
 from .padding import check_bools, keep_rows, select_rows
 
@@ -128,7 +129,7 @@ class RowMasks:
                 return None
             return broadcast_like(mask, drawn).astype(drawn.dtype)
 
-        self.first: Masks = jax.tree.map(pick, drawn, masks, is_leaf=lambda node: node is None)
+        self.first: Masks = _map_masks(pick, drawn, masks)
 
     def redraw(self, own: Masks, rows: Rows, new_rows: Rows) -> Masks:
         """The masks, drawn again for rows whose sequence has changed."""
@@ -150,9 +151,17 @@ class RowMasks:
 
     def merge_shared(self, own: Masks) -> Masks:
         """All masks: the rows' own, and those that rows share."""
-        return jax.tree.map(
-            lambda mine, mask: mask if mine is None else mine,
-            own,
-            self._masks,
-            is_leaf=lambda node: node is None,
-        )
+        return _map_masks(lambda mine, mask: mask if mine is None else mine, own, self._masks)
+
+
+def _map_masks(pick: Callable[[Any, Any], Any], own: Masks, masks: Masks) -> Masks:
+    """Maps pairs of masks; `own` has None where `masks` has masks that rows share."""
+
+    # Site by site, because `own` leaves out the sites inside a cell of which it has no mask.
+    def at(site: Site) -> PyTree:
+        mine, whole = site.of(own), site.of(masks)
+        if mine is None:
+            return jax.tree.map(functools.partial(pick, None), whole)
+        return jax.tree.map(pick, mine, whole, is_leaf=lambda node: node is None)
+
+    return make_masks({site: at(site) for site in sites_of(masks)})

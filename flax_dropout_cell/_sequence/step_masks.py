@@ -88,9 +88,11 @@ def draw_step_masks(
     check_step("num_steps", num_steps)
     check_start(start, num_steps)
     key = as_rng(rng)
-    if key is None:
-        raise ValueError("draw_step_masks needs a key such as jax.random.key(0), got rng=None.")
     dropout = resolve_state_noise(dropout, carry, family_of(cell))
+    if key is None:
+        if active_noises(dropout):
+            raise ValueError("draw_step_masks needs a key such as jax.random.key(0), got rng=None.")
+        return Masks()
     values = site_values(params, carry, x, cell, dropout, draws_at_each_step)
     return _draw(dropout, values, key, num_steps, start, as_rows(sequence_ids))
 

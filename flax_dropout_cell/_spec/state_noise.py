@@ -28,7 +28,7 @@ def resolve_state_noise(
       dropout: the user's spec.
       carry: the cell's carry, or its shapes.
       family: the cell's family, if it is known.
-      in_module: whether the carry belongs to a Flax module, so that a plain pair is `(c, h)`.
+      in_module: whether the cell is a Flax module; one noise for an LSTM's state is then for h.
 
     Returns:
       The spec, with a structure at `state` if it had one noise for an LSTM's state.
@@ -42,14 +42,12 @@ def resolve_state_noise(
     if isinstance(carry, LSTMState) and type(noise) is tuple and len(noise) == 2:
         return dataclasses.replace(dropout, state=LSTMState(*noise))
     if type(carry) is tuple and isinstance(noise, LSTMState):
-        if not in_module and (family is None or len(family.carried) != 2):
+        if family is None or len(family.carried) != 2:
             raise ValueError(
                 "dropout.state names c and h, but the carry is a plain pair of unknown order; "
                 "Equinox carries (h, c). Write state=(None, noise) for the h of (c, h), "
                 "state=(noise, None) for that of (h, c)."
             )
-        if family is None:  # as Flax orders a plain pair
-            return dataclasses.replace(dropout, state=tuple(noise))
         state = tuple(noise.c if site.leaky else noise.h for site in family.carried)
         return dataclasses.replace(dropout, state=state)
     if not isinstance(noise, Noise) or is_identity(noise):

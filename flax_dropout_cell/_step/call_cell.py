@@ -1,7 +1,7 @@
 """The call of a cell, with `disturb` if there is noise inside it, and checks of its results."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from .._compat import current_trace
 from .._messages import must_be, short_repr, short_tree_repr
+from .._random.keys import name_hash
 from .._spec.prefixes import PyTree, shape_of, structure_str
 from ..cells.disturb import undisturbed
 from ..cells.known import cells_with
@@ -56,6 +57,12 @@ class DisturbFn:
                 f"disturb({site!r}, ..) was called twice in a step, and both would get one mask; "
                 f"give each place a name of its own, such as {'0/' + site!r} and {'1/' + site!r}."
             )
+        for other in self._called:
+            if name_hash(other) == name_hash(site):
+                raise ValueError(
+                    f"the sites {other!r} and {site!r} have the same hash, so they would have the "
+                    f"same masks; rename one of them."
+                )
         self._called.append(site)
         return self._noise(site, value, previous) if site in self._names else value
 
@@ -157,20 +164,32 @@ def _call_disturbed(
     try:
         return cell(params, carry, x, disturb=disturb)
     except TypeError as error:
-        # A Flax module's `apply` takes any keyword, and its `__call__` does not.
-        if "unexpected keyword argument 'disturb'" in str(error):
+        # A Flax module's `apply` takes any keyword, and its `__call__` does not. A cell that names
+        # the argument takes it: then it is a function of the cell's own that does not.
+        if not _names_disturb(cell) and "unexpected keyword argument 'disturb'" in str(error):
             return _NO_SITES
         raise
 
 
 def _takes_disturb(cell: Cell) -> bool:
-    try:
-        parameters = inspect.signature(cell).parameters
-    except (TypeError, ValueError):
-        return True  # a callable that cannot be inspected; its call will tell
+    parameters = _parameters_of(cell)
+    if parameters is None:
+        return True  # its call will tell
     return "disturb" in parameters or any(
         parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
     )
+
+
+def _names_disturb(cell: Cell) -> bool:
+    return "disturb" in (_parameters_of(cell) or ())
+
+
+def _parameters_of(cell: Cell) -> Mapping[str, inspect.Parameter] | None:
+    """The parameters of a cell; None if it cannot be inspected."""
+    try:
+        return inspect.signature(cell).parameters
+    except (TypeError, ValueError):
+        return None
 
 
 def _no_sites(disturb: DisturbFn) -> TypeError:

@@ -69,6 +69,11 @@ def draw_masks(
     Returns:
       `Masks` with the variational leaves filled in, None elsewhere.
 
+    Raises:
+      ValueError: if noise does not fit the value at its site, would make a value explode, or needs a
+        key that did not come.
+      TypeError: if a value with noise is not floating-point, or an argument has the wrong type.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> import flax_dropout_cell as fdc
@@ -224,6 +229,8 @@ def _by_row(site: Site, noise: Noise, leaf: Any, rows: Rows) -> bool:
 def draws_by_row(site: Site, noise: Noise, shape: tuple[int, ...], batch_ndim: int) -> bool:
     """Whether each row has a mask of its own; weights, and masks shared over the batch, do not."""
     dims = getattr(noise, "broadcast_dims", ())
+    if not shape:  # a scalar, of which `draw_mask` refuses any dim
+        return site != PARAMS
     return site != PARAMS and not any(dim % len(shape) < batch_ndim for dim in dims)
 
 

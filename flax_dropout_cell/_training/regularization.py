@@ -8,6 +8,7 @@ import numpy as np
 
 from .._dtypes import wide_dtype
 from .._messages import must_be
+from .._sequence.padding import find_valid
 
 
 def activation_regularization(
@@ -178,13 +179,11 @@ def _valid(ys: jax.Array, seq_lengths: jax.Array | None) -> jax.Array:
     steps, batch = ys.shape[0], ys.shape[1:-1]
     if seq_lengths is None:
         return jnp.ones((steps, *batch, 1), bool)
-    seq_lengths = jnp.asarray(seq_lengths)
-    if not jnp.issubdtype(seq_lengths.dtype, jnp.integer):
-        raise TypeError(f"seq_lengths must be integers, got {seq_lengths.dtype}.")
-    if seq_lengths.shape != batch:
+    if np.shape(seq_lengths) != batch:
         raise ValueError(must_be("seq_lengths", f"of the batch's shape {batch}", seq_lengths))
-    times = jax.lax.broadcasted_iota(seq_lengths.dtype, (steps, *batch), 0)
-    return (times < seq_lengths[None])[..., None]
+    valid = find_valid(seq_lengths, None, steps)
+    assert valid is not None
+    return valid[..., None]
 
 
 def _mean_square(values: jax.Array, valid: jax.Array) -> jax.Array:

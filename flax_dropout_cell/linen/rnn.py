@@ -48,7 +48,7 @@ class RNN(nn.Module):
       return_carry: whether to return `(carry, outputs)`. Noise at `output` is not on the carry: to
         classify by the last step under it, read that step of the outputs.
       reverse: whether to run from each sequence's end to its start. Outputs then come in the
-        order in which they were made, with padding still at the end.
+        order in which they were made; padding by `seq_lengths` is still at the end.
       keep_order: with `reverse`, outputs come in the order of the inputs.
       unroll: as in `jax.lax.scan`.
       checkpoint_every: as in `dropout_scan`.
@@ -122,7 +122,7 @@ class RNN(nn.Module):
           resets: bools `[*batch, time]`, with the inputs' order of axes. True marks a sequence's
             first step: the row's carry becomes `reset_carry`, and its variational masks are new.
             For a learner to have the masks of its actors, both need `sequence_ids`.
-          sequence_ids: ints `[*batch]`, or with the shape of `resets`. A row's masks then
+          sequence_ids: ints `[*batch]`; with `resets`, of their shape. A row's masks then
             depend on its id, not on its place in the batch. Two sequences with the same id get the
             same masks.
           start: the absolute index of the first step, 0 by default. A sequence that is cut into

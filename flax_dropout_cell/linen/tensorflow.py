@@ -123,11 +123,11 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
         return cls(**cls._read_config(config, trusted))
 
     @nn.nowrap
-    def _features(self) -> Any:
+    def _features(self) -> list[Any]:
         if self.input_size is not None:
-            return tf.feature_shapes(self.input_size, self.cell.num_feature_axes)
+            return [tf.feature_shapes(self.input_size, self.cell.num_feature_axes)]
         if self.cell.num_feature_axes == 1:
-            return (1,)  # a stock cell's sizes do not depend on the width of its input
+            return [(1,), (2,)]  # a stock cell's sizes do not depend on the width of its inputs
         axes = f"{self.cell.num_feature_axes} feature axes"
         raise ValueError(f"sizes of {type(self.cell).__name__} depend on {axes}; give input_size.")
 

@@ -122,7 +122,9 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         """
         inputs = jax.tree.map(shape_of, inputs)
         cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
-        rng = None if rngs is None else self._key(rngs, None)
+        # In evaluation nothing is drawn, so the stream is not counted on.
+        draws = rngs is not None and not self._evaluates(cell_carry, deterministic)
+        rng = self._key(rngs, None) if draws else None
         if isinstance(self.cell, Wrapper):
             inner = None if rng is None else cell_rng(rng)
             cell_carry = self.cell.redraw_masks(

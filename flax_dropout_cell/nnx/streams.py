@@ -54,7 +54,7 @@ def dropout_key(
         source = source["dropout"]
     if isinstance(source, nnx.RngStream):
         return _draw(name, source, takes)
-    # An Rngs without a stream for dropout is as good as none.
+    # An Rngs without a stream for dropout is refused, even if the module has a stream of its own.
     key = None if isinstance(source, nnx.Rngs) else as_source(source)
     if key is None:
         raise ValueError(

@@ -137,14 +137,14 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
         """
         return cls(**cls._read_config(config, trusted, rngs=rngs), rngs=rngs)
 
-    def _features(self) -> Any:
+    def _features(self) -> list[Any]:
         if self.input_size is not None:
-            return tf.feature_shapes(self.input_size, self.cell.num_feature_axes)
+            return [tf.feature_shapes(self.input_size, self.cell.num_feature_axes)]
         cell = self.cell
         while isinstance(cell, Wrapper):
             cell = cell.cell
         if hasattr(cell, "in_features"):
-            return (cell.in_features,)
+            return [(cell.in_features,)]
         raise ValueError(f"{type(cell).__name__} has no in_features; give input_size.")
 
     def _arguments(self, cell: Any) -> dict[str, Any]:

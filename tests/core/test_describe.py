@@ -272,3 +272,49 @@ def test_zoneout_on_the_carry_of_a_gru_says_that_the_output_has_none() -> None:
         assert bool((new_h != y).any()) == at_state
         table = repr(fdc.describe(params, h, x, cell=fdc.gru_cell, dropout=spec))
         assert ("the output comes before the noise at state" in table) == at_state
+
+
+def test_a_row_has_the_masks_of_all_its_gates() -> None:
+    """`row` counts examples, not their gates."""
+    params, h, xs = (
+        fdc.init_gru(KEY, 5, UNITS),
+        jnp.zeros((ROWS, UNITS)),
+        jnp.ones((STEPS, ROWS, 5)),
+    )
+    spec = fdc.recipes.gal2016(input_keep_prob=0.5, recurrent_keep_prob=0.5, tied=False)
+    arguments: Any = {"cell": fdc.gru_cell, "dropout": spec}
+    masks = fdc.draw_masks(params, h, xs[0], KEY, **arguments)
+    assert masks.inside is not None
+    for row in range(ROWS):
+        strips = draw_strips(params, h, xs, KEY, start=0, row=row, **arguments)
+        for site in ("input_per_gate", "recurrent_per_gate"):
+            of_row = np.asarray(masks.inside[site][row]).reshape(-1, 1)
+            strip = strips[f"inside['{site}']"].mask
+            np.testing.assert_array_equal(strip, np.repeat(of_row, STEPS, axis=1))
+
+
+def test_a_linear_recurrence_that_is_left_alone_is_told_apart() -> None:
+    """Its loop is `jax.lax.scan` as it is; in parallel it runs without one."""
+
+    @jax.custom_vjp
+    def clip_gradient(x):
+        return x
+
+    clip_gradient.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1, 1),))
+
+    def cell(params, h, x):
+        h = 0.5 * h + clip_gradient(x)
+        return h, h
+
+    h, xs = jnp.zeros((2, 3)), jnp.ones((4, 2, 3))
+    told = fdc.explain_scan(lambda h, x: cell(None, h, x), h, xs)
+    assert "custom_vjp" in str(told) and told.obstacle is None
+    assert "unless it runs in parallel" in str(told)
+    spec = fdc.RecurrentDropout()
+    described = fdc.describe(None, h, xs[0], cell=cell, dropout=spec)
+    assert described.is_linear and "custom_vjp" in repr(described)
+    got, wanted = (
+        fdc.dropout_scan(None, h, xs, None, cell=cell, dropout=spec, parallel=parallel)
+        for parallel in (True, False)
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)

@@ -223,3 +223,14 @@ def test_rows_draw_by_their_ids(noise) -> None:
         spec, None, xs[0, :2], xs[:, :2], cell=emit, sequence_ids=ids[:2].astype("int8")
     )
     np.testing.assert_array_equal(small, ys[:, :2])
+
+
+def test_a_scalar_beside_the_inputs_cannot_share_its_mask() -> None:
+    """The noise's own error, which names the dims and the shape."""
+    noise = fdc.Dropout(keep_prob=0.5, broadcast_dims=(0,))
+    spec = fdc.RecurrentDropout(input=(noise, noise))
+    x = (jnp.ones((2, 3)), jnp.ones(()))
+    with pytest.raises(ValueError, match=r"broadcast_dims has 0, but the value has shape \(\)"):
+        fdc.dropout_cell(
+            None, None, x, jax.random.key(0), cell=lambda p, c, x: (c, x[0]), dropout=spec,
+        )  # fmt: skip

@@ -259,3 +259,29 @@ def test_a_noise_that_needs_the_step_before() -> None:
 
 def test_undisturbed_takes_what_disturb_takes() -> None:
     assert list(inspect.signature(fdc.undisturbed).parameters) == ["site", "value", "previous"]
+
+
+def test_an_error_of_a_cells_own_function_is_shown_as_it_is() -> None:
+    """The cell takes `disturb`; the function that it hands it to does not."""
+
+    def helper(x):
+        return x
+
+    def forwards(params, h, x, *, disturb=fdc.undisturbed):
+        return h, helper(x, disturb=disturb)
+
+    with pytest.raises(TypeError, match=r"helper\(\) got an unexpected keyword argument"):
+        scan(noise_inside(a=FRESH), cell=forwards)
+
+
+def test_two_names_of_one_hash_are_refused() -> None:
+    """Their masks would be the same. These two were found by counting."""
+    first, second = "site_69524", "site_92913"
+    digests = {hashlib.sha256(name.encode()).digest()[:4] for name in (first, second)}
+    assert len(digests) == 1
+
+    def collides(params, h, x, *, disturb=fdc.undisturbed):
+        return h, disturb(first, x) + disturb(second, x)
+
+    with pytest.raises(ValueError, match=f"'{first}' and '{second}' have the same hash"):
+        scan(fdc.RecurrentDropout(inside={first: FRESH, second: FRESH}), cell=collides)

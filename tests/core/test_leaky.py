@@ -168,3 +168,25 @@ def test_what_would_have_happened() -> None:
     keeps["params"]["iz"]["bias"] += 5.0  # a unit that remembers: z is 0.993
     h, _ = run(hidden, carry + 1, keeps, fdc.RecurrentDropout(state=FROZEN), xs=XS[:100])
     assert jnp.abs(h).max() > 1e6
+
+
+def test_names_of_c_and_h_for_a_pair_of_a_users_own_cell() -> None:
+    """Whether it carries (c, h) or (h, c) is not known, in a layer either."""
+
+    class Reversed(nn.RNNCellBase):
+        def __call__(self, carry, inputs):
+            h, c = carry
+            return (h, c + inputs), h
+
+        def initialize_carry(self, rng, input_shape):
+            return jnp.zeros(input_shape), jnp.zeros(input_shape)
+
+        @property
+        def num_feature_axes(self) -> int:
+            return 1
+
+    spec = fdc.RecurrentDropout(state=fdc.LSTMState(None, NOISE))
+    xs = jnp.ones((2, 3, 4))
+    for layer in (fdc.linen.RNN(Reversed(), spec), nn.RNN(fdc.linen.DropoutCell(Reversed(), spec))):
+        with pytest.raises(ValueError, match="plain pair of unknown order"):
+            layer.apply({}, xs, rngs={"dropout": RNG})

@@ -155,7 +155,7 @@ ERRORS = {
     "lengths of fractions": (
         lambda: fdc.activation_regularization(ONES, seq_lengths=jnp.ones(BATCH)),
         TypeError,
-        "seq_lengths must be integers, got float32",
+        "seq_lengths must be ints, got float32",
     ),
     "no examples": (
         lambda: fdc.concrete_regularization(
@@ -180,3 +180,14 @@ def test_errors_say_what_came_and_what_to_write(name: str) -> None:
     with pytest.raises(error, match=message) as raised:
         run()
     assert len(str(raised.value).splitlines()) <= 5
+
+
+def test_narrow_lengths_of_long_sequences() -> None:
+    """A uint8 cannot count 300 steps."""
+    ys = jnp.arange(300.0)[:, None, None] * jnp.ones((300, 2, 1))
+    lengths = np.array([3, 5], np.uint8)
+    wanted = np.mean(np.concatenate([np.arange(3.0), np.arange(5.0)]) ** 2)
+    got = fdc.activation_regularization(ys, seq_lengths=jnp.asarray(lengths))
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    with pytest.raises(ValueError, match="seq_lengths must be from 0 to 300"):
+        fdc.activation_regularization(ys, seq_lengths=np.array([3, 301]))

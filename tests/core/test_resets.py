@@ -344,3 +344,27 @@ def test_new_masks_are_drawn_where_a_row_resets_and_nowhere_else() -> None:
 def test_mistakes(options, error, text) -> None:
     with pytest.raises(error, match=text):
         scan(NOISES["variational"], **options)
+
+
+@pytest.mark.parametrize("by_id", [False, True], ids=["by place", "by id"])
+def test_a_shared_mask_inside_beside_one_of_each_row(by_id) -> None:
+    """A reset draws the rows' own masks again; the mask that all rows share stays."""
+    noise = fdc.Dropout(keep_prob=0.5, variational=True, scale=False)
+    shared = dataclasses.replace(noise, broadcast_dims=(0,))
+    spec = fdc.RecurrentDropout(inside={"shared": shared, "own": noise})
+
+    def emit(params, carry, x, disturb=fdc.undisturbed):
+        return carry, (disturb("shared", x), disturb("own", x))
+
+    xs, resets = jnp.ones((6, 3, 64)), jnp.zeros((6, 3), bool).at[2, 1].set(True)
+    ids = jnp.cumsum(resets, 0) * 3 + jnp.arange(3)[None] if by_id else None
+    options: Any = {"cell": emit, "dropout": spec, "resets": resets, "sequence_ids": ids}
+    _, (same, own) = fdc.dropout_scan(None, xs[0], xs, jax.random.key(0), **options)
+    np.testing.assert_array_equal(same, np.broadcast_to(same[0, 0], same.shape))
+    for row, first in ((0, 0), (1, 0), (1, 2), (2, 0)):
+        span = slice(first, 2) if (row, first) == (1, 0) else slice(first, None)
+        np.testing.assert_array_equal(
+            own[span, row], np.broadcast_to(own[first, row], own[span, row].shape)
+        )
+    assert 0.2 < (own[1, 1] != own[2, 1]).mean() < 0.8
+    assert 0.2 < (same == 1).mean() < 0.8

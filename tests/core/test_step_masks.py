@@ -229,3 +229,11 @@ def test_mistakes() -> None:
     num_steps: Any = 2.0
     with pytest.raises(TypeError, match="num_steps must be an int"):
         fdc.draw_step_masks(ONES, (ONES, ONES), ONES, KEY, num_steps, cell=probe, dropout=spec)
+
+
+def test_no_key_is_needed_if_no_noise_does_anything() -> None:
+    spec = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=1))
+    masks = fdc.draw_step_masks(ONES, (ONES, ONES), ONES, None, T, cell=probe, dropout=spec)
+    assert masks == fdc.Masks()
+    with pytest.raises(ValueError, match="draw_step_masks needs a key"):
+        draw(fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=0.5)), None)

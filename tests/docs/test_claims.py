@@ -133,7 +133,9 @@ def test_the_chorales_are_within_reach_of_what_is_published() -> None:
     page = " ".join((ROOT / "docs/which_scheme.md").read_text().split())
     nlls = [np.mean(row["test_nll"]) for row in rows_of("chorales", "lstm").values()]
     assert min(nlls) < 8.20 and np.median(nlls) < 8.35
-    median = f"the median of all nine, the one without dropout among them, to {np.median(nlls):.2f};"
+    median = (
+        f"the median of all nine, the one without dropout among them, to {np.median(nlls):.2f};"
+    )
     assert len(nlls) == 9 and f"the best row comes to {min(nlls):.2f}, and {median}" in page
 
 

@@ -131,6 +131,17 @@ class TestDeterministicAtTheCall:
         assert np.any(step(deterministic=False) == 0)
         assert np.any(step() == 0) == (not own)
 
+    def test_redraw_masks_in_evaluation_draws_nothing(self) -> None:
+        """It neither needs a stream for dropout nor counts one on."""
+        cell = fdc.nnx.DropoutCell(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), SPEC)
+        h, rngs = jnp.zeros((2, 4)), nnx.Rngs(dropout=1)
+        for given in (nnx.Rngs(params=0), rngs):
+            carry = cell.redraw_masks(h, X[:, 0], rngs=given, deterministic=True)
+            assert carry.masks is None
+        assert rngs.dropout.count[...] == 0
+        cell.redraw_masks(h, X[:, 0], rngs=rngs)
+        assert rngs.dropout.count[...] == 1
+
     def test_evaluation_keeps_the_masks_in_the_carry(self) -> None:
         cell: Any = fdc.nnx.RNNCellDropoutWrapper(
             nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), 0.5, variational_recurrent=True, rngs=nnx.Rngs(1)

@@ -468,3 +468,10 @@ def test_known_functions_are_plain_functions_of_arrays() -> None:
         assert y.shape == ((3, 2) if name == "jax.nn:glu" else (3, 4)), name
         module, _, attribute = name.partition(":")
         assert getattr(sys.modules[module], attribute) is function
+
+
+@pytest.mark.parametrize("host", ["linen", "nnx"])
+@pytest.mark.parametrize("wrong", [{"seed": "x"}, {"input_keep_prob": "all"}, {"seed": 0.5}])
+def test_arguments_of_another_type_are_a_config_error(host, wrong) -> None:
+    with pytest.raises(ValueError, match=r"the config is not a wrapper's: (seed|input_keep_prob)"):
+        read(host, {"cell": STOCK[host]} | wrong, ())

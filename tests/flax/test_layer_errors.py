@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from layers import FRAMEWORKS, XS, Framework
@@ -210,3 +211,50 @@ def test_nnx_streams_without_dropout() -> None:
     layer: Any = fdc.nnx.RNN(fdc.nnx.LSTMCell(4, 16, rngs=nnx.Rngs(0)), SPEC)
     with pytest.raises(ValueError, match="needs a 'dropout' stream"):
         layer(XS, rngs=nnx.Rngs(params=0))
+
+
+@frameworks
+def test_an_initial_carry_is_not_blamed_for_another_mistake(framework: Framework) -> None:
+    """An `LSTMState` for a plain pair works, so the mistake is another one."""
+    layer = framework.layer(framework.lstm(), SPEC, XS)
+    with pytest.raises(ValueError, match="start must be at least 0"):
+        layer.run(XS, KEY, initial_carry=fdc.LSTMState(*CARRY), start=-1)
+
+
+class Given(nn.RNNCellBase):
+    """A linen cell whose state always comes from elsewhere."""
+
+    @nn.compact
+    def __call__(self, carry: Any, x: Any) -> Any:
+        h = jnp.tanh(x + carry)
+        return h, h
+
+    def initialize_carry(self, rng: Any, input_shape: Any) -> Any:
+        raise NotImplementedError("an encoder gives it")
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
+def test_a_cell_without_an_initial_carry_keeps_the_users_error() -> None:
+    rnn, h = fdc.linen.RNN(Given(), SPEC), jnp.zeros((3, 4))
+    assert rnn.apply({}, XS, initial_carry=h, rng=KEY).shape == XS.shape  # type: ignore
+    with pytest.raises(ValueError, match="start must be at least 0"):
+        rnn.apply({}, XS, initial_carry=h, rng=KEY, start=-1)
+
+
+def test_outputs_that_rows_share_are_turned_round() -> None:
+    """With lengths too, of which such an output has no padding."""
+
+    class Counter(Given):
+        @nn.compact
+        def __call__(self, carry: Any, x: Any) -> Any:
+            h, count = carry
+            return (h + x, count + 1), (h, count)
+
+    carry = (jnp.zeros((3, 4)), jnp.zeros(()))
+    rnn = fdc.linen.RNN(Counter(), fdc.RecurrentDropout(), time_major=True, reverse=True)
+    lengths = jnp.array([6, 2, 0])
+    _, count = rnn.apply({}, XS.swapaxes(0, 1), initial_carry=carry, seq_lengths=lengths)  # type: ignore
+    np.testing.assert_array_equal(count, np.arange(6))

@@ -423,6 +423,24 @@ class TestCarriesOfOtherSpecs:
                 _, got = rnn.apply(variables, XS, initial_carry=again)
                 np.testing.assert_array_equal(got, want)
 
+    def test_a_restored_carry_keeps_its_prng(self) -> None:
+        """The keys of rbg and unsafe_rbg have one shape, and draw other masks."""
+        rnn = nn.RNN(
+            DropoutCell(nn.SimpleCell(H), fdc.RecurrentDropout(output=PER_STEP)), return_carry=True
+        )
+        variables = rnn.init(RNG, XS)
+        carries = {
+            impl: train(rnn, variables, XS, jax.random.key(0, impl=impl))[0]
+            for impl in ("rbg", "unsafe_rbg", "threefry2x32")
+        }
+        for impl in ("rbg", "threefry2x32"):
+            _, want = rnn.apply(variables, XS, initial_carry=carries[impl])
+            saved = serialization.to_bytes(carries[impl])
+            for target in carries.values():
+                restored = serialization.from_bytes(target, saved)
+                _, got = rnn.apply(variables, XS, initial_carry=restored)
+                np.testing.assert_array_equal(got, want)
+
     def test_a_saved_carry_of_another_spec_is_refused(self) -> None:
         variables, carry = self.carry_of(fdc.RecurrentDropout(input=FIXED))
         other = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=0.9, variational=True))
@@ -550,3 +568,32 @@ def test_no_warnings() -> None:
             DropoutCell(nn.SimpleCell(H), fdc.RecurrentDropout(params=FIXED, output=PER_STEP))
         )
         train(rnn, rnn.init(RNG, XS), XS)
+
+
+def test_arrays_of_several_sites_in_init() -> None:
+    """In `init` there are no weights to disturb; the other sites keep their own arrays."""
+
+    class Sited(nn.RNNCellBase):
+        @nn.compact
+        def __call__(self, carry, x, *, disturb=fdc.undisturbed):
+            h = jnp.tanh(nn.Dense(H)(x) + disturb("recurrent", carry))
+            return h, h
+
+        def initialize_carry(self, rng, input_shape):
+            return jnp.zeros((*input_shape[:-1], H))
+
+        @property
+        def num_feature_axes(self) -> int:
+            return 1
+
+    def noise(keep_prob):
+        return fdc.Dropout(keep_prob=keep_prob, variational=True)
+
+    kernel = noise(jnp.full((F, H), 0.5))
+    spec = fdc.RecurrentDropout(
+        params={"Dense_0": {"bias": None, "kernel": kernel}},
+        inside={"recurrent": noise(jnp.full((H,), 0.5))},
+    )
+    rnn = nn.RNN(DropoutCell(Sited(), spec))
+    variables = rnn.init({"params": RNG, "dropout": jax.random.key(1)}, XS)
+    assert rnn.apply(variables, XS, rngs={"dropout": RNG}).shape == (B, T, H)

@@ -397,6 +397,26 @@ class TestSizes:
         conv = RNNCellDropoutWrapper(nn.ConvLSTMCell(4, kernel_size=(3, 3)), input_size=(6, 7, 2))
         assert conv.state_size == ((6, 7, 4), (6, 7, 4))
         assert conv.output_size == (6, 7, 4)
+
+        class Summing(nn.RNNCellBase):
+            """Its carry is as wide as its input."""
+
+            def __call__(self, carry, inputs):
+                return carry + inputs, carry
+
+            def initialize_carry(self, rng, input_shape):
+                return jnp.zeros(input_shape)
+
+            @property
+            def num_feature_axes(self) -> int:
+                return 1
+
+        for name in ("state_size", "output_size"):
+            with pytest.raises(ValueError, match="Summing depend on the width of its inputs"):
+                getattr(RNNCellDropoutWrapper(Summing()), name)
+            assert getattr(RNNCellDropoutWrapper(Summing(), input_size=7), name) == 7
+        with pytest.raises(ValueError, match="Summing depend on the width of its inputs"):
+            RNNCellDropoutWrapper(Summing()).zero_state(3, jnp.float32)
         with pytest.raises(ValueError, match="depend on 3 feature axes; give input_size"):
             _ = RNNCellDropoutWrapper(nn.ConvLSTMCell(4, kernel_size=(3, 3))).state_size
 

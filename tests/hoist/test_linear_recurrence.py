@@ -773,3 +773,19 @@ def test_layers(framework) -> None:
         return fdc_nnx.RNN(cell, LAYER_SPEC, parallel=parallel)(x, rngs=KEY, resets=resets)
 
     np.testing.assert_allclose(layer(True), layer(False), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("float64", "solver")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_gradient_by_a_slope_of_zero(reverse) -> None:
+    """At the first step the slope meets the initial carry, which no step before has made."""
+
+    def loss(arrays: Any, scan: Any) -> jax.Array:
+        decay, h, xs = arrays
+        last, ys = scan(lambda h, x: (decay * h * x[:1] + x, h), h, xs, reverse=reverse)
+        return jnp.sum(jnp.sin(ys)) + jnp.sum(last**2)
+
+    decay = jnp.array([[0.0, 0.5, 0.3, 0.0]])
+    arrays = (decay, draw(0, *ROW) + 2, draw(1, *XS).at[0].set(0.0).at[-1, 1].set(0.0))
+    parallel = functools.partial(hoisted_scan.scan, parallel=True)
+    assert_close(jax.grad(loss)(arrays, parallel), jax.grad(loss)(arrays, jax.lax.scan))

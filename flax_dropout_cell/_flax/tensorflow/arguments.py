@@ -1,6 +1,6 @@
 """The arguments and methods that linen's and NNX's `RNNCellDropoutWrapper` share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -37,7 +37,8 @@ class TensorFlowWrapper(CellWrapper):
     _cell_modules: ClassVar[tuple[str, ...]]
     _no_config_arguments: ClassVar[tuple[str, ...]]
 
-    def _features(self) -> Any:
+    def _features(self) -> list[Any]:
+        """The shapes of the cell's inputs at a step; several if their width does not matter."""
         raise NotImplementedError
 
     def _arguments(self, cell: Any) -> dict[str, Any]:
@@ -85,9 +86,12 @@ class TensorFlowWrapper(CellWrapper):
         """
         if hasattr(self.cell, "output_size"):
             return self.cell.output_size
-        cell_carry = self._batched_state_shapes(())
-        y = self._output_shapes(cell_carry, input_shapes(self._features(), cell_carry))
-        return jax.tree.map(lambda leaf: size_of(leaf.shape), y)
+
+        def of(features: Any) -> PyTree:
+            cell_carry = self._framework.carry_shapes(self.cell, features)
+            return self._output_shapes(cell_carry, input_shapes(features, cell_carry))
+
+        return jax.tree.map(lambda leaf: size_of(leaf.shape), self._of_any_width(of))
 
     def zero_state(self, batch_size: int, dtype: Any) -> Any:
         """The cell's `zero_state`, or else zeros for each leaf of its carry.
@@ -100,9 +104,19 @@ class TensorFlowWrapper(CellWrapper):
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), shapes)
 
     def _batched_state_shapes(self, batch: tuple[int, ...]) -> PyTree:
-        features = self._features()
-        shapes = jax.tree.map(lambda shape: batch + shape, features, is_leaf=is_shape)
-        return self._framework.carry_shapes(self.cell, shapes)
+        def of(features: Any) -> PyTree:
+            shapes = jax.tree.map(lambda shape: batch + shape, features, is_leaf=is_shape)
+            return self._framework.carry_shapes(self.cell, shapes)
+
+        return self._of_any_width(of)
+
+    def _of_any_width(self, shapes_of: Callable[[Any], PyTree]) -> PyTree:
+        """The shapes for the cell's inputs; raises if they depend on a width that is not known."""
+        found, *others = [shapes_of(features) for features in self._features()]
+        if any(tree_shapes(other) != tree_shapes(found) for other in others):
+            name = type(self.cell).__name__
+            raise ValueError(f"sizes of {name} depend on the width of its inputs; give input_size.")
+        return found
 
     def get_initial_state(
         self, inputs: Any = None, batch_size: int | None = None, dtype: Any = None
@@ -146,7 +160,10 @@ class TensorFlowWrapper(CellWrapper):
         """The arguments in a config; the cell is made last, after all other checks."""
         arguments, make_cell = plan_wrapper(config, cls, cls._names(trusted), **rngs)
         keep_probs = {name: arguments[name] for name in KEEP_PROBS if name in arguments}
-        check_arguments(keep_probs, arguments.get("seed"), None)
+        try:
+            check_arguments(keep_probs, arguments.get("seed"), None)
+        except TypeError as error:
+            raise ValueError(f"the config is not a wrapper's: {error}") from None
         return {**arguments, "cell": make_cell()}
 
     def _to_config(self, what: str, value: Any, names: TrustedNames) -> Any:
@@ -227,6 +244,11 @@ def check_inputs(x: PyTree, input_size: Any, dtype: Any) -> None:
     for leaf in leaves if dtype is not None else ():
         if leaf.dtype != jnp.dtype(dtype):
             raise TypeError(f"dtype is {jnp.dtype(dtype)}, but a {leaf.dtype} input arrived.")
+
+
+def tree_shapes(tree: PyTree) -> PyTree:
+    """The shape of each leaf."""
+    return jax.tree.map(lambda leaf: leaf.shape, tree)
 
 
 def size_of(shape: tuple[int, ...]) -> int | tuple[int, ...]:
