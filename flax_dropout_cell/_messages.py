@@ -28,7 +28,14 @@ def short_repr(value: Any) -> str:
         return f"the class {name_as_written(value)}"
     if callable(value) and hasattr(value, "__qualname__"):
         return f"the function {name_as_written(value)}"
-    return f"a {type(value).__name__}"
+    return with_article(type(value).__name__)
+
+
+def with_article(name: str) -> str:
+    """A class's name behind `a` or `an`, as it is read: an LSTMCell, a GRUCell."""
+    spelled = name[1:2].isupper()  # letter by letter
+    vowels = "AEFHILMNORSX" if spelled else "AEIOaeio"
+    return f"an {name}" if name[:1] in tuple(vowels) else f"a {name}"
 
 
 def must_be(name: str, wanted: str, got: Any) -> str:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import export
 
 from .._inspect.describe import Description, describe
+from .._messages import with_article
 from .._spec.prefixes import shape_of
 from .._spec.recurrent_dropout import (
     PyTree,
@@ -164,10 +165,11 @@ def check_bare(framework: Framework, cell: Any) -> None:
     framework.check_cell(cell)
     for part in framework.parts(cell):
         if isinstance(part, CellWrapper):
+            name = type(part).__name__
             holds = "" if part is cell else f"{type(cell).__name__} holds "
             raise TypeError(
-                f"the cell of RNN must be bare; got {holds}a {type(part).__name__}. Write "
-                f"RNN(cell, dropout), or put the {type(part).__name__} into the stock RNN of Flax."
+                f"the cell of RNN must be bare; got {holds}{with_article(name)}. Write "
+                f"RNN(cell, dropout), or put the {name} into the stock RNN of Flax."
             )
 
 

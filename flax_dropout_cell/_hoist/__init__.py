@@ -8,7 +8,7 @@ that of `hoisted_scan` for each chunk. The one in `scan`, public as `fdc.scan`, 
 - `flat_jaxpr`, `traced_scan`: the step as a list of equations, or why it is left as it is.
 - `three_parts`, `run_loop`: which equations run before, in and after the loop.
 - `weight_products`, `recomputed_operands`, `weight_gradients`: gradients that wait for its end.
-- `affine`, `linear_recurrence`: carries that need no loop.
+- `affine`, `kept_values`, `linear_recurrence`: carries that need no loop.
 - `checkpointed_scan`: chunks that are computed again for the gradient.
 - `scan`: the public function, and the explanation of what was cut.
 """

@@ -8,7 +8,7 @@ import jax
 from .flat_jaxpr import Equation, Program
 
 # The operands in which an equation is linear.
-_PRODUCTS = {  # of two values, so that the gradient of one needs the other
+_PRODUCTS = {  # equations of two values
     "dot_general": (0, 1),
     "conv_general_dilated": (1,),
     "gather": (0,),
@@ -35,7 +35,8 @@ class WeightUse(NamedTuple):
     Attributes:
       equation: the equation.
       weight: the value in which it is linear.
-      operands: the other values that it reads, which differ from step to step.
+      operands: the other values that its gradient needs, which differ from step to step; a sum
+        has none.
     """
 
     equation: Equation
@@ -69,7 +70,8 @@ class Plan(NamedTuple):
       hoisted: equations that depend on the loop's constants alone: they run once, before it.
       differentiated: the values before the loop that are differentiated.
       narrowed: the values before the loop that were cast from a wide dtype to half precision.
-      loop: the other equations, and those of `hoisted` that they need to have anew at each step.
+      loop: the other equations, and casts that are repeated so that gradients add up in the wide
+        dtype.
       known: the values that are the same at all steps.
       sums: the uses of weights, by the value that their outputs are summed up in. They share its
         cotangent.

@@ -39,7 +39,7 @@ def draw_step_masks(
     params: PyTree,
     carry: PyTree,
     x: PyTree,
-    rng: jax.Array,
+    rng: jax.Array | None,
     num_steps: int,
     *,
     cell: Cell,
@@ -57,7 +57,7 @@ def draw_step_masks(
       carry: a carry. Only the shapes and dtypes of `carry`, `params` and `x` are used, so each
         may be a `jax.ShapeDtypeStruct`.
       x: the input at one step, without the time axis.
-      rng: the sequence's key.
+      rng: the sequence's key. None will do if no noise does anything.
       num_steps: the number of steps.
       cell: `cell(params, carry, x) -> (carry, y)`; never run, only traced for the shapes of its
         output and of its sites inside.

@@ -42,7 +42,7 @@ def check_step(name: str, step: Any) -> None:
 
 
 def check_start(start: Any, steps: int) -> None:
-    """Raises if `start` is not the index of a first step of so many."""
+    """Raises if a scan of `steps` steps cannot begin at `start`."""
     check_step("start", start)
     is_known = isinstance(start, int | np.integer) and isinstance(steps, int)
     if is_known and start + steps > 2**31:

@@ -70,8 +70,8 @@ def draw_masks(
       `Masks` with the variational leaves filled in, None elsewhere.
 
     Raises:
-      ValueError: if noise does not fit the value at its site, would make a value explode, or needs a
-        key that did not come.
+      ValueError: if noise does not fit the value at its site, would make a value explode, or has
+        no key to draw from.
       TypeError: if a value with noise is not floating-point, or an argument has the wrong type.
 
     Example:

@@ -12,7 +12,7 @@ from .._sequence.padding import find_valid
 
 
 def activation_regularization(
-    ys: jax.Array, *, seq_lengths: jax.Array | None = None, time_axis: int = 0
+    ys: jax.Array, *, seq_lengths: jax.typing.ArrayLike | None = None, time_axis: int = 0
 ) -> jax.Array:
     """AR, without its weight alpha: the mean square of a layer's outputs after their dropout.
 
@@ -43,7 +43,7 @@ def activation_regularization(
 
 
 def temporal_activation_regularization(
-    ys: jax.Array, *, time_axis: int, seq_lengths: jax.Array | None = None
+    ys: jax.Array, *, time_axis: int, seq_lengths: jax.typing.ArrayLike | None = None
 ) -> jax.Array:
     """TAR, without its weight beta: the mean square of the change of a layer's raw outputs.
 
@@ -174,7 +174,7 @@ def _time_first(ys: jax.Array, time_axis: int) -> jax.Array:
     return jnp.moveaxis(_float(ys), time_axis, 0)
 
 
-def _valid(ys: jax.Array, seq_lengths: jax.Array | None) -> jax.Array:
+def _valid(ys: jax.Array, seq_lengths: jax.typing.ArrayLike | None) -> jax.Array:
     """Which steps count, `[time, *batch, 1]`."""
     steps, batch = ys.shape[0], ys.shape[1:-1]
     if seq_lengths is None:

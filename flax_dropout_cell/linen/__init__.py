@@ -5,8 +5,8 @@
     y = rnn.apply(variables, x, rngs={"dropout": key})
 
 - Layers: `RNN`, a cell over whole sequences; `Embed`, an embedding that drops word types.
-- Wrappers, for stock hosts and loops of your own: `DropoutCell`; `RNNCellDropoutWrapper`, with
-  TensorFlow's arguments; `DropoutCarry`, the carry of both.
+- Wrappers, for Flax's own RNN layers and loops of your own: `DropoutCell`;
+  `RNNCellDropoutWrapper`, with TensorFlow's arguments; `DropoutCarry`, the carry of both.
 - Cells with sites inside: `LSTMCell`, `GRUCell`, and the linear `LRUCell`, `MinGRUCell`,
   `MinLSTMCell` and `RGLRUCell`.
 - Weights: `cell_params` and `core_params`, to this module's cells and back.

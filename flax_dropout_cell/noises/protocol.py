@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.tree_util import GetAttrKey
 
-from .._messages import must_be, short_repr
+from .._messages import must_be, short_repr, with_article
 
 
 @runtime_checkable
@@ -169,7 +169,7 @@ def _describe(value: Any) -> str:
     missing = [name for name in members if not hasattr(value, name)]
     if len(missing) < len(members):
         return (
-            f"a {type(value).__name__}, which lacks {', '.join(missing)}: a noise has "
+            f"{with_article(type(value).__name__)}, which lacks {', '.join(missing)}: a noise has "
             f"{', '.join(members[:-1])} and {members[-1]}"
         )
     return short_repr(value)

@@ -268,7 +268,7 @@ def test_an_error_of_a_cells_own_function_is_shown_as_it_is() -> None:
         return x
 
     def forwards(params, h, x, *, disturb=fdc.undisturbed):
-        return h, helper(x, disturb=disturb)
+        return h, helper(x, disturb=disturb)  # type: ignore
 
     with pytest.raises(TypeError, match=r"helper\(\) got an unexpected keyword argument"):
         scan(noise_inside(a=FRESH), cell=forwards)

@@ -596,4 +596,5 @@ def test_arrays_of_several_sites_in_init() -> None:
     )
     rnn = nn.RNN(DropoutCell(Sited(), spec))
     variables = rnn.init({"params": RNG, "dropout": jax.random.key(1)}, XS)
-    assert rnn.apply(variables, XS, rngs={"dropout": RNG}).shape == (B, T, H)
+    ys: Any = rnn.apply(variables, XS, rngs={"dropout": RNG})
+    assert ys.shape == (B, T, H)

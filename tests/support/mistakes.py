@@ -59,7 +59,7 @@ MISTAKES = {
         "scan(resets=jnp.zeros((4, 5), bool))",
         "scan(sequence_ids=jnp.arange(5))",
         "rnn(xs=jnp.ones(3))",
-        'rnn(initial_carry=h)  # an LSTM"s is (c, h)',
+        "rnn(initial_carry=h)  # an LSTM's is (c, h)",
         "rnn(initial_carry=(h[:2], h[:2]))",
     ],
     "Cells": [
@@ -95,7 +95,7 @@ MISTAKES = {
         "rnn(train=True)",
         "nn.jit(fdc.linen.Embed)(9, 8, jnp.float32(0.8)).init(key, ids)  # array keep_prob",
     ],
-    "Wrappers in stock hosts": [
+    "Wrappers in Flax's own RNN": [
         "fdc.linen.RNN(fdc.linen.DropoutCell(nn.LSTMCell(8), spec), spec)",
         "wrapped(spec, initial_carry=(h, h))",
         'wrapped(spec, initial_carry=wrapped(frozen, return_carry=True)[0])  # another wrapper"s',
@@ -169,7 +169,7 @@ def page_part() -> str:
     """The part of the page that shows each mistake and its error."""
     lines = []
     for title, codes in MISTAKES.items():
-        lines.append(f"### {title}\n")
+        lines.append(f"## {title}\n")
         for code in codes:
             shown = "\n".join(textwrap.fill(line, 88) for line in make(code).splitlines())
             lines.append(f"```python\n{code}\n```\n```text\n{shown}\n```\n")

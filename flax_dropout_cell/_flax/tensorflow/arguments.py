@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._messages import must_be, short_repr, shorten
+from ..._messages import must_be, short_repr, shorten, with_article
 from ..._spec.recurrent_dropout import PyTree, RecurrentDropout
 from ...noises.arguments import check_probability
 from ...noises.dropout import Dropout
@@ -176,8 +176,8 @@ class TensorFlowWrapper(CellWrapper):
     def _cell_to_config(self, cell: Any, names: TrustedNames) -> dict[str, Any]:
         if not isinstance(cell, names.cell_class):
             raise ValueError(
-                f"a config holds cells that are a {names.cell_class.__name__} of "
-                f"{names.cell_class.__module__}, got a {type(cell).__name__}."
+                f"a config holds cells that are {with_article(names.cell_class.__name__)} of "
+                f"{names.cell_class.__module__}, got {with_article(type(cell).__name__)}."
             )
         class_name = to_name("the cell's class", type(cell), names)
         if hasattr(cell, "get_config"):

@@ -93,7 +93,7 @@ def plan_wrapper(
 
 
 def check_data(config: Any, names: TrustedNames) -> None:
-    """Refuses, before anything is imported, what is not plain data or names what it may not."""
+    """Raises, before any import, if a config is not plain data or names what it may not."""
     # A loop, not a recursion: a config may be nested so deeply that Python's stack overflows.
     todo, count = [("config", config, 0)], 0
     while todo:
