@@ -1,4 +1,4 @@
-"""Shared by linen's and NNX's layers: the layout of inputs, call options, and the scan."""
+"""Shared by linen's and NNX's layers: the layout of inputs, the settings, and the scan."""
 
 import dataclasses
 from collections.abc import Callable
@@ -67,61 +67,36 @@ class Layout(NamedTuple):
         )
 
 
-class ScanOptions(NamedTuple):
-    """The options of a call that `dropout_scan` takes as they are.
+class Settings(NamedTuple):
+    """A layer's settings; an argument of the call wins.
 
-    A new one that `dropout_scan` has is a field here and an argument of each layer. One that goes
-    on to the loop also passes through `_hoist/checkpointed_scan.py` and `_hoist/hoisted_scan.py`.
-    """
-
-    reverse: bool
-    unroll: int
-    checkpoint_every: int | None
-    parallel: bool | None
-
-
-# What a layer has as settings. A subclass may use any other name for attributes of its own.
-SETTINGS = frozenset(("time_major", "return_carry", "keep_order", *ScanOptions._fields))
-
-
-class Call(NamedTuple):
-    """A call's options, with the layer's own settings for those that it leaves out.
-
-    A new one is a field here, an argument of each layer, and its use in `run_layer`; if the layer
-    itself has a setting of this name, it stands in `SETTINGS` too.
+    A new one is a field here and of each layer, and is used in `run_layer`. One that goes on to the
+    loop also passes through `_hoist/checkpointed_scan.py` and `_hoist/hoisted_scan.py`.
     """
 
     time_major: bool
     return_carry: bool
+    reverse: bool
     keep_order: bool
-    start: Any
-    seq_lengths: Any
-    valid: Any
-    resets: Any
-    reset_carry: Any
-    sequence_ids: Any
-    scan: ScanOptions
+    unroll: int
+    checkpoint_every: int | None
+    parallel: bool | None
 
     @classmethod
-    def of(cls, layer: Any, arguments: dict[str, Any]) -> "Call":
-        """The options in a call's arguments, by name; the layer's own for those that are None."""
-
-        def given(name: str) -> Any:
-            value = arguments.get(name)
-            return call_or_default(value, getattr(layer, name)) if name in SETTINGS else value
-
-        scan = ScanOptions(*map(given, ScanOptions._fields))
-        return cls(*map(given, cls._fields[:-1]), scan=scan)
+    def of(cls, layer: Any, **call: Any) -> "Settings":
+        """The layer's own, with those that a call gives."""
+        own = {name: getattr(layer, name) for name in cls._fields}
+        return cls(**own | {name: value for name, value in call.items() if value is not None})
 
 
-def check_one_step(layer: Any, call: Call, layout: Layout, carry: PyTree, rng: Any) -> None:
+def check_one_step(layer: Any, start: Any, layout: Layout, carry: PyTree, rng: Any) -> None:
     """Raises if a loop of calls of one step each would have the same per-step masks at all steps.
 
     Such a loop passes the carry on and gives each call the sequence's key: only `start` then says
     which step it is.
     """
     loops = layout.steps == 1 and carry is not None and isinstance(rng, jax.Array)
-    if loops and call.start is None and draws_at_each_step(layer.dropout):
+    if loops and start is None and draws_at_each_step(layer.dropout):
         raise ValueError(
             "a call of one step that goes on from initial_carry needs start=, the index of the "
             "step: with one key, per-step masks would be the same at all steps. With a new key at "
@@ -177,7 +152,13 @@ def run_layer(
     cell: Callable[..., Any],
     dropout: RecurrentDropout,
     make_carry: Callable[[], PyTree],
-    call: Call,
+    settings: Settings,
+    start: Any = None,
+    seq_lengths: Any = None,
+    valid: Any = None,
+    resets: Any = None,
+    reset_carry: PyTree = None,
+    sequence_ids: Any = None,
     collect: Callable[[PyTree], None] | None = None,
 ) -> Any:
     """Runs `dropout_scan` over inputs that are in the layout of Flax's layers.
@@ -190,7 +171,13 @@ def run_layer(
       cell: the cell as a pure function of its weights.
       dropout: the noise at each site.
       make_carry: makes the carry of a new sequence, for resets.
-      call: the other options of the call.
+      settings: the layer's settings, with those of the call.
+      start: as in the layers; so are the next five.
+      seq_lengths: the steps of each row.
+      valid: False at padding.
+      resets: True at a sequence's first step.
+      reset_carry: the carry there.
+      sequence_ids: the ids of the rows.
       collect: if given, the cell's output is `(y, others)`, and this takes the others of all
         steps, time first, in the order of the inputs.
 
@@ -198,11 +185,10 @@ def run_layer(
       The outputs, or `(carry, outputs)`, as the stock layer has it.
     """
     _check_carry(carry)
-    lengths = _check_lengths(call, layout)
-    valid = _time_first("valid", call.valid, layout, call, timed=True)
-    resets = _time_first("resets", call.resets, layout, call, timed=True)
-    ids = _time_first("sequence_ids", call.sequence_ids, layout, call, timed=resets is not None)
-    reset_carry = call.reset_carry
+    lengths = _check_lengths(seq_lengths, layout)
+    valid = _time_first("valid", valid, layout, settings, timed=True)
+    resets = _time_first("resets", resets, layout, settings, timed=True)
+    ids = _time_first("sequence_ids", sequence_ids, layout, settings, timed=resets is not None)
     if reset_carry is None and resets is not None:
         reset_carry = make_carry()
     # The output is then a pair, and noise belongs to its first part.
@@ -222,16 +208,19 @@ def run_layer(
             resets=resets,
             reset_carry=reset_carry,
             sequence_ids=ids,
-            start=0 if call.start is None else call.start,
-            **call.scan._asdict(),
+            start=0 if start is None else start,
+            reverse=settings.reverse,
+            unroll=settings.unroll,
+            checkpoint_every=settings.checkpoint_every,
+            parallel=settings.parallel,
         )
     if collect is not None:
         ys, others = ys
         collect(others)
-    if call.scan.reverse and not call.keep_order:
+    if settings.reverse and not settings.keep_order:
         ys = jax.tree.map(lambda y: _flip(y, lengths), ys)
     ys = jax.tree.map(lambda y: jnp.moveaxis(y, 0, layout.time_axis), ys)
-    return (carry, ys) if call.return_carry else ys
+    return (carry, ys) if settings.return_carry else ys
 
 
 def _flip(y: jax.Array, lengths: jax.Array | None) -> jax.Array:
@@ -296,17 +285,17 @@ def _check_carry(carry: PyTree) -> None:
         raise TypeError("initial_carry is a DropoutCarry: give initial_carry=carry.cell_carry.")
 
 
-def _check_lengths(call: Call, layout: Layout) -> jax.Array | None:
-    if call.seq_lengths is None:
+def _check_lengths(seq_lengths: Any, layout: Layout) -> jax.Array | None:
+    if seq_lengths is None:
         return None
-    lengths = check_lengths(call.seq_lengths, layout.steps)
+    lengths = check_lengths(seq_lengths, layout.steps)
     if lengths.shape != layout.batch:
         wanted = f"the batch dims of the inputs, {layout.batch}"
         raise ValueError(f"seq_lengths must have {wanted}, got shape {lengths.shape}.")
     return lengths
 
 
-def _time_first(name: str, value: Any, layout: Layout, call: Call, *, timed: bool) -> Any:
+def _time_first(name: str, value: Any, layout: Layout, settings: Settings, *, timed: bool) -> Any:
     """Checks bools or ids of a shape like the inputs', and puts time first, as the core has it."""
     if value is None:
         return None
@@ -320,7 +309,7 @@ def _time_first(name: str, value: Any, layout: Layout, call: Call, *, timed: boo
     if value.shape != expected:
         dims = "*batch"
         if timed:
-            dims = "time, *batch" if call.time_major else "*batch, time"
+            dims = "time, *batch" if settings.time_major else "*batch, time"
         case = f" {'with' if timed else 'without'} resets" if name == "sequence_ids" else ""
         wanted = f"[{dims}], as the inputs have it: {expected}"
         raise ValueError(f"{name}{case} must be {wanted}, got shape {value.shape}.")

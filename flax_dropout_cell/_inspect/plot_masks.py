@@ -203,7 +203,7 @@ def draw_strips(
 
 
 def _batch_ndim(x: PyTree, carry: PyTree) -> int:
-    """How many dims the inputs and the carry have in common, their last ones aside."""
+    """The number of leading dims that the inputs and the carry share, without their last."""
     shapes = [np.shape(leaf)[:-1] for leaf in jax.tree.leaves((x, carry)) if np.ndim(leaf)]
     common = itertools.takewhile(lambda sizes: len(set(sizes)) == 1, zip(*shapes, strict=False))
     return len(list(common))

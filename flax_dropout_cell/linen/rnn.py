@@ -7,7 +7,7 @@ import jax
 
 from .._flax.initial_carry import naming_carry
 from .._flax.layer import (
-    Call,
+    Settings,
     check_one_step,
     describe_layer,
     needs_key,
@@ -148,16 +148,21 @@ class RNN(nn.Module):
           TypeError: if `rng` is not a key, a dtype does not fit, or the cell draws or writes at
             each step.
         """
-        arguments = locals()  # before any other name is bound here
         if self.scope is None:
             raise ValueError(
                 "RNN was called without its weights: write rnn.apply(variables, inputs, "
                 "rngs={'dropout': key}), or call it inside another module."
             )
-        call = Call.of(self, arguments)
+        settings = Settings.of(
+            self,
+            time_major=time_major,
+            return_carry=return_carry,
+            reverse=reverse,
+            keep_order=keep_order,
+        )
         rng = as_rng(rng)
         key = dropout_key(self, rng, "RNN") if needs_key(self, deterministic) else None
-        layout = read_layout(inputs, LINEN.num_feature_axes(self.cell), call.time_major)
+        layout = read_layout(inputs, LINEN.num_feature_axes(self.cell), settings.time_major)
 
         def make_carry() -> PyTree:
             first = jax.random.key(0) if init_key is None else init_key
@@ -165,7 +170,7 @@ class RNN(nn.Module):
 
         carry = make_carry() if initial_carry is None else initial_carry
         if key is not None:
-            check_one_step(self, call, layout, initial_carry, rng)
+            check_one_step(self, start, layout, initial_carry, rng)
         if self.is_initializing():
             with naming_carry(carry, make_carry, layout.shape):
                 self.cell(carry, layout.first)  # makes the weights
@@ -179,7 +184,13 @@ class RNN(nn.Module):
             cell=cell,
             dropout=LINEN.place(self.dropout, self.cell, carry),
             make_carry=make_carry,
-            call=call,
+            settings=settings,
+            start=start,
+            seq_lengths=seq_lengths,
+            valid=valid,
+            resets=resets,
+            reset_carry=reset_carry,
+            sequence_ids=sequence_ids,
             collect=cell.put_back if cell.collects else None,
         )
 

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from .._flax.layer import (
-    Call,
+    Settings,
     check_one_step,
     describe_layer,
     needs_key,
@@ -177,10 +177,15 @@ class RNN(DropoutAttribute, nnx.Module):
           TypeError: if `rngs` is none of these, a dtype does not fit, or the cell draws or writes
             at each step.
         """
-        arguments = locals()  # before any other name is bound here
-        call = Call.of(self, arguments)
+        settings = Settings.of(
+            self,
+            time_major=time_major,
+            return_carry=return_carry,
+            reverse=reverse,
+            keep_order=keep_order,
+        )
         rngs = as_source(rngs)
-        layout = read_layout(inputs, NNX_FRAMEWORK.num_feature_axes(self.cell), call.time_major)
+        layout = read_layout(inputs, NNX_FRAMEWORK.num_feature_axes(self.cell), settings.time_major)
 
         def make_carry() -> PyTree:
             carry = self.cell.initialize_carry(layout.step_shape, carry_stream(rngs, init_key))
@@ -191,7 +196,7 @@ class RNN(DropoutAttribute, nnx.Module):
         own = self.dropout_stream
         key = dropout_key("RNN", rngs, own) if needs_key(self, deterministic) else None
         if key is not None:
-            check_one_step(self, call, layout, initial_carry, rngs)
+            check_one_step(self, start, layout, initial_carry, rngs)
         cell = NNX_FRAMEWORK.pure(self.cell)
         return run_layer(
             cell.params,
@@ -201,7 +206,13 @@ class RNN(DropoutAttribute, nnx.Module):
             cell=cell,
             dropout=NNX_FRAMEWORK.place(self.dropout, self.cell, carry),
             make_carry=make_carry,
-            call=call,
+            settings=settings,
+            start=start,
+            seq_lengths=seq_lengths,
+            valid=valid,
+            resets=resets,
+            reset_carry=reset_carry,
+            sequence_ids=sequence_ids,
         )
 
     def describe(self, inputs: Any, *, time_major: bool | None = None) -> Description:

@@ -13,8 +13,7 @@ import pytest
 import flax_dropout_cell as fdc
 from flax_dropout_cell._flax.framework import Framework
 from flax_dropout_cell._flax.layer import (
-    SETTINGS,
-    Call,
+    Settings,
     describe_layer,
     needs_key,
     read_layout,
@@ -100,8 +99,8 @@ class RNN(eqx.Module):
     parallel: bool | None = None
 
     def __call__(self, inputs: Any, *, key: Any = None, deterministic: bool | None = None) -> Any:
-        call = Call.of(self, locals())
-        layout = read_layout(inputs, 1, call.time_major)
+        settings = Settings.of(self)
+        layout = read_layout(inputs, 1, settings.time_major)
         carry, cell = EQUINOX.first_carry(self.cell, layout.step_shape), EQUINOX.pure(self.cell)
         return run_layer(
             cell.params,
@@ -111,7 +110,7 @@ class RNN(eqx.Module):
             cell=cell,
             dropout=EQUINOX.place(self.dropout, self.cell, carry),
             make_carry=lambda: carry,
-            call=call,
+            settings=settings,
         )
 
 
@@ -152,12 +151,12 @@ def test_a_layer_that_lacks_a_setting_is_not_taken_for_one_that_sets_none() -> N
         unroll, checkpoint_every = 1, None
 
     with pytest.raises(AttributeError, match="parallel"):
-        Call.of(Lacking(), {})
+        Settings.of(Lacking())
 
 
 @pytest.mark.parametrize("layer_class", [fdc.linen.RNN, fdc.nnx.RNN])
 def test_every_setting_of_a_layer_is_read_from_it(layer_class: Any) -> None:
-    """One that `SETTINGS` lacks would silently have no effect."""
+    """One that `Settings` lacks would silently have no effect."""
     named = set(inspect.signature(layer_class.__init__).parameters)
     others = {"self", "cell", "dropout", "deterministic", "rngs", "parent", "name"}
-    assert named - others == SETTINGS
+    assert named - others == {*Settings._fields}
