@@ -12,7 +12,8 @@ from .._flax.compat import copy_into
 from .._flax.framework import Framework
 from .._spec.recurrent_dropout import PyTree
 from .cells import GRUCell, LSTMCell
-from .functional import LinenPureCell, parts_of
+from .pure_cell import LinenPureCell
+from .submodules import parts_of
 from .weights import run_on, weights_of
 
 

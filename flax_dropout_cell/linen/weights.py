@@ -5,7 +5,6 @@ Their weights are in scopes of their own. In the tree they are under the name of
 holds them, as if the cell had made them itself.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from jax.tree_util import tree_leaves_with_path
 
 from .._flax.wrapper import CellWrapper
 from .._spec.recurrent_dropout import PyTree
+from .submodules import fields_of
 
 Path = tuple[str, ...]
 
@@ -83,18 +83,9 @@ def _scopes(module: nn.Module, path: Path, seen: set[int]) -> Iterator[tuple[Pat
         return
     seen.add(id(module))
     yield path, module.scope
-    for field in dataclasses.fields(module):
-        if field.name in ("parent", "name") or not field.init:
-            continue
-        leaves = tree_leaves_with_path(
-            getattr(module, field.name), is_leaf=lambda node: isinstance(node, nn.Module)
-        )
-        for keys, value in leaves:
-            if isinstance(value, nn.Module):
-                # A wrapper adds no name to the path: it shares the scope of the cell that it holds.
-                adds_no_name = isinstance(module, CellWrapper)
-                name = () if adds_no_name else ("_".join((field.name, *_names(keys))),)
-                yield from _scopes(value, path + name, seen)
+    for name, part in fields_of(module):
+        # A wrapper adds no name to the path: it shares the scope of the cell that it holds.
+        yield from _scopes(part, path if isinstance(module, CellWrapper) else (*path, name), seen)
 
 
 def _outermost(found: list[tuple[Path, Scope]]) -> list[tuple[Path, Scope]]:

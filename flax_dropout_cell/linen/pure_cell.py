@@ -1,17 +1,16 @@
 """A linen cell as a function of its weights."""
 
-import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import errors, serialization, traverse_util
+from flax import errors
 from flax.core import unfreeze
 
 from .._flax.compat import copy_into, has_drawn, scope_at
 from .._flax.layer import refuse_state
 from .._spec.recurrent_dropout import PyTree
+from .submodules import fields_of
 
 
 class LinenPureCell:
@@ -101,7 +100,7 @@ def _variables(module: nn.Module, seen: dict[int, None]) -> dict[str, Any]:
     keeps its variables there, and is found under its field's name once it is unbound.
     """
     found = {name: dict(tree) for name, tree in module.variables.items()}
-    for name, part in _fields(module):
+    for name, part in fields_of(module):
         if id(part) in seen or part.scope is None or module.scope is None:
             continue
         seen[id(part)] = None
@@ -112,25 +111,3 @@ def _variables(module: nn.Module, seen: dict[int, None]) -> dict[str, Any]:
             if tree:
                 found.setdefault(collection, {})[name] = tree
     return found
-
-
-def _fields(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in a module's fields, with the names that Flax gives them there."""
-    for field in dataclasses.fields(module):
-        if field.name in ("parent", "name"):
-            continue
-        tree = serialization.to_state_dict(getattr(module, field.name, None))
-        if not isinstance(tree, dict):
-            flat = {(): tree}
-        else:
-            flat = traverse_util.flatten_dict(tree)
-        for path, part in flat.items():
-            if isinstance(part, nn.Module):
-                yield "_".join([field.name, *path]), part
-
-
-def parts_of(module: nn.Module) -> Iterator[nn.Module]:
-    """A module, and all that it holds in its fields."""
-    yield module
-    for _, part in _fields(module):
-        yield from parts_of(part)
