@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._inspect.describe import Description, describe
-from .._inspect.plot_masks import plot_masks
+from .._inspect.plot_masks import draw_strips, plot_strips
 from .._messages import short_tree_repr
 from .._sequence.dropout_scan import at_a_step, dropout_scan
 from .._sequence.padding import check_lengths
@@ -248,12 +248,26 @@ def plot_layer(
     inputs: Any,
     rng: jax.Array,
     time_major: bool | None,
-    **options: Any,
+    *,
+    start: int,
+    row: int,
+    max_units: int,
+    ax: Any,
 ) -> Any:
     """`fdc.plot_masks` for the cell of a layer, which needs no weights."""
     traced = _trace_layer(layer, framework, inputs, time_major)
-    options |= {"cell": traced.cell, "dropout": traced.dropout}
-    return plot_masks(traced.params, traced.carry, traced.xs, rng, **options)
+    strips = draw_strips(
+        traced.params,
+        traced.carry,
+        traced.xs,
+        rng,
+        cell=traced.cell,
+        dropout=traced.dropout,
+        start=start,
+        row=row,
+        batch_ndim=traced.batch_ndim,
+    )
+    return plot_strips(strips, start=start, max_units=max_units, ax=ax)
 
 
 class _Traced(NamedTuple):
@@ -264,6 +278,7 @@ class _Traced(NamedTuple):
     xs: PyTree
     cell: Callable[..., Any]
     dropout: RecurrentDropout
+    batch_ndim: int
 
 
 def _trace_layer(layer: Any, framework: Framework, inputs: Any, time_major: bool | None) -> _Traced:
@@ -277,7 +292,9 @@ def _trace_layer(layer: Any, framework: Framework, inputs: Any, time_major: bool
     carry = framework.carry_shapes(cell, jax.tree.map(lambda leaf: leaf.shape[1:], xs))
     params = framework.params_shapes(cell, carry, at_a_step(xs))
     dropout = framework.place(layer.dropout, cell, carry)
-    return _Traced(params, carry, xs, framework.traceable(cell), dropout)
+    batch_ndim = max(leaf.ndim for leaf in jax.tree.leaves(xs)) - 1
+    batch_ndim -= framework.num_feature_axes(cell)
+    return _Traced(params, carry, xs, framework.traceable(cell), dropout, batch_ndim)
 
 
 def _check_carry(carry: PyTree) -> None:

@@ -107,13 +107,20 @@ def plot_masks(
       >>> [axes.get_title(loc="left") for axes in figure.axes]
       ['input: Dropout(keep_prob=0.5)', 'output: Dropout(keep_prob=0.5)']
     """
+    strips = draw_strips(params, carry, xs, rng, cell=cell, dropout=dropout, start=start, row=row)
+    return plot_strips(strips, start=start, max_units=max_units, ax=ax)
+
+
+def plot_strips(
+    strips: Strips, *, start: int, max_units: int, ax: "Axes | Sequence[Axes] | None"
+) -> "Figure":
+    """Plots strips below each other, in a new figure or in the axes given."""
     # matplotlib is an extra: only this function needs it.
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         install = "pip install 'flax_dropout_cell[plots]'"
         raise ImportError(f"plot_masks needs matplotlib: {install}.") from None
-    strips = draw_strips(params, carry, xs, rng, cell=cell, dropout=dropout, start=start, row=row)
     if not strips:
         raise ValueError("dropout has no noise that draws, so there are no masks to plot.")
     figure = _figure(strips, max_units) if ax is None else None
@@ -180,8 +187,12 @@ def draw_strips(
     dropout: RecurrentDropout,
     start: int,
     row: int,
+    batch_ndim: int | None = None,
 ) -> Strips:
-    """The masks of one row over time, by the paths of the arrays that they disturb."""
+    """The masks of one row over time, by the paths of the arrays that they disturb.
+
+    Without `batch_ndim`, the batch is the dims that the inputs and the carry share.
+    """
     check_dropout(dropout)
     key = as_rng(rng)
     if key is None:
@@ -192,7 +203,7 @@ def draw_strips(
     x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], dtype_of(leaf)), xs)
     y, inside = trace_cell(cell, params, carry, x, inside_names(dropout))
     values = SiteValues(params=params, input=x, state=carry, output=y, inside=inside)
-    batch_ndim = _batch_ndim(x, carry)
+    batch_ndim = _batch_ndim(x, carry) if batch_ndim is None else batch_ndim
     strips: Strips = {}
     for site in sites_of(dropout):
         if active_noises(site.of(dropout)):

@@ -1,5 +1,6 @@
 """`RNN`: a linen cell over whole sequences, under recurrent dropout."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -24,6 +25,7 @@ from .framework import LINEN
 from .streams import dropout_key
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -228,6 +230,7 @@ class RNN(nn.Module):
         row: int = 0,
         max_units: int = 32,
         time_major: bool | None = None,
+        ax: "Axes | Sequence[Axes] | None" = None,
     ) -> "Figure":
         """Plots which units one row of a batch keeps and drops over time, as `fdc.plot_masks`.
 
@@ -238,10 +241,10 @@ class RNN(nn.Module):
           row: which row of the batch, counted through all batch dims.
           max_units: how many units of each array are shown.
           time_major: see the layer.
+          ax: the matplotlib axes to draw in, one for each array; a new figure by default.
 
         Returns:
           A matplotlib figure.
         """
-        return plot_layer(
-            self, LINEN, inputs, rng, time_major, start=start, row=row, max_units=max_units
-        )
+        options: dict[str, Any] = {"start": start, "row": row, "max_units": max_units, "ax": ax}
+        return plot_layer(self, LINEN, inputs, rng, time_major, **options)

@@ -2,6 +2,7 @@
 
 import builtins
 import importlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -318,3 +319,29 @@ def test_a_linear_recurrence_that_is_left_alone_is_told_apart() -> None:
         for parallel in (True, False)
     )
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+@pytest.mark.parametrize("host", ["linen", "nnx"])
+def test_a_layer_plots_all_pixels_of_an_example(host: str) -> None:
+    """It knows the cell's feature axes, so a row is an example of the batch."""
+    xs, spec = jnp.ones((2, STEPS, 3, 4, 5)), fdc.RecurrentDropout(input=FRESH)
+    if host == "linen":
+        layer: Any = fdc.linen.RNN(nn.ConvLSTMCell(2, (2, 2)), spec)
+    else:
+        cell = nnx.OptimizedLSTMCell(5, 2, rngs=nnx.Rngs(0))
+        layer, xs = fdc.nnx.RNN(cell, spec), xs[:, :, 0, 0]
+    size = math.prod(xs.shape[2:])
+    grid = [Figure().subplots()]
+    figure = layer.plot_masks(xs, KEY, row=1, max_units=100, ax=grid)
+    assert figure is grid[0].figure
+    shown = np.asarray(grid[0].images[0].get_array())
+    masks = [
+        FRESH.draw_mask(leaf_key, (2, *xs.shape[2:]), "float32")[1].ravel()
+        for leaf_key in jax.vmap(
+            lambda t: jax.random.fold_in(jax.random.fold_in(KEY, t), np.uint32(2**31 + 2**28))
+        )(jnp.arange(STEPS))
+    ]
+    assert shown.shape == (size, STEPS)
+    np.testing.assert_array_equal(shown.astype(bool), np.stack(masks, 1))
+    with pytest.raises(ValueError, match="row must be one of the 2 rows at input, got 2"):
+        layer.plot_masks(xs, KEY, row=2)
