@@ -183,7 +183,7 @@ def summarize(report: dict[str, Any]) -> dict[tuple[str, str], Summary]:
 
 def format_table(report: dict[str, Any]) -> str:
     """A row for each model: its means over the seeds."""
-    bands = " | ".join(f"{level:.0%} band".replace("%", " %") for level in LEVELS)
+    bands = " | ".join(f"{level:.0%} band" for level in LEVELS)
     lines = [
         f"| cell | scheme | {bands} | log-likelihood | RMSE | CRPS |",
         "|---" * (len(LEVELS) + 5) + "|",
