@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from .._flax.call import call_or_default
 from .._flax.carry import DropoutCarry
 from .._flax.compat import static
 from .._flax.wrapper import CellWrapper
@@ -122,9 +123,11 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         """
         inputs = jax.tree.map(shape_of, inputs)
         cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
-        # In evaluation nothing is drawn, so the stream is not counted on.
-        draws = rngs is not None and not self._evaluates(cell_carry, deterministic)
-        rng = self._key(rngs, None) if draws else None
+        # In evaluation nothing is drawn, so the stream is not counted on. A wrapper inside may
+        # train even if this one does not.
+        wrappers = (node for node in _chain(self) if isinstance(node, Wrapper))
+        trains = any(not call_or_default(deterministic, node.deterministic) for node in wrappers)
+        rng = self._key(rngs, None) if rngs is not None and trains else None
         if isinstance(self.cell, Wrapper):
             inner = None if rng is None else cell_rng(rng)
             cell_carry = self.cell.redraw_masks(

@@ -314,10 +314,8 @@ def test_a_linear_recurrence_that_is_left_alone_is_told_apart() -> None:
     spec = fdc.RecurrentDropout()
     described = fdc.describe(None, h, xs[0], cell=cell, dropout=spec)
     assert described.is_linear and "custom_vjp" in repr(described)
-    got, wanted = (
-        fdc.dropout_scan(None, h, xs, None, cell=cell, dropout=spec, parallel=parallel)
-        for parallel in (True, False)
-    )
+    got = fdc.dropout_scan(None, h, xs, None, cell=cell, dropout=spec, parallel=True)
+    wanted = jax.lax.scan(lambda h, x: cell(None, h, x), h, xs)
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 

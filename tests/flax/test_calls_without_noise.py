@@ -142,6 +142,26 @@ class TestDeterministicAtTheCall:
         cell.redraw_masks(h, X[:, 0], rngs=rngs)
         assert rngs.dropout.count[...] == 1
 
+    @pytest.mark.parametrize("framework", ["linen", "nnx"])
+    @pytest.mark.parametrize("outer", ["evaluates", "has no noise"])
+    def test_an_inner_wrapper_draws_from_the_key_of_redraw_masks(self, framework, outer) -> None:
+        """Its own stream would give other masks, and count on."""
+        spec, h, x = fdc.RecurrentDropout(input=NOISE), jnp.zeros((2, 4)), X[:, 0]
+        of_outer = spec if outer == "evaluates" else fdc.RecurrentDropout()
+        if framework == "linen":
+            cell: Any = fdc.linen.DropoutCell(nn.GRUCell(4), spec)
+            cell = fdc.linen.DropoutCell(cell, of_outer, deterministic=outer == "evaluates")
+            carry = cell.redraw_masks(h, x, rng=jax.random.key(7))
+        else:
+            inner = fdc.nnx.DropoutCell(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), spec, rngs=nnx.Rngs(5))
+            cell = fdc.nnx.DropoutCell(inner, of_outer, outer == "evaluates")
+            carry = cell.redraw_masks(h, x, rngs=jax.random.key(7))
+        # The key for a wrapper's cell, and then that of its input, whose leaf is the first.
+        of_cell = jax.random.fold_in(jax.random.key(7), np.uint32(2**32 - 1))
+        key = jax.random.fold_in(of_cell, np.uint32(2**31 + 2**28))
+        wanted = NOISE.draw_mask(key, x.shape, x.dtype)
+        np.testing.assert_array_equal(carry.cell_carry.masks.input, wanted)
+
     def test_evaluation_keeps_the_masks_in_the_carry(self) -> None:
         cell: Any = fdc.nnx.RNNCellDropoutWrapper(
             nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), 0.5, variational_recurrent=True, rngs=nnx.Rngs(1)
