@@ -112,8 +112,18 @@ def load_chorales(data: Path | None) -> Task:
 
     names = ("traindata", "validdata", "testdata")
     source = "JSB Chorales, Boulanger-Lewandowski's split"
-    config = {"units": 300, "epochs": 150, "learning_rate": 1e-2}
-    return Task(tuple(map(split, names)), 88, nlls, all_steps, True, "step", source, config)
+    return Task(
+        splits=tuple(map(split, names)),
+        outputs=88,
+        nlls=nlls,
+        weights=all_steps,
+        drops_inputs=True,
+        unit="step",
+        source=source,
+        config={"units": 300, "epochs": 150, "learning_rate": 1e-2},
+        # Without dropout, its validation loss is 8.26 at a quarter of the rate, 8.37 at twice.
+        rate_of={"min_gru": 0.25},
+    )
 
 
 def load_digits(data: Path | None) -> Task:

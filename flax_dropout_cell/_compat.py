@@ -22,6 +22,7 @@ except ImportError:  # before JAX 0.8
 
 IS_BEFORE_0_8 = jax.__version_info__ < (0, 8)
 IS_BEFORE_0_12 = jax.__version_info__ < (0, 12)
+_HAS_PCAST = hasattr(jax.lax, "pcast")  # JAX 0.7 and 0.8.0 call it pvary
 
 
 def is_traced(value: Any) -> bool:
@@ -66,10 +67,16 @@ def vary_over(value: jax.Array, axes: frozenset[str]) -> jax.Array:
     missing = tuple(sorted(axes - varying_axes(jax.typeof(value))))
     if not missing:
         return value
-    if hasattr(jax.lax, "pcast"):
+    if _HAS_PCAST:
         return jax.lax.pcast(value, missing, to="varying")
-    # JAX 0.7 and 0.8.0
     return jax.lax.pvary(value, missing)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def how_to_vary(name: str, axes: str) -> str:
+    """The code with which a user does `vary_over`, for an error message."""
+    if _HAS_PCAST:
+        return f"jax.lax.pcast({name}, {axes}, to='varying')"
+    return f"jax.lax.pvary({name}, {axes})"
 
 
 def jaxpr_of(equation: Any, debug_info: Any) -> Jaxpr:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._compat import varying_axes
+from .._compat import how_to_vary, varying_axes
 from .._random.keys import as_rng, fold_in, is_threefry, leaf_rng
 from .._sharding import draw_like
 from .._spec.match_leaves import Leaf, match_leaves
@@ -212,7 +212,7 @@ def _check_shards_differ(site: Site, leaf: Any, rng: jax.Array, rows: Rows | Non
             f"the key does not, so all shards would draw the same mask. Write "
             f"rng = jax.random.fold_in(rng, jax.lax.axis_index({axes})), or give sequence_ids=, "
             f"the numbers of the rows in the whole batch. If the values are in fact equal on all "
-            f"of them, write rng = jax.lax.pcast(rng, {axes}, to='varying')."
+            f"of them, write rng = {how_to_vary('rng', axes)}."
         )
 
 
