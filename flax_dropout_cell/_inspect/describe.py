@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._hoist.scan import ScanExplanation, explain_traced, say_plain
-from .._hoist.traced_scan import trace_scan
+from .._hoist.traced_scan import Step, trace_scan
 from .._spec.match_leaves import match_leaves
 from .._spec.prefixes import dtype_of, shape_of
 from .._spec.recurrent_dropout import (
@@ -24,7 +24,8 @@ from .._spec.recurrent_dropout import (
 from .._spec.state_noise import resolve_state_noise
 from .._step.call_cell import Cell, call_cell, eval_shape, sites_of_cell, trace_cell
 from .._step.checks import check_dropout
-from .._step.draw_masks import draw_site, inside_names
+from .._step.draw_masks import draw_masks, draw_site, inside_names
+from .._step.dropout_cell import dropout_cell
 from ..cells.known import family_of
 from ..noises.protocol import Noise, is_array, needs_previous
 
@@ -63,11 +64,11 @@ class Description:
       places: the arrays that have noise.
       undisturbed: the arrays around the cell that have none.
       free_sites: the sites inside the cell that have none.
-      plain: why `dropout_scan` runs the cell in `jax.lax.scan` as it is, or None. See
-        `explain_scan`.
+      plain: why `dropout_scan` runs the cell and its noise in `jax.lax.scan` as they are, or
+        None. See `explain_scan`.
       before: the cell's equations that run before the loop, for all steps at once.
       after: those that run after it.
-      is_linear: whether the cell's carry is a linear recurrence.
+      is_linear: whether the carry is a linear recurrence, with its noise.
     """
 
     places: tuple[Place, ...]
@@ -147,34 +148,49 @@ def describe(
         undisturbed += others
     # A second trace, in which no site has noise: the cell names all of its sites in it.
     free = set(sites_of_cell(cell, params, carry, x)).difference(inside)
-    scan = _explain(cell, params, carry, x)
+    bare, disturbed_scan = _explain(params, carry, x, cell, dropout)
+    is_cut = disturbed_scan.plain is None
     return Description(
         tuple(places),
         tuple(undisturbed),
         tuple(sorted(free)),
-        scan.plain,
-        scan.before,
-        scan.outputs,
-        scan.obstacle is None,
+        disturbed_scan.plain,
+        bare.before if is_cut else (),
+        bare.outputs if is_cut else (),
+        disturbed_scan.obstacle is None,
     )
 
 
-def _explain(cell: Cell, params: PyTree, carry: PyTree, x: PyTree) -> ScanExplanation:
-    """Explains the scan over the cell without noise."""
+def _explain(
+    params: PyTree, carry: PyTree, x: PyTree, cell: Cell, dropout: RecurrentDropout
+) -> tuple[ScanExplanation, ScanExplanation]:
+    """Explains the scan over the cell without noise, and with it."""
+    options: dict[str, Any] = {"cell": cell, "dropout": dropout}
     explained: list[ScanExplanation] = []
 
     def run(params: PyTree, carry: PyTree, x: PyTree) -> None:
-        one_step = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x)
-        step = functools.partial(call_cell, cell, params)
-        traced = trace_scan(step, carry, one_step, length=1)
-        explained.append(
-            ScanExplanation(traced, obstacle=traced)
-            if isinstance(traced, str)
-            else explain_traced(traced, carry)
-        )
+        rng = jax.random.key(0)  # any key will do: nothing is drawn
+        masks = draw_masks(params, carry, x, rng, **options)
+
+        def disturbed(carry: PyTree, at: tuple[jax.Array, PyTree]) -> tuple[PyTree, PyTree]:
+            step, x = at
+            return dropout_cell(params, carry, x, rng, step=step, masks=masks, **options)
+
+        xs = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x)
+        steps = jnp.zeros(1, jnp.uint32)
+        explained.append(_explain_step(functools.partial(call_cell, cell, params), carry, xs))
+        explained.append(_explain_step(disturbed, carry, (steps, xs)))
 
     eval_shape(run, params, carry, x)
-    return explained[0]
+    bare, with_noise = explained
+    return bare, with_noise
+
+
+def _explain_step(step: Step, carry: PyTree, xs: PyTree) -> ScanExplanation:
+    traced = trace_scan(step, carry, xs, length=1)
+    if isinstance(traced, str):
+        return ScanExplanation(traced, obstacle=traced)
+    return explain_traced(traced, carry)
 
 
 def _look_at(site: Site, dropout: RecurrentDropout, value: PyTree) -> tuple[list[Place], list[str]]:

@@ -1,6 +1,5 @@
 """`dropout_scan`: a whole sequence under dropout, as one `jax.lax.scan`."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ from .._spec.recurrent_dropout import (
     PyTree,
     RecurrentDropout,
     SiteValues,
-    draws_once,
     fill_in,
     sites_of,
 )
@@ -276,8 +274,8 @@ def _draw(
 ) -> _Drawn:
     """Draws the masks that a scan has before its loop, as far as the caller does not bring them."""
     if rng is None:  # this is evaluation, or all masks are the caller's
-        if plan.sequences is not None and brought is not None and _draws_for_rows(dropout):
-            raise ValueError("a reset draws new variational masks, so it needs rng; got rng=None.")
+        if plan.sequences is not None and brought is not None:
+            _check_resets_draw_nothing(values_of(dropout), dropout, plan.first_rows)
         return _Drawn(brought, None, None)
     rows, values = plan.first_ids, values_of(dropout)
     own = draw_sites(dropout, values, rng, rows, brought=brought)
@@ -318,9 +316,14 @@ def at_a_step(xs: PyTree) -> PyTree:
     return jax.tree.map(type_at_a_step, xs)
 
 
-def _draws_for_rows(dropout: RecurrentDropout) -> bool:
-    """Whether rows have variational masks; masks of weights do not count."""
-    return draws_once(dataclasses.replace(dropout, params=None))
+def _check_resets_draw_nothing(values: SiteValues, dropout: RecurrentDropout, rows: Rows) -> None:
+    """Raises if rows have variational masks of their own, which a reset would draw anew."""
+
+    def draw(rng: jax.Array) -> Masks:
+        return draw_sites(dropout, values, rng, rows, per_row_only=True)
+
+    if jax.tree.leaves(jax.eval_shape(draw, jax.random.key(0))):  # any key will do
+        raise ValueError("a reset draws new variational masks, so it needs rng; got rng=None.")
 
 
 def count_steps(xs: PyTree) -> int:

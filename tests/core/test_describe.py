@@ -1,6 +1,7 @@
 """The table and the picture of a spec agree with the masks, value by value."""
 
 import builtins
+import dataclasses
 import importlib
 import math
 import sys
@@ -343,3 +344,53 @@ def test_a_layer_plots_all_pixels_of_an_example(host: str) -> None:
     np.testing.assert_array_equal(shown.astype(bool), np.stack(masks, 1))
     with pytest.raises(ValueError, match="row must be one of the 2 rows at input, got 2"):
         layer.plot_masks(xs, KEY, row=2)
+
+
+def host_of_linear(host: str, spec: fdc.RecurrentDropout) -> tuple[Any, Any]:
+    """A linear recurrence: its description, and its run in parallel, as a function."""
+    xs, rng = jnp.ones((ROWS, STEPS, 4)), jax.random.key(3)
+    if host == "core":
+        params, h = fdc.init_min_gru(jax.random.key(0), 4, UNITS), jnp.zeros((ROWS, UNITS))
+        options: Any = {"cell": fdc.min_gru_cell, "dropout": spec}
+
+        def run() -> Any:
+            time_first = xs.swapaxes(0, 1)
+            return fdc.dropout_scan(params, h, time_first, rng, parallel=True, **options)
+
+        return fdc.describe(params, h, xs[:, 0], **options), run
+    if host == "linen":
+        layer: Any = fdc.linen.RNN(fdc.linen.MinGRUCell(UNITS), spec, parallel=True)
+        return layer.describe(xs), lambda: layer.init_with_output(rng, xs, rng=rng)
+    cell = fdc.nnx.MinGRUCell(4, UNITS, rngs=nnx.Rngs(0))
+    layer = fdc.nnx.RNN(cell, spec, parallel=True)
+    return layer.describe(xs), lambda: layer(xs, rngs=nnx.Rngs(rng))
+
+
+@pytest.mark.parametrize("host", ["core", "linen", "nnx"])
+def test_it_tells_of_the_noise_in_the_scan(host: str) -> None:
+    """A noise alone can take the scan's parts from it, or the linear recurrence."""
+
+    @fdc.register_noise
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Clipped(fdc.Dropout):
+        def apply(self, mask: Any, value: Any, previous: Any = None) -> Any:
+            return clip_gradient(super().apply(mask, value, previous))
+
+    @fdc.register_noise
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Squashed(fdc.Dropout):
+        def apply(self, mask: Any, value: Any, previous: Any = None) -> Any:
+            return super().apply(mask, jnp.tanh(value), previous)
+
+    described, run = host_of_linear(host, fdc.RecurrentDropout(output=FRESH))
+    assert described.plain is None and described.is_linear
+    run()
+
+    described, _ = host_of_linear(host, fdc.RecurrentDropout(output=Clipped(keep_prob=0.5)))
+    assert "custom_vjp" in described.plain and described.before == described.after == ()
+
+    squashed = Squashed(keep_prob=0.5, scale=False)
+    described, run = host_of_linear(host, fdc.RecurrentDropout(inside={"hidden": squashed}))
+    assert described.plain is None and not described.is_linear
+    with pytest.raises(ValueError, match="tanh"):
+        run()

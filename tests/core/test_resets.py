@@ -256,6 +256,24 @@ def test_masks_that_rows_share_belong_to_the_whole_call() -> None:
     )
 
 
+@pytest.mark.parametrize("site", ["inside", "params"])
+def test_shared_masks_that_are_brought_need_no_key(site) -> None:
+    """A reset draws none of them anew."""
+    shared = fdc.Dropout(keep_prob=0.7, variational=True, broadcast_dims=(0,))
+    spec = fdc.RecurrentDropout(**{site: {"inside": {"a": shared}, "params": shared}[site]})
+    options: Any = {"cell": cell, "dropout": spec, "resets": RESETS}
+    masks = fdc.draw_masks(
+        PARAMS, first_carry(), XS[0], jax.random.key(9), cell=cell, dropout=spec
+    )
+    got = fdc.dropout_scan(PARAMS, first_carry(), XS, None, masks=masks, **options)
+    assert_same(got, scan(spec, rng=jax.random.key(9), resets=RESETS))
+    per_row = dataclasses.replace(spec, output=NOISES["variational"])
+    with pytest.raises(ValueError, match="so it needs rng"):
+        fdc.dropout_scan(
+            PARAMS, first_carry(), XS, None, masks=masks, **options | {"dropout": per_row}
+        )
+
+
 @noises
 def test_evaluation_resets_the_carry(noise) -> None:
     _, ys = fdc.dropout_scan(
@@ -274,7 +292,8 @@ def test_with_lengths(noise) -> None:
         valid, padding = (slice(length), row), (slice(length, None), row)
         assert_close(cut(ys, valid), cut(whole, valid), rtol=2e-5)
         assert not any(leaf.any() for leaf in jax.tree.leaves(cut(ys, padding)))
-    assert jnp.isfinite(carry["h"]).all()
+        last, _ = scan(noise, XS[:length], resets=RESETS[:length])
+        assert_close(cut(carry, row), cut(last, row), rtol=2e-5)
 
 
 def primitives(jaxpr, inside=()):
