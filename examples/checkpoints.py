@@ -1,4 +1,6 @@
-"""Checkpoints of a training: killed at any moment and started again, it goes on from the last one.
+"""Checkpoints for training runs.
+
+A run that is killed at any moment resumes from the last one when it is started again.
 
     checkpoints = open_checkpoints(folder, settings, every=100)
     state = checkpoints.restore(state)
@@ -34,17 +36,17 @@ State = TypeVar("State")
 
 
 class CheckpointError(Exception):
-    """The folder cannot be used, or its checkpoints are another training's; one line says why."""
+    """The folder cannot be used, or its checkpoints are of another run; one line says why."""
 
 
 class Checkpoints(NamedTuple):
-    """The checkpoints of one training.
+    """The checkpoints of one training run.
 
     Attributes:
       manager: Orbax's, of the folder where they are.
-      settings: all that decides the training's numbers, for JSON.
+      settings: all that decides the run's numbers, for JSON.
       every: how many steps there are from one checkpoint to the next.
-      newest: the step to go on from; None for the beginning.
+      newest: the step to resume from; None for the beginning.
     """
 
     manager: ocp.CheckpointManager
@@ -53,7 +55,7 @@ class Checkpoints(NamedTuple):
     newest: int | None
 
     def restore(self, state: State) -> State:
-        """The state to go on from, sharded as the one given; at the beginning, the one given."""
+        """The state to resume from, sharded as the one given; at the beginning, the one given."""
         if self.newest is None:
             return state
         target = ocp.checkpoint_utils.construct_restore_args(state)
@@ -91,17 +93,17 @@ class Checkpoints(NamedTuple):
 
 
 def committed_as(given: jax.Array, restored: jax.Array) -> jax.Array:
-    """Restored arrays are committed to devices. Where the given one was not, its copy is not.
+    """Restored arrays are committed to devices; if the given array was not, its copy is not either.
 
-    Otherwise a training that goes on would compile its programs anew, cached or not.
+    Otherwise a run that resumes would compile its programs anew, cached or not.
     """
     return restored if given.committed else jnp.asarray(np.asarray(restored))
 
 
 def open_checkpoints(folder: Path, settings: Mapping[str, Any], every: int) -> Checkpoints:
-    """Finds the checkpoint to go on from, and says on stderr which it is and which it is not.
+    """Finds the checkpoint to resume from; prints it, and those that it skips, on stderr.
 
-    What is damaged is renamed to `STEP.damaged`, so that its step can be saved again.
+    A damaged checkpoint is renamed to `STEP.damaged`, so that its step can be saved again.
 
     Raises:
       CheckpointError: the folder cannot be written to, or it is from other settings.
@@ -112,7 +114,7 @@ def open_checkpoints(folder: Path, settings: Mapping[str, Any], every: int) -> C
     except OSError as error:
         message = f"--checkpoint must be a folder to write to, got {folder}: {error.strerror}"
         raise CheckpointError(message) from None
-    # Process 0 looks, and all go on from what it has found.
+    # Process 0 looks, and all resume from the one that it finds.
     newest = find_newest(folder) if jax.process_index() == 0 else None
     newest = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if newest is None else newest)))
     manager = build_manager(folder)
@@ -120,13 +122,14 @@ def open_checkpoints(folder: Path, settings: Mapping[str, Any], every: int) -> C
         return Checkpoints(manager, settings, every, None)
     args = ocp.args.Composite(settings=ocp.args.JsonRestore())
     check_settings(folder, manager.restore(newest, args=args)["settings"], settings)
-    say(f"going on from checkpoint {newest} in {folder}")
+    say(f"resuming from checkpoint {newest} in {folder}")
     return Checkpoints(manager, settings, every, newest)
 
 
 def build_manager(folder: Path) -> ocp.CheckpointManager:
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # What fails is raised, too: one line.
-    # An array is written by one process, not in pieces by all: these need more than JAX 0.7.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Failures are raised too, in one line.
+    # One process writes each array. Writing it in pieces from all processes needs a JAX newer than
+    # 0.7.
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     registry = ocp.handlers.create_default_handler_registry(
@@ -142,8 +145,8 @@ def check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any])
     if names:
         changes = ", ".join(f"{name} is {new.get(name)} and was {old.get(name)}" for name in names)
         raise CheckpointError(
-            f"{folder} has checkpoints of other settings: {changes}; "
-            f"start with what was, or with another --checkpoint"
+            f"{folder} has checkpoints of a run with other settings: {changes}; "
+            f"use the old settings, or another --checkpoint folder"
         )
 
 
@@ -168,7 +171,7 @@ def find_newest(folder: Path) -> int | None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words."""
+    """The damage to a checkpoint, in a few words; None if it is whole."""
     try:
         written, found = json.loads((folder / CHECKSUMS).read_bytes()), compute_checksums(folder)
         differing = {name for name, _ in written.items() ^ found.items()}

@@ -1,4 +1,4 @@
-"""The command line of the language model: what is trained, and what is written of it."""
+"""The command line of the language model: picks what to train, and writes the reports."""
 
 import dataclasses
 import sys
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from configs import CONFIGS, SCHEMES, Config
-from corpus import Corpus, InputError, lay_out, load_corpus, nn_jit_hash
+from corpus import Corpus, InputError, fingerprint, lay_out, load_corpus
 from evaluation import build_evaluate, build_mc_evaluate
 from flags import Parser, count, keep_prob, positive, seed
 from report import (
     Final,
     Result,
     describe_config,
-    describe_trainings,
+    describe_runs,
     format_epoch,
     format_table,
     write_curves,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from checkpoints import Checkpoints
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+MC_SCHEMES = ("variational", "untied")  # A sample keeps its masks for the whole text.
 
 
 def build_parser() -> Parser:
@@ -35,14 +36,17 @@ def build_parser() -> Parser:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the text's splits")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("results"))
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="folder to save in, and to go on from"
+        "--checkpoint", type=Path, metavar="DIR", help="folder to save in, and to resume from"
     )
     parser.add_argument(
-        "--checkpoint-every", type=count, metavar="N", default=100, help="windows to a save (100)"
+        "--checkpoint-every", type=count, metavar="N", help="windows between saves (100)"
     )
     parser.add_argument("--config", choices=CONFIGS, help="a paper's configuration, trained alone")
     parser.add_argument(
-        "--mc-samples", type=count, metavar="N", default=20, help="of --config, in the end (20)"
+        "--mc-samples",
+        type=count,
+        metavar="N",
+        help="Monte Carlo samples for the test set, with --config only (20)",
     )
     parser.add_argument("--scheme", choices=SCHEMES)
     for name, kind, text in (
@@ -50,19 +54,21 @@ def build_parser() -> Parser:
         ("hidden_size", count, "size of each LSTM"),
         ("layers", count, "how many LSTMs are stacked"),
         ("input_keep_prob", keep_prob, "share of units kept before each LSTM"),
-        ("recurrent_keep_prob", keep_prob, "share of units kept of each LSTM's h, where it reads"),
+        ("recurrent_keep_prob", keep_prob, "share of h's units kept, as the gates read it"),
         ("output_keep_prob", keep_prob, "share of units kept after the last LSTM"),
         ("vocabulary_size", count, "how many words are known, the most frequent ones"),
         ("batch_size", count, "rows that are trained side by side"),
         ("window", count, "steps of truncated backpropagation"),
         ("epochs", count, "passes over the training text"),
         ("learning_rate", positive, "of the first epochs"),
-        ("max_grad_norm", positive, "where the gradient is clipped"),
+        ("max_grad_norm", positive, "largest gradient norm, above which it is clipped"),
         ("unroll", count, "steps in one turn of an LSTM's loop; more can be faster on a GPU"),
         ("seed", seed, "of the weights and the masks"),
     ):
         flag, default = f"--{name.replace('_', '-')}", getattr(Config, name)
-        parser.add_argument(flag, type=kind, help=f"{text} ({default}, or as --config has it)")
+        parser.add_argument(
+            flag, type=kind, help=f"{text} (default: {default}, or the value of --config)"
+        )
     return parser
 
 
@@ -71,22 +77,42 @@ def open_checkpoints(
 ) -> "list[Checkpoints]":
     import checkpoints  # Not at the top: this brings Orbax, which takes half a second.
 
-    settings = dataclasses.asdict(config) | {"text": nn_jit_hash(corpus)}
+    settings = dataclasses.asdict(config) | {"text": fingerprint(corpus)}
     try:
         return [checkpoints.open_checkpoints(folder, settings, every) for folder in folders]
     except checkpoints.CheckpointError as error:
         parser.error(str(error))
 
 
+def build_config(given: dict[str, Any]) -> Config:
+    """The default configuration or that of `--config`, changed by the other flags."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    changes = {name: value for name, value in given.items() if name in names}
+    if "input_keep_prob" in changes:  # It is for the first LSTM too.
+        changes["first_keep_prob"] = None
+    return dataclasses.replace(CONFIGS.get(given.get("config", ""), Config()), **changes)
+
+
+def check_effects(parser: Parser, given: dict[str, Any], config: Config) -> None:
+    """Ends the program if a flag would have no effect."""
+    if "checkpoint_every" in given and "checkpoint" not in given:
+        parser.error("--checkpoint-every needs --checkpoint")
+    if "mc_samples" in given and not ("config" in given and config.scheme in MC_SCHEMES):
+        parser.error("--mc-samples needs a --config with variational dropout")
+    for name in given:
+        if name.endswith("keep_prob") and config.scheme == "none":
+            parser.error(f"--{name.replace('_', '-')} needs a --scheme with dropout")
+
+
 def run(train: Callable[..., Iterator[Any]], model: Callable[[Config, int], Any]) -> int:
     """The program, given how to train and how to make a model."""
     parser = build_parser()
-    arguments = vars(parser.parse_args())
-    data, out, name = (arguments.pop(key) for key in ("data", "out", "config"))
-    folder, every = arguments.pop("checkpoint"), arguments.pop("checkpoint_every")
-    samples = arguments.pop("mc_samples")
-    given = {key: value for key, value in arguments.items() if value is not None}
-    config = dataclasses.replace(CONFIGS.get(name, Config()), **given)
+    given = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
+    data, folder, name = (given.get(key) for key in ("data", "checkpoint", "config"))
+    out, every = given["out"], given.get("checkpoint_every", 100)
+    samples = given.get("mc_samples", 20)
+    config = build_config(given)
+    check_effects(parser, given, config)
     bare = dataclasses.replace(config, scheme="none")
     configs = [config] if name else [*dict.fromkeys([bare, config])]
     try:
@@ -125,7 +151,7 @@ def run(train: Callable[..., Iterator[Any]], model: Callable[[Config, int], Any]
         print("nothing, since the first epoch was not over", file=sys.stderr)
         return status
     print(format_table([*results.values()]))
-    report = describe_trainings(config, corpus, [*results.values()])
+    report = describe_runs(config, corpus, [*results.values()])
     if name and state is not None:
         final = finish(config, model(config, len(corpus.vocabulary)), corpus, state.best, samples)
         print(format_final(final))
@@ -148,7 +174,7 @@ def finish(config: Config, model: Any, corpus: Corpus, params: Any, samples: int
     )
     evaluate = build_evaluate(model, config.window)
     mc_test = None
-    if config.scheme in ("variational", "untied"):
+    if config.scheme in MC_SCHEMES:
         mc_evaluate = build_mc_evaluate(model, config.window, samples)
         rng = jax.random.fold_in(jax.random.key(config.seed), 1)
         mc_test = float(np.exp(mc_evaluate(params, test, rng)))

@@ -37,8 +37,8 @@ class Corpus(NamedTuple):
 def load_corpus(folder: Path | None, vocabulary_size: int) -> Corpus:
     """Reads the text and numbers the most frequent words of its training split.
 
-    Where that has no `<unk>` of its own, as Penn Treebank has, a word that occurs only once
-    becomes one: this is how the model learns how likely an unknown word is.
+    If the text has no `<unk>` of its own (Penn Treebank has one), each word that occurs only once
+    becomes `<unk>`, so that the model learns how likely unknown words are.
 
     Args:
       folder: holds the splits in Penn Treebank's format; None for Python's language reference.
@@ -66,8 +66,8 @@ def load_corpus(folder: Path | None, vocabulary_size: int) -> Corpus:
     return Corpus(vocabulary, train, valid, test)
 
 
-def nn_jit_hash(corpus: Corpus) -> str:
-    """Another one for another text."""
+def fingerprint(corpus: Corpus) -> str:
+    """A hash of the text, saved with checkpoints: a run does not resume on another text."""
     numbers = [words.tolist() for words in (corpus.train, corpus.valid, corpus.test)]
     return hashlib.sha256(json.dumps([corpus.vocabulary, numbers]).encode()).hexdigest()[:12]
 

@@ -8,13 +8,15 @@ and the losses are those of one device, however many there are.
     srun python examples/data_parallel.py --cluster         # SLURM, Open MPI or a TPU pod
     python examples/data_parallel.py --coordinator HOST:PORT --processes 2 --process-id 0
 
-The task is to say what came in `DELAY` steps ago. The first process prints the loss of each step,
-and writes them all to `--out`. With `--checkpoint DIR`, a training that was killed goes on when it
-is started again, to the same losses.
+The task is to repeat the input of `DELAY` steps ago. The first process prints the loss of each step
+under dropout, and in the end one without dropout, on a new batch; it writes them to `--out`. With
+`--checkpoint DIR`, a run that was killed resumes when it is started again, and ends with the same
+losses.
 """
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import sys
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 SCHEMES = ("none", "per-step", "variational")
 FEATURES, LENGTH, DELAY = 8, 24, 3
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,19 +65,25 @@ class Model(nn.Module):
 
     hidden_size: int
     dropout: fdc.RecurrentDropout
+    deterministic: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        cell = DropoutCell(nn.OptimizedLSTMCell(self.hidden_size), self.dropout)
+        lstm = nn.OptimizedLSTMCell(self.hidden_size)
+        cell = DropoutCell(lstm, self.dropout, deterministic=self.deterministic)
         return nn.Dense(x.shape[-1])(nn.RNN(cell)(x))
 
 
-def build_model(config: Config) -> Model:
+def build_model(config: Config, deterministic: bool = False) -> Model:
     noise = None
     if config.scheme != "none":
         noise = fdc.Dropout(keep_prob=config.keep_prob, variational=config.scheme == "variational")
     dropout = fdc.RecurrentDropout(input=noise, state=noise, output=noise)
-    return Model(config.hidden_size, dropout)
+    return Model(config.hidden_size, dropout, deterministic)
+
+
+def mean_error(y: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.mean((y[:, DELAY:] - x[:, :-DELAY]) ** 2)
 
 
 # The data ----------------------------------------------------------------------------------------
@@ -98,7 +107,7 @@ def make_batch(config: Config, step: int, sharding: NamedSharding) -> jax.Array:
 
 
 class TrainState(NamedTuple):
-    """All that a training needs to go on from where it is; the same on every device.
+    """All that a training run needs to resume from where it is; the same on every device.
 
     Attributes:
       step: how many batches it has learned from; picks the next batch and its masks.
@@ -121,7 +130,7 @@ def build_mesh() -> Mesh:
 
 def start_training(config: Config, mesh: Mesh) -> TrainState:
     def start() -> TrainState:
-        rng = jax.random.key(config.seed)
+        rng, _ = jax.random.split(jax.random.key(config.seed))  # The other one is the masks'.
         params = build_model(config).init(rng, jnp.zeros((1, LENGTH, FEATURES)))
         opt_state = optax.adam(config.learning_rate).init(params)
         return TrainState(jnp.int32(0), params, opt_state, jnp.full(config.steps, jnp.nan))
@@ -135,7 +144,7 @@ def build_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, jax.Ar
 
     def loss_of(params: Any, x: jax.Array, rng: jax.Array) -> jax.Array:
         y: Any = model.apply(params, x, rngs={"dropout": rng})
-        return jnp.mean((y[:, DELAY:] - x[:, :-DELAY]) ** 2)
+        return mean_error(y, x)
 
     def train_step(state: TrainState, x: jax.Array) -> TrainState:
         _, dropout_rng = jax.random.split(jax.random.key(config.seed))
@@ -152,8 +161,8 @@ def build_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, jax.Ar
     return jax.jit(train_step, out_shardings=NamedSharding(mesh, P()))
 
 
-def train(config: Config, checkpoints: "Checkpoints | None" = None) -> Iterator[np.ndarray]:
-    """Trains a model, and gives the losses so far after each step."""
+def train(config: Config, checkpoints: "Checkpoints | None" = None) -> Iterator[TrainState]:
+    """Trains a model, and gives the state after each step."""
     mesh = build_mesh()
     train_step = build_train_step(config, mesh)
     rows = NamedSharding(mesh, P("batch"))
@@ -161,12 +170,24 @@ def train(config: Config, checkpoints: "Checkpoints | None" = None) -> Iterator[
     if checkpoints is not None:
         state = checkpoints.restore(state)
     if start := int(state.step):
-        yield np.asarray(state.losses)[:start]
+        yield state
     for step in range(start, config.steps):
         state = train_step(state, make_batch(config, step, rows))
         if checkpoints is not None:
             checkpoints.save(step + 1, state, last=step + 1 == config.steps)
-        yield np.asarray(state.losses)[: step + 1]
+        yield state
+
+
+def evaluate(config: Config, params: Any) -> float:
+    """The loss without dropout, on a batch that is not trained on; every process calls it."""
+    model, mesh = build_model(config, deterministic=True), build_mesh()
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
+    def loss_of(params: Any, x: jax.Array) -> jax.Array:
+        y: Any = model.apply(params, x)  # Evaluation needs no key.
+        return mean_error(y, x)
+
+    return float(loss_of(params, make_batch(config, config.steps, NamedSharding(mesh, P("batch")))))
 
 
 # The processes -----------------------------------------------------------------------------------
@@ -204,8 +225,8 @@ def build_parser() -> Parser:
         description="Train a recurrent model with dropout on many devices.",
         epilog="Ctrl-C ends the training, and writes the losses until then to --out.",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the losses go, as JSON")
-    parser.add_argument("--scheme", choices=SCHEMES, default=Config.scheme)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file for the losses, as JSON")
+    parser.add_argument("--scheme", choices=SCHEMES)
     for name, kind, text in (
         ("steps", count, "batches to learn from"),
         ("batch_size", count, "sequences in a batch, on all devices together"),
@@ -215,26 +236,30 @@ def build_parser() -> Parser:
         ("seed", seed, "of the weights, the data and the masks"),
     ):
         flag, default = f"--{name.replace('_', '-')}", getattr(Config, name)
-        parser.add_argument(flag, type=kind, default=default, help=f"{text} ({default})")
+        parser.add_argument(flag, type=kind, help=f"{text} ({default})")
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="folder to save in, and to go on from"
+        "--checkpoint", type=Path, metavar="DIR", help="folder to save in, and to resume from"
     )
     parser.add_argument(
-        "--checkpoint-every", type=count, metavar="N", default=20, help="steps between saves (20)"
+        "--checkpoint-every", type=count, metavar="N", help="steps between saves (20)"
     )
     group = parser.add_argument_group("several processes")
-    group.add_argument("--cluster", action="store_true", help="JAX asks the launcher for the rest")
+    group.add_argument(
+        "--cluster",
+        action="store_true",
+        help="find the other processes through the cluster's launcher",
+    )
     group.add_argument(
         "--coordinator", type=address, metavar="HOST:PORT", help="where process 0 listens"
     )
-    group.add_argument("--processes", type=count, help="how many there are")
-    group.add_argument("--process-id", type=seed, help="which of them this one is")
+    group.add_argument("--processes", type=count, help="number of processes")
+    group.add_argument("--process-id", type=seed, help="number of this process, from 0")
     group.add_argument(
         "--timeout",
         type=count,
         default=100,
         metavar="SECONDS",
-        help="until one counts as lost (100)",
+        help="until a process counts as lost (100)",
     )
     return parser
 
@@ -248,27 +273,47 @@ def open_checkpoints(
 
     try:
         return checkpoints.open_checkpoints(
-            options.checkpoint, dataclasses.asdict(config), options.checkpoint_every
+            options.checkpoint, dataclasses.asdict(config), options.checkpoint_every or 20
         )
     except checkpoints.CheckpointError as error:
         parser.error(str(error))
 
 
-def main() -> int:
-    parser = build_parser()
-    options = parser.parse_args()
-    names = [field.name for field in dataclasses.fields(Config)]
-    config = Config(**{name: getattr(options, name) for name in names})
+def check_flags(parser: Parser, options: argparse.Namespace, config: Config) -> None:
     by_hand = [options.coordinator, options.processes, options.process_id]
     if None in by_hand and by_hand != [None, None, None]:
         parser.error("--coordinator, --processes and --process-id go together")
     if options.cluster and by_hand != [None, None, None]:
-        parser.error("--cluster finds out what --coordinator and the others would say")
+        parser.error(
+            "--cluster finds out addresses and numbers itself: leave out --coordinator, "
+            "--processes and --process-id"
+        )
     if None not in by_hand and options.process_id >= options.processes:
         parser.error(f"--process-id must be below --processes, got {options.process_id}")
+    if options.checkpoint_every is not None and options.checkpoint is None:
+        parser.error("--checkpoint-every needs --checkpoint")
+    if config.scheme == "none" and options.keep_prob is not None:
+        parser.error("--keep-prob needs a --scheme with dropout")
+
+
+def check_out(parser: Parser, path: Path) -> None:
     try:
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        parser.error(f"--out must be a file to write to, got {path}: {error.strerror}")
+
+
+def main() -> int:
+    parser = build_parser()
+    options = parser.parse_args()
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    names = {field.name for field in dataclasses.fields(Config)}
+    config = Config(**{name: value for name, value in given.items() if name in names})
+    check_flags(parser, options, config)
+    if options.out is not None:
+        check_out(parser, options.out)  # Now, because after the training its losses would be lost.
+    try:
         join(options)
     except (OSError, RuntimeError, ValueError) as error:
         parser.error(str(error).splitlines()[0])
@@ -278,25 +323,45 @@ def main() -> int:
             f"got {config.batch_size}"
         )
     checkpoints = open_checkpoints(parser, options, config)
-    first, losses = jax.process_index() == 0, np.zeros(0)
+    failures: tuple[type[Exception], ...] = ()
+    if checkpoints is not None:
+        from checkpoints import CheckpointError
+
+        failures = (CheckpointError,)
+    first, losses, state, evaluation, status = jax.process_index() == 0, np.zeros(0), None, None, 0
     if first:
         print(f"{jax.device_count()} devices, {jax.process_count()} processes", flush=True)
     try:
-        for losses in train(config, checkpoints):
+        for state in train(config, checkpoints):
+            losses = np.asarray(state.losses)[: int(state.step)]
             if first:
                 print(f"step {len(losses)}: loss {losses[-1]:.6f}", flush=True)
+        if state is not None:
+            evaluation = evaluate(config, state.params)
     except KeyboardInterrupt:
-        print(f"stopped after {len(losses)} of {config.steps} steps", flush=True)
+        status = EXIT_INTERRUPTED
+        if first:
+            print(f"stopped after {len(losses)} of {config.steps} steps", flush=True)
+    except failures as error:
+        status = EXIT_FAILED
+        if first:
+            print(f"{error}; stopped after {len(losses)} of {config.steps} steps", file=sys.stderr)
+    if first and evaluation is not None:
+        print(f"without dropout, on a new batch: loss {evaluation:.6f}", flush=True)
     if first and options.out is not None:
         report = {
             "config": dataclasses.asdict(config),
             "devices": jax.device_count(),
             "processes": jax.process_count(),
             "losses": losses.tolist(),
+            "evaluation_loss": evaluation,
         }
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        try:
+            options.out.write_text(json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            parser.error(f"{options.out} cannot be written to: {error.strerror}")
         print(f"written to {options.out}", flush=True)
-    return 0
+    return status
 
 
 if __name__ == "__main__":

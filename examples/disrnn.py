@@ -1,6 +1,6 @@
 """Finds out what an agent remembers: a recurrent net with an information bottleneck on each latent.
 
-    python examples/disrnn.py --out results
+    python examples/disrnn.py
 
 An agent plays a two-armed bandit. It learns the value of each arm from its rewards and forgets the
 arm that it did not play; its next choice depends on the difference of the two values. A small
@@ -8,10 +8,12 @@ recurrent net with five latents learns to predict the agent's choices. Each late
 passes a bottleneck: it is scaled and gets Gaussian noise, and the loss charges for the information
 that comes through (DisRNN: Miller et al. 2023, *Cognitive model discovery via disentangled RNNs*).
 Latents and inputs that the task does not need close. By default two latents stay open, from which
-the agent's difference of values can be read; the input that is mere noise closes.
+the agent's difference of values can be read; the input that is mere noise closes. It ends with a
+table of the bottlenecks, and writes a plot to `disrnn.png` in `--out`.
 """
 
-import argparse
+import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flags import read_config
 from matplotlib.figure import Figure
 
 import flax_dropout_cell as fdc
@@ -30,15 +33,27 @@ LEARNING_RATE, TEMPERATURE, DRIFT = 0.3, 0.2, 0.1
 OPEN = 0.2  # nats per trial that come through a bottleneck, from which on we call it open
 
 
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that decides the numbers."""
+
+    steps: int = 2000
+    sessions: int = 128
+    trials: int = 100
+    price: float = 0.01
+    learning_rate: float = 5e-3
+    seed: int = 0
+
+
 # The agent ---------------------------------------------------------------------------------------
 
 
 class Sessions(NamedTuple):
-    """What an agent did, `[trials, sessions]` each."""
+    """An agent's choices and rewards, `[trials, sessions]` each."""
 
     choices: jax.Array  # 0 or 1
     rewards: jax.Array  # 0 or 1
-    differences: jax.Array  # of the agent's two values before the choice: what is to be found
+    differences: jax.Array  # of the agent's two values before the choice: the memory to find
 
 
 def play(rng: jax.Array, trials: int, sessions: int) -> Sessions:
@@ -112,7 +127,7 @@ def cell(params: Any, latents: jax.Array, x: jax.Array, *, disturb: Any = fdc.un
 
 
 class Ran(NamedTuple):
-    """What the network makes of sessions; information in nats per trial, for each unit."""
+    """The network's outputs; information in nats per trial, for each unit."""
 
     logits: jax.Array
     latents: jax.Array
@@ -140,13 +155,13 @@ def run(params: Any, xs: jax.Array, rng: jax.Array | None) -> Ran:
 # Training ----------------------------------------------------------------------------------------
 
 
-def train(args: argparse.Namespace) -> tuple[Any, Ran, Sessions, float]:
-    """Gives the weights, and what they make of sessions that were held out."""
-    data_rng, noise_rng, init_rng, train_rng = jax.random.split(jax.random.key(args.seed), 4)
-    sessions = play(data_rng, args.trials, 2 * args.sessions)
+def train(config: Config) -> tuple[Any, Ran, Sessions, float]:
+    """Gives the weights, and the outputs for held-out sessions, these sessions, and their loss."""
+    data_rng, noise_rng, init_rng, train_rng = jax.random.split(jax.random.key(config.seed), 4)
+    sessions = play(data_rng, config.trials, 2 * config.sessions)
     xs = inputs_of(sessions, noise_rng)
-    mine, held_out = slice(None, args.sessions), slice(args.sessions, None)
-    schedule = optax.cosine_decay_schedule(args.learning_rate, args.steps)
+    mine, held_out = slice(None, config.sessions), slice(config.sessions, None)
+    schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
     optimizer = optax.adam(schedule)
 
     def nll(ran: Ran, choices: jax.Array) -> jax.Array:
@@ -155,7 +170,7 @@ def train(args: argparse.Namespace) -> tuple[Any, Ran, Sessions, float]:
     def loss(params: Any, rng: jax.Array) -> jax.Array:
         ran = run(params, xs[:, mine], rng)
         information = ran.of_latents.sum() + ran.of_inputs.sum()
-        return nll(ran, sessions.choices[:, mine]) + args.price * information
+        return nll(ran, sessions.choices[:, mine]) + config.price * information
 
     @jax.jit
     def train_all(params: Any) -> Any:
@@ -165,7 +180,7 @@ def train(args: argparse.Namespace) -> tuple[Any, Ran, Sessions, float]:
             updates, state = optimizer.update(gradient, state)
             return (optax.apply_updates(params, updates), state), None
 
-        rngs = jax.random.split(train_rng, args.steps)
+        rngs = jax.random.split(train_rng, config.steps)
         (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), rngs)
         return params
 
@@ -175,7 +190,7 @@ def train(args: argparse.Namespace) -> tuple[Any, Ran, Sessions, float]:
     return params, ran, rest, float(nll(ran, rest.choices))
 
 
-# What was found ----------------------------------------------------------------------------------
+# Analysis ----------------------------------------------------------------------------------------
 
 
 def fit(latents: Any, wanted: Any) -> tuple[np.ndarray, float]:
@@ -187,7 +202,7 @@ def fit(latents: Any, wanted: Any) -> tuple[np.ndarray, float]:
 
 
 def agents_nll(sessions: Sessions) -> float:
-    """What somebody who knows the agent's values would get."""
+    """The loss of a predictor that knows the agent's values."""
     logits = sessions.differences / TEMPERATURE
     return float(optax.sigmoid_binary_cross_entropy(logits, sessions.choices).mean())
 
@@ -198,17 +213,24 @@ def report(ran: Ran, sessions: Sessions, nll: float) -> None:
     print(f"{agents_nll(sessions):.3f}; a coin: {np.log(2):.3f}")
     for name, nats in zip(INPUTS, ran.of_inputs, strict=True):
         print(f"input {name:<12} {nats:6.2f} nats  {'open' if nats > OPEN else 'closed'}")
+    is_open = find_open(ran)
     for index in np.argsort(-ran.of_latents):
-        nats = ran.of_latents[index]
-        print(f"latent {index:<11} {nats:6.2f} nats  {'open' if nats > OPEN else 'closed'}")
+        state = "open" if is_open[index] else "closed"
+        print(f"latent {index:<11} {ran.of_latents[index]:6.2f} nats  {state}")
     _, part = fit(open_latents(ran), sessions.differences)
     print(f"The open latents hold the agent's difference of values: {part:.1%} of its variance")
 
 
+def find_open(ran: Ran) -> np.ndarray:
+    """Which latents are open, `[latents]`: the widest one alone if all are below `OPEN`."""
+    is_open = np.asarray(ran.of_latents) > OPEN
+    is_open[np.argmax(ran.of_latents)] = True
+    return is_open
+
+
 def open_latents(ran: Ran) -> np.ndarray:
-    """`[trials, sessions, open]`; the widest one if none is open."""
-    is_open = ran.of_latents > min(OPEN, ran.of_latents.max() / 2)
-    return np.asarray(ran.latents)[..., np.asarray(is_open)]
+    """`[trials, sessions, open]`"""
+    return np.asarray(ran.latents)[..., find_open(ran)]
 
 
 def plot(ran: Ran, sessions: Sessions, path: Path) -> None:
@@ -227,23 +249,23 @@ def plot(ran: Ran, sessions: Sessions, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000, help="of training")
-    parser.add_argument("--sessions", type=int, default=128, help="to train on, and held out")
-    parser.add_argument("--trials", type=int, default=100, help="of a session")
-    parser.add_argument("--price", type=float, default=0.01, help="of a nat, in the loss")
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a folder for the plot")
-    args = parser.parse_args(argv)
-    _, ran, sessions, nll = train(args)
+def main() -> int:
+    config, out = read_config(
+        "Find out what an agent remembers, by a recurrent net with information bottlenecks.",
+        Config,
+        steps="of training",
+        sessions="to train on; as many are held out",
+        trials="of a session",
+        price="of a nat, in the loss",
+        learning_rate="Adam's, before it decays",
+        seed="of the agent, the weights and the noise",
+    )
+    _, ran, sessions, nll = train(config)
     report(ran, sessions, nll)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        plot(ran, sessions, args.out / "disrnn.png")
-        print(f"wrote {args.out / 'disrnn.png'}")
+    plot(ran, sessions, out / "disrnn.png")
+    print(f"written to {out / 'disrnn.png'}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What flags of a training may be, with errors of one line."""
+"""Types of command-line flags, whose errors are one line."""
 
 import argparse
 import dataclasses
@@ -44,8 +44,8 @@ def keep_prob(text: str) -> float:
     return float(text)
 
 
-TYPES = {"keep_prob": keep_prob, "learning_rate": positive, "seed": seed}
-"""What a flag may be, by its name; the others count something."""
+TYPES = {"keep_prob": keep_prob, "learning_rate": positive, "price": positive, "seed": seed}
+"""The type of a flag, by its name; all other flags are counts."""
 
 
 def read_config(description: str, config: type, **texts: str) -> tuple[Any, Path]:

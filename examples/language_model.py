@@ -12,8 +12,8 @@ window, and each window draws new masks.
 
 It ends with a table of perplexities, and writes them to `language_model.json` and their curves to
 `language_model.png` in `--out`; with `--config NAME`, to `NAME.json` and `NAME.png`. Ctrl-C ends
-the training and reports what was learned until then. With `--checkpoint DIR`, a training that was
-killed goes on when it is started again, to the same perplexities.
+the training and reports what was learned until then. With `--checkpoint DIR`, a run that was killed
+resumes when it is started again, and ends with the same perplexities.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Where a training starts, and how it goes on: initial weights, and the optimizer."""
+"""Initial weights and the optimizer."""
 
 import zlib
 from typing import Any, NamedTuple

@@ -8,17 +8,19 @@ Dropout has a catch in reinforcement learning. PPO divides the learner's probabi
 the actor's, so both must have the same masks, though the learner sees rows in another order, and
 episodes that were cut where a rollout ended. Here every episode has an id, and its masks depend on
 a key and that id alone (`sequence_ids`). Before the first update of each iteration all ratios are
-then 1, up to rounding. The program stops where they are not.
+then 1, up to rounding. If one is not, the program stops.
 
     python examples/recurrent_ppo.py --keep-prob 0.5 --iterations 100
 
 Three policies learn from as many steps: one that forgets everything at each step, one with memory,
 and one with memory under variational dropout (Gal and Ghahramani 2016, arXiv:1512.05287). It ends
-with a table of returns, and writes `recurrent_ppo.json` and `recurrent_ppo.png` to `--out`.
+with a table of returns, and writes `recurrent_ppo.json` and `recurrent_ppo.png` to `--out`. These
+are the returns of the rollouts, so the third policy's are measured with dropout on.
 """
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,7 +40,7 @@ LEFT, RIGHT, ON = range(3)  # the actions
 SHORTEST, LONGEST, PATIENCE = 4, 10, 40  # steps to the junction, and until a maze is given up
 DISCOUNT, TRACE, CLIP, ENTROPY, MINIBATCHES = 0.99, 0.95, 0.2, 0.01, 4
 MODELS = ("no memory", "memory", "memory, dropout")
-EXIT_INTERRUPTED = 130
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,7 @@ def build_mazes(rng: jax.Array, episode: jax.Array) -> Mazes:
 
 
 def look(mazes: Mazes) -> jax.Array:
-    """What an agent sees: the sign where it starts, and whether it is at the junction."""
+    """An agent's observation: the sign at the start, and whether it is at the junction."""
     start, junction = mazes.place == 0, mazes.place == mazes.length
     signs = [start & (mazes.sign == side) for side in (LEFT, RIGHT)]
     return jnp.stack([*signs, junction], axis=-1).astype(jnp.float32)
@@ -113,7 +115,7 @@ MAZES = Task(build_mazes, look, walk, actions=3)
 
 
 class Window(NamedTuple):
-    """What a policy reads, `[mazes, time, ..]`: what is seen, where episodes start, their ids."""
+    """A policy's inputs, `[mazes, time, ..]`: observations, starts of episodes, ids."""
 
     seen: jax.Array
     first: jax.Array
@@ -155,7 +157,7 @@ class Policy(nn.Module):
 
 
 class Agent(NamedTuple):
-    """What goes on from rollout to rollout, in the middle of episodes too."""
+    """State that carries over from rollout to rollout, also in the middle of an episode."""
 
     params: Any
     opt_state: Any
@@ -164,7 +166,7 @@ class Agent(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """What agents saw, did and got, `[mazes, time, ..]`, and the carry that they began with."""
+    """Observations, actions and rewards, `[mazes, time, ..]`, and the carry at the start."""
 
     carry: Any
     window: Window
@@ -290,6 +292,11 @@ class Learned(NamedTuple):
 
 
 def train(config: Config, name: str) -> Iterator[Learned]:
+    """Trains a policy, and gives the result of each iteration.
+
+    Raises:
+      FloatingPointError: the training diverged.
+    """
     kept = config.keep_prob if "dropout" in name else 1.0
     # Not on the input: a sign that is dropped is a sign that nobody has seen.
     spec = fdc.recipes.gal2016(input_keep_prob=1.0, recurrent_keep_prob=kept, output_keep_prob=kept)
@@ -305,7 +312,9 @@ def train(config: Config, name: str) -> Iterator[Learned]:
     for index in tqdm(range(config.iterations), desc=name, disable=None, leave=False):
         agent, learned = run(agent, jax.random.fold_in(act_rng, index))
         learned = Learned(*map(float, learned))
-        if not learned.ratio_error < 1e-3:
+        if not math.isfinite(learned.ratio_error):
+            raise FloatingPointError(f"{name}: the training diverged in iteration {index + 1}")
+        if learned.ratio_error >= 1e-3:
             raise AssertionError(f"actor and learner differ: a ratio is off by {learned[1]}")
         yield learned
 
@@ -315,7 +324,8 @@ def report(config: Config, out: Path, curves: dict[str, list[Learned]]) -> None:
     for name, curve in curves.items():
         final = sum(learned.mean_return for learned in curve[-10:]) / len(curve[-10:])
         error = max(learned.ratio_error for learned in curve)
-        print(f"{name:16} return {final:6.3f}   first ratios off from 1 by at most {error:.1e}")
+        print(f"{name:16} return (dropout on) {final:6.3f}", end="   ")
+        print(f"first ratios off from 1 by at most {error:.1e}")
         returns = [learned.mean_return for learned in curve]
         results.append({"model": name, "return": final, "ratio_error": error, "curve": returns})
     content = {"config": dataclasses.asdict(config), "results": results}
@@ -350,6 +360,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; this is what was learned until then:", file=sys.stderr)
         status = EXIT_INTERRUPTED
+    except FloatingPointError as error:
+        print(f"{error}; this is what was learned until then:", file=sys.stderr)
+        status = EXIT_FAILED
     if curves:
         report(config, out, curves)
     return status

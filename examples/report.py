@@ -1,4 +1,4 @@
-"""What the language model's trainings have come to: a table, a JSON and learning curves."""
+"""Reports of the language model's training runs: a table, a JSON file and learning curves."""
 
 import dataclasses
 import importlib.metadata
@@ -26,7 +26,7 @@ class Final(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The perplexities of a training, `[epochs, splits]`."""
+    """The perplexities of a training run, `[epochs, splits]`."""
 
     scheme: str
     perplexities: np.ndarray
@@ -45,19 +45,24 @@ class Result(NamedTuple):
     def curve(self, split: str) -> np.ndarray:
         return self.perplexities[:, SPLITS.index(split)]
 
+    def label(self, split: str) -> str:
+        """Training perplexity is measured under masks, unlike the others."""
+        return f"{split} (dropout on)" if split == "train" and self.scheme != "none" else split
+
     def best(self, split: str) -> float:
         return float(self.curve(split)[self.best_epoch - 1])
 
 
 def format_epoch(result: Result) -> str:
-    """What the last epoch has come to."""
-    values = zip(SPLITS, result.perplexities[-1], strict=True)
-    perplexities = ", ".join(f"{split} {value:.2f}" for split, value in values)
+    """The perplexities of the last epoch, in one line."""
+    perplexities = ", ".join(
+        f"{result.label(split)} {result.curve(split)[-1]:.2f}" for split in SPLITS
+    )
     return f"{SCHEMES[result.scheme]}, epoch {len(result.perplexities)}: {perplexities}"
 
 
 def format_table(results: list[Result]) -> str:
-    """A row for each training, then how much the last is above or below the first."""
+    """A row for each training run, then how much the last is above or below the first."""
     lines = [f"{'perplexity':<20}{'best epoch':>12}{'valid':>10}{'test':>10}"]
     for result in results:
         best = "".join(f"{result.best(split):>10.2f}" for split in ("valid", "test"))
@@ -69,7 +74,7 @@ def format_table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def describe_trainings(config: Config, corpus: Corpus, results: list[Result]) -> dict[str, Any]:
+def describe_runs(config: Config, corpus: Corpus, results: list[Result]) -> dict[str, Any]:
     return {
         "config": dataclasses.asdict(config),
         "words": {split: len(getattr(corpus, split)) for split in SPLITS},
@@ -109,7 +114,7 @@ def describe_config(
 
 
 def describe_machine() -> dict[str, Any]:
-    """What it was run on."""
+    """The device, and the versions of the packages."""
     packages = ("jax", "jaxlib", "flax", "optax", "flax_dropout_cell")
     return {
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
@@ -143,7 +148,7 @@ def write_curves(path: Path, results: list[Result]) -> None:
     for color, result in zip(("tab:red", "tab:blue"), results, strict=False):
         epochs = range(1, 1 + len(result.perplexities))
         for split, style in (("train", ":"), ("valid", "-")):
-            label = f"{SCHEMES[result.scheme]}, {split}"
+            label = f"{SCHEMES[result.scheme]}, {result.label(split)}"
             axes.plot(epochs, result.curve(split), style, color=color, label=label)
         axes.plot(result.best_epoch, result.best("valid"), "o", color=color)
     axes.set_yscale("log")

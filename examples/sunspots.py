@@ -1,4 +1,4 @@
-"""The yearly sunspot numbers, and what forecasts of them are worth: a table, bands, JSON."""
+"""The yearly sunspot numbers, and scores of their forecasts: a table, bands, JSON."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def to_spots(values: np.ndarray) -> np.ndarray:
     return (4 * np.maximum(values + 1.5, 0)) ** 2
 
 
-# What forecasts are worth ------------------------------------------------------------------------
+# Scores of forecasts ----------------------------------------------------------------------------
 
 
 class Forecast(NamedTuple):
@@ -118,7 +118,7 @@ def format_table(results: dict[str, Result]) -> str:
 def write_json(
     path: Path, config: Any, results: dict[str, Result], seconds: dict[str, float]
 ) -> None:
-    """Writes what was measured, and what with.
+    """Writes the scores, and the settings and versions that they came from.
 
     Args:
       path: the file.
@@ -144,7 +144,7 @@ def write_json(
 def write_bands(path: Path, held_out: Windows, forecasts: dict[str, Forecast]) -> None:
     figure = Figure(figsize=(8, 3 * len(forecasts)), layout="constrained")
     years = held_out.years + SHOWN_AHEAD - 1
-    panels: Any = figure.subplots(len(forecasts), sharex=True, sharey=True)
+    panels = figure.subplots(len(forecasts), sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, (name, forecast) in zip(panels, forecasts.items(), strict=True):
         values = to_spots(forecast.values[:, :, SHOWN_AHEAD - 1])
         for level in reversed(LEVELS):

@@ -1,4 +1,4 @@
-"""Where a training of the language model stands: at its start, and after each epoch."""
+"""The state of a training run of the language model, at its start and after each epoch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from optimizers import averaged, begin_averaging, build_optimizer, draw_params, 
 
 
 class TrainState(NamedTuple):
-    """All that a training needs to go on from where it is.
+    """All that a training run needs to resume from where it is.
 
     Attributes:
       step: how many windows it has learned from; picks the next window and its masks.
@@ -55,7 +55,10 @@ def start_training(config: Config, model: Any, rng: jax.Array) -> TrainState:
 def build_end_epoch(
     config: Config, model: Any, corpus: Corpus
 ) -> Callable[[TrainState, int, float], TrainState]:
-    """What comes after an epoch: it is evaluated, and what depends on that is decided."""
+    """Builds the function that ends an epoch.
+
+    It evaluates, keeps the best weights, and starts averaging if validation has stalled.
+    """
     evaluate = build_evaluate(model, config.window)
     held_out = [
         jax.device_put(lay_out(words, config.evaluation_rows, config.window))

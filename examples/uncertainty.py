@@ -10,8 +10,9 @@ forecasts, each under masks of its own, and the bands are their quantiles.
     python examples/uncertainty.py --keep-prob 0.7 --samples 1000
     python examples/uncertainty.py --members 5
 
-The last line adds what costs five times as much: an ensemble of five models without dropout, from
-other initial weights, trained in one `vmap` (Lakshminarayanan et al. 2017, arXiv:1612.01474).
+The last command also trains a deep ensemble, five models without dropout from different initial
+weights, in one `vmap` (Lakshminarayanan et al. 2017, arXiv:1612.01474). That costs five times as
+much.
 
 It ends with a table of how much of 1929 to 2008 falls into the 50, 80 and 95% bands, and writes
 it to `uncertainty.json` and the bands to `uncertainty.png` in `--out`. All models are trained for
@@ -61,6 +62,7 @@ class Config:
 
 
 MODELS = ("no dropout", "dropout")
+EXIT_INTERRUPTED = 130
 
 
 # The model and its training ----------------------------------------------------------------------
@@ -118,15 +120,11 @@ def train(
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     optimizers = nnx.vmap(lambda model: nnx.Optimizer(model, tx, wrt=nnx.Param))(models)
-    losses, trained = jnp.array([jnp.nan]), 0
+    losses = jnp.array([jnp.nan])
     # In a log or in CI there is no terminal to draw a bar on.
     quiet = not sys.stderr.isatty()
-    try:
-        for _ in tqdm(range(config.steps), desc=name, unit="step", leave=False, disable=quiet):
-            losses = train_step(models, optimizers, windows.past, windows.future)
-            trained += 1
-    except KeyboardInterrupt:
-        print(f"{name}: stopped after {trained} of {config.steps} steps", flush=True)
+    for _ in tqdm(range(config.steps), desc=name, unit="step", leave=False, disable=quiet):
+        losses = train_step(models, optimizers, windows.past, windows.future)
     print(f"{name}: trained to a loss of {jnp.mean(losses):.3f} nats per year", flush=True)
     return models
 
@@ -156,8 +154,8 @@ def forecast(config: Config, models: Forecaster, past: jax.Array) -> Forecast:
 
 def main() -> int:
     config, out = read_config(
-        "Forecast sunspots with bands, with dropout and without. Ctrl-C ends a training, and "
-        "reports what was learned until then.",
+        "Forecast sunspots with bands, with dropout and without. Ctrl-C ends the program, "
+        "and reports the models that are trained by then.",
         Config,
         keep_prob="share of units kept, of h and of the output",
         units="size of the LSTM",
@@ -173,18 +171,24 @@ def main() -> int:
         f"forecasts are of {held_out.years[0]} to {held_out.years[-1] + AHEAD - 1}",
         flush=True,
     )
-    forecasts, seconds = {}, {}
-    for name in (*MODELS, "ensemble") if config.members > 1 else MODELS:
-        start = time.perf_counter()
-        models = train(config, training, name)
-        seconds[name] = time.perf_counter() - start
-        forecasts[name] = forecast(config, models, held_out.past)
+    forecasts, seconds, status = {}, {}, 0
+    try:
+        for name in (*MODELS, "ensemble") if config.members > 1 else MODELS:
+            start = time.perf_counter()
+            models = train(config, training, name)
+            seconds[name] = time.perf_counter() - start
+            forecasts[name] = forecast(config, models, held_out.past)
+    except KeyboardInterrupt:
+        print(f"interrupted; trained by then: {', '.join(forecasts) or 'none'}", file=sys.stderr)
+        status = EXIT_INTERRUPTED
+    if not forecasts:
+        return status
     results = {name: assess(each, np.asarray(held_out.future)) for name, each in forecasts.items()}
     print(f"how much of the years held out falls into the bands:\n{format_table(results)}")
     write_json(out / "uncertainty.json", config, results, seconds)
     write_bands(out / "uncertainty.png", held_out, forecasts)
     print(f"written to {out / 'uncertainty.json'} and {out / 'uncertainty.png'}")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

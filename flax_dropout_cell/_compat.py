@@ -82,6 +82,10 @@ def how_to_vary(name: str, axes: str) -> str:
 def jaxpr_of(equation: Any, debug_info: Any) -> Jaxpr:
     """A jaxpr of one equation, whose arguments are the equation's variables."""
     variables = [atom for atom in equation.invars if not isinstance(atom, Literal)]
+    # Those of a whole function, but jax_enable_checks counts them.
+    debug_info = debug_info._replace(
+        arg_names=(None,) * len(variables), result_paths=(None,) * len(equation.outvars)
+    )
     return Jaxpr([], variables, equation.outvars, [equation], equation.effects, debug_info)
 
 

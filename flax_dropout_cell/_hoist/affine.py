@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from .._compat import Literal as Constant
 from .._compat import function_name
 from .flat_jaxpr import Equation, Program, is_inexact
-from .kept_values import is_kept_or_replaced
+from .kept_values import find_computed
 
 # The operands in which an equation is affine, element by element, if the others do not depend on
 # the carry. A product is affine in either operand, but not in both at once. Those that could mix
@@ -142,7 +142,9 @@ def _obstacle_in(
         is_inexact(program.types[value]) and math.prod(program.types[value].shape) == size
         for value in equation.outputs
     )
-    if not set(places) <= set(allowed) or (equation.name == "mul" and len(places) == 2) or not fits:
+    permutes = equation.name == "reshape" and equation.eqn.params["dimensions"] is not None
+    is_square = equation.name == "mul" and len(places) == 2
+    if not set(places) <= set(allowed) or is_square or permutes or not fits:
         return Obstacle(leaf, equation, meets_another=False)
     return None
 
@@ -165,11 +167,9 @@ def _steppable(program: Program, updates: dict[int, int], waiting: set[int]) -> 
         reads = set().union(*(origins.get(value, ()) for value in equation.inputs))
         origins.update(dict.fromkeys(equation.outputs, reads))
     # Until nothing changes: an integer that depends on one that depends on a float is out as well.
-    alone = {
-        leaf
-        for leaf in waiting
-        if not program.is_inexact(leaf) or is_kept_or_replaced(program, leaf, updates[leaf])
-    }
+    floats = set(filter(program.is_inexact, waiting))
+    computed = find_computed(program, floats)
+    alone = {leaf for leaf in waiting if leaf not in floats or updates[leaf] not in computed}
     while left := {leaf for leaf in alone if not origins.get(updates[leaf], set()) <= alone}:
         alone -= left
     return alone

@@ -52,8 +52,16 @@ class Equation(NamedTuple):
 
     def __call__(self, *inputs: Any) -> list[Any]:
         """Runs it; the shapes may be others than those it was traced with."""
+        # eval_jaxpr would assert the shapes and dtypes that it was traced with.
+        if jax.config.jax_enable_checks and self._can_be_bound:
+            results = self.eqn.primitive.bind(*inputs, **self.eqn.params)
+            return results if self.eqn.primitive.multiple_results else [results]
         # JAX knows how to bind an equation that holds functions, in each version in its own way.
         return eval_jaxpr(self.alone, [], *inputs)
+
+    @property
+    def _can_be_bound(self) -> bool:
+        return len(self.inputs) == len(self.eqn.invars) and not any(_functions(self.eqn))
 
     @property
     def runs_in_any_dtype(self) -> bool:
@@ -208,7 +216,8 @@ def changes_under_vmap(equation: Equation) -> bool:
         # vmap makes a selection of a branch, which computes both sides.
         if eqn.primitive.name == "cond":
             return any(is_inexact(variable.aval) for variable in eqn.outvars)
-        if eqn.primitive.name == "pure_callback":
+        # A pure_callback or an ffi_call.
+        if "vmap_method" in eqn.params:
             return eqn.params["vmap_method"] is None
         dtypes = [atom.aval.dtype for atom in (*eqn.invars, *eqn.outvars)]
         keys = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jax.dtypes.prng_key)]

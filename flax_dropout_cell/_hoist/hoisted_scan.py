@@ -14,7 +14,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from .._compat import eval_jaxpr
 from .affine import Obstacle
-from .linear_recurrence import scan_in_parallel
+from .linear_recurrence import find_stages, scan_in_parallel
 from .run_loop import run_cut
 from .traced_scan import Step, TracedScan, trace
 from .weight_gradients import differentiate
@@ -112,17 +112,27 @@ def _run_in_parallel(
     wanted = jax.default_backend() != "cpu" if parallel is None else parallel
     if not wanted or traced.steps == 0:
         return None
-    results = scan_in_parallel(
-        traced.program, traced.constants, traced.carry, leaves, steps=traced.steps, reverse=reverse
-    )
-    if not isinstance(results, Obstacle):
-        return results
-    if not parallel:
+    stages = find_stages(traced.program, traced.carry, len(leaves))
+    if isinstance(stages, Obstacle):
+        if not parallel:
+            return None
+        raise ValueError(
+            f"parallel=True needs a carry that is a linear recurrence, a * carry + b for each "
+            f"element, with a and b of the inputs alone; but "
+            f"{say_obstacle(stages, traced.carry, carry)}. Leave parallel=None to run it step by "
+            f"step."
+        )
+    # A scan without a recurrence is a map: its user may loop to save memory.
+    if not parallel and not any(stage.kind == "affine" for stage in stages):
         return None
-    raise ValueError(
-        f"parallel=True needs a carry that is a linear recurrence, a * carry + b for each element, "
-        f"with a and b of the inputs alone; but {say_obstacle(results, traced.carry, carry)}. "
-        f"Leave parallel=None to run it step by step."
+    return scan_in_parallel(
+        traced.program,
+        stages,
+        traced.constants,
+        traced.carry,
+        leaves,
+        steps=traced.steps,
+        reverse=reverse,
     )
 
 

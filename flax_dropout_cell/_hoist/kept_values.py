@@ -1,7 +1,7 @@
 """Values that a step keeps or replaces, as it does with the masks of rows that reset."""
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .._compat import Literal
@@ -22,9 +22,9 @@ class _Fate(enum.IntEnum):
     COMPUTED = 2
 
 
-def is_kept_or_replaced(program: Program, value: int, result: int) -> bool:
-    """Whether a result is a value as it is, or another that does not depend on it."""
-    fates = {value: _Fate.KEPT}
+def find_computed(program: Program, values: Iterable[int]) -> set[int]:
+    """Finds the values that a step computes from others, instead of keeping or replacing these."""
+    fates = dict.fromkeys(values, _Fate.KEPT)
     for equation in program.equations:
         inputs = iter(equation.inputs)
         operands = [
@@ -32,7 +32,7 @@ def is_kept_or_replaced(program: Program, value: int, result: int) -> bool:
             for atom in equation.eqn.invars
         ]
         fates.update(zip(equation.outputs, _fates_after(equation.eqn, operands), strict=True))
-    return fates.get(result, _Fate.UNREAD) < _Fate.COMPUTED
+    return {value for value, fate in fates.items() if fate is _Fate.COMPUTED}
 
 
 def _fates_after(eqn: Any, operands: Sequence[_Fate]) -> list[_Fate]:

@@ -78,19 +78,37 @@ def _solve_at_once(slope: jax.Array, offset: jax.Array, *, reverse: bool) -> jax
     return jax.lax.associative_scan(join, (slope, offset), reverse=reverse)[1]
 
 
+def find_stages(program: Program, carry: range, arguments: int) -> list[Stage] | Obstacle:
+    """The order in which the carries of a step can be computed for all steps at once.
+
+    Args:
+      program: the step.
+      carry: those of its arguments that are the carry.
+      arguments: how many arguments it has.
+
+    Returns:
+      The stages, or why there are none: the carry is not a linear recurrence.
+    """
+    changing, known = _changing_carries(program, carry, arguments)
+    # Carries that a step returns unchanged are known at all steps, and need no stage.
+    return plan_stages(program, changing, [*known, *program.constants])
+
+
 def scan_in_parallel(
     program: Program,
+    stages: list[Stage],
     constants: range,
     carry: range,
     leaves: list[Any],
     *,
     steps: int,
     reverse: bool,
-) -> list[Any] | Obstacle:
+) -> list[Any]:
     """Runs a scan without a loop over its step.
 
     Args:
       program: the step, whose arguments are the constants, the carry and the inputs.
+      stages: the stages of its carries, from `find_stages`.
       constants: those of its arguments that are the same at all steps.
       carry: those that are the carry.
       leaves: the scan's arguments, in the same order; the inputs are `[time, ...]`.
@@ -98,13 +116,9 @@ def scan_in_parallel(
       reverse: run from the last step to the first.
 
     Returns:
-      The last carry and the outputs; or why the carry is not a linear recurrence.
+      The last carry and the outputs.
     """
     changing, known = _changing_carries(program, carry, len(leaves))
-    # Carries that a step returns unchanged are known at all steps, and need no stage.
-    stages = plan_stages(program, changing, [*known, *program.constants])
-    if isinstance(stages, Obstacle):
-        return stages
     arguments = {at: leaves[at] for at in known}
     same = {*constants, *known.intersection(carry)}
     # Turn by turn: run all equations whose inputs are known, then solve for the next carries, which
@@ -120,13 +134,6 @@ def scan_in_parallel(
             last[leaf] = new[0 if reverse else -1]
     history.advance()
     return [*last.values(), *map(history.at_all_steps, program.outputs[len(carry) :])]
-
-
-def find_obstacle(program: Program, carry: range, arguments: int) -> Obstacle | None:
-    """Why the carry of a step is not a linear recurrence; None if it is one."""
-    changing, known = _changing_carries(program, carry, arguments)
-    stages = plan_stages(program, changing, [*known, *program.constants])
-    return stages if isinstance(stages, Obstacle) else None
 
 
 def _changing_carries(

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from . import hoisted_scan, traced_scan
+from .affine import Obstacle
 from .flat_jaxpr import Equation, Program
-from .linear_recurrence import find_obstacle
+from .linear_recurrence import find_stages
 from .weight_products import Plan, is_linear
 
 PyTree = Any
@@ -150,8 +151,10 @@ def explain_traced(
 ) -> ScanExplanation:
     """Explains a traced scan; `steps` leads the shapes outside the loop, if it is given."""
     program = traced.program
-    found = find_obstacle(program, traced.carry, traced.xs.stop)
-    obstacle = None if found is None else hoisted_scan.say_obstacle(found, traced.carry, init)
+    stages = find_stages(program, traced.carry, traced.xs.stop)
+    obstacle = None
+    if isinstance(stages, Obstacle):
+        obstacle = hoisted_scan.say_obstacle(stages, traced.carry, init)
     if traced.plain is not None:
         return ScanExplanation(traced.plain, obstacle=obstacle)
     plan = traced.plan(traced.constants)

@@ -53,9 +53,10 @@ def differentiate(traced: TracedScan, primals: Any, tangents: Any) -> tuple[list
         for use in uses:
             tangent = weights[use.weight], weight_dots[use.weight]
             pushed = _push_recomputed(traced, plan, use, stacks, fixed, *tangent)
+            zeros = sums[total]
+            pushed = _align(pushed, zeros.ndim)
             # Zeros of the sum's type: a bias gives one summand for all steps and rows. Rounded
             # last, so that the transpose adds up in float32 if the weight is in float32.
-            zeros = sums[total]
             sums[total] = zeros + (jnp.zeros_like(zeros, pushed.dtype) + pushed).astype(zeros.dtype)
     # One run of the linearized loop, with both parts of the tangent.
     return results, push(moving_dots, sums)
@@ -110,9 +111,7 @@ def _push_weight_use(
     if wide:
         equation, operands = equation.in_float32(), [_as_float32(value) for value in operands]
     if equation.name in SUMMANDS:  # the same at all steps
-        summand = equation(dot)[0] if len(equation.inputs) == 1 else dot
-        ndim = equation.eqn.outvars[0].aval.ndim  # a summand may be a scalar
-        return summand.reshape((1,) * (1 + ndim - summand.ndim) + summand.shape)
+        return dot[None]
     place = equation.inputs.index(use.weight)
 
     def run(weight: Any, *operands: Any) -> Any:
@@ -122,6 +121,12 @@ def _push_weight_use(
     # table and a product by element are linear in their weight too.
     every_step = _at_every_step(use, run)
     return jax.jvp(lambda weight: every_step(weight, *operands), (weight,), (dot,))[1]
+
+
+def _align(pushed: jax.Array, ndim: int) -> jax.Array:
+    """Inserts the axes after time that a scalar lacks if it is added to an array."""
+    missing = ndim - pushed.ndim
+    return pushed.reshape(pushed.shape[:1] + (1,) * missing + pushed.shape[1:])
 
 
 def _at_every_step(use: WeightUse, run: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """Where a loop's step is linear in a weight, so that its gradient can wait for the loop's end."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -17,8 +17,7 @@ _PRODUCTS = {  # equations of two values
     "sub": (0, 1),
 }
 # Of a bias: its gradient is the cotangent, and needs no operand.
-SUMMANDS = {"broadcast_in_dim": (0,), "add": (0, 1), "add_any": (0, 1)}
-_SUMS = ("add", "add_any")
+SUMMANDS = {"add": (0, 1), "add_any": (0, 1)}
 _CUTS = ("slice", "split")
 
 # A gradient that is accumulated in the loop is read and written at each step; one that waits for
@@ -46,13 +45,16 @@ class WeightUse(NamedTuple):
     @property
     def rows_lead(self) -> bool:
         """Whether what it makes has the rows of its one operand, so that steps are more rows."""
+        eqn = self.equation.eqn
         if self.equation.name == "conv_general_dilated":
-            numbers = self.equation.eqn.params["dimension_numbers"]
-            return numbers.lhs_spec[0] == numbers.out_spec[0] == 0
+            numbers = eqn.params["dimension_numbers"]
+            rows_lead = numbers.lhs_spec[0] == numbers.out_spec[0] == 0
+            return rows_lead and eqn.params["batch_group_count"] == 1
         if self.equation.name != "dot_general" or self.equation.inputs[0] == self.weight:
             return False
-        (contracted, _), _ = self.equation.eqn.params["dimension_numbers"]
-        return not self.is_batched and 0 not in contracted
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        has_rows = eqn.invars[0].aval.ndim > 0
+        return has_rows and not self.is_batched and 0 not in contracted
 
     @property
     def is_batched(self) -> bool:
@@ -160,7 +162,7 @@ class _Paths:
         # An output has a cotangent of its own, and so has a value that is read twice.
         while value not in self._outputs:
             readers = self._readers[value]
-            if len(readers) == 1 and readers[0].name in _SUMS:
+            if len(readers) == 1 and readers[0].name in SUMMANDS:
                 value = readers[0].outputs[0]
             elif (twin := self.equal_split_sibling(value)) is not None and twin < value:
                 value = twin
@@ -186,12 +188,17 @@ class _Paths:
             return None
         total = self._readers[piece][0]
         others = [value for value in total.inputs if value != piece]
-        if total.name not in _SUMS or len(others) != 1 or others[0] not in self._makers:
+        if total.name not in SUMMANDS or len(others) != 1 or others[0] not in self._makers:
             return None
         other = self._makers[others[0]]
-        same = (other.name, other.eqn.params) == (cut.name, cut.eqn.params)
+        same = _cut_of(other) == _cut_of(cut)
         alone = len(self._readers[others[0]]) == 1 and others[0] not in self._outputs
         return other.inputs[0] if same and alone and other.outputs[place] == others[0] else None
+
+
+def _cut_of(equation: Equation) -> tuple[Any, ...]:
+    """The shape that an equation cuts, and how; equal bounds may cut arrays of other shapes."""
+    return equation.name, equation.eqn.params, equation.eqn.invars[0].aval.shape
 
 
 def _split(

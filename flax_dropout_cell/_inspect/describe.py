@@ -222,7 +222,8 @@ def _mask_shapes(
     masks = jax.eval_shape(draw, jax.random.key(0))  # any key will do: nothing is drawn
     if masks is None:
         return [None] * len(jax.tree.leaves(value))
-    return jax.tree.leaves(masks, is_leaf=lambda mask: mask is None)
+    # None may be a leaf without a mask, or a part of the value's structure.
+    return jax.tree.structure(value).flatten_up_to(masks)
 
 
 def _shared_over(

@@ -253,4 +253,6 @@ def draw_rows(
     # as a symbolic batch has cannot be exported.
     at_once = is_threefry(rng) and all(isinstance(size, int) for size in rows.batch)
     masks = jax.vmap(draw_row)(flat) if at_once else jax.lax.map(draw_row, flat)
-    return masks.reshape(rows.batch + masks.shape[1:])
+    # A row's mask may have fewer dims than the row, to which it broadcasts.
+    missing = len(shape) - batch_ndim - (masks.ndim - 1)
+    return masks.reshape(rows.batch + (1,) * missing + masks.shape[1:])

@@ -61,6 +61,9 @@ def embedding_dropout(
     rng = as_rng(rng)
     table, ids = jnp.asarray(table), jnp.asarray(ids)
     _check_lookup(table, ids, per_example)
+    # A narrow dtype cannot count from the end of a long table.
+    if jnp.iinfo(ids.dtype).bits < 32:
+        ids = ids.astype(jnp.int32)
     rows = jnp.take(table, ids, axis=0)
     if rng is None or noise.is_identity:
         return rows

@@ -85,19 +85,21 @@ def mc_samples(
         indices = jnp.arange(num_chunks * chunk_size, dtype=jnp.uint32)
         if chunk_size == 1:
             samples = jax.lax.map(sample, indices)
-            _warn_if_equal(samples)
-            return samples
-        # Even one chunk runs in a loop: outside of jit, the loop is compiled as one program, and
-        # the arrays that `predict` closes over become its arguments instead of constants.
-        chunks = jax.lax.map(jax.vmap(sample), indices.reshape(num_chunks, chunk_size))
-        samples = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_samples], chunks)
-        _warn_if_equal(samples)
-        return samples
+        else:
+            # Even one chunk runs in a loop: outside of jit, the loop is compiled as one program,
+            # and the arrays that `predict` closes over become its arguments instead of constants.
+            chunks = jax.lax.map(jax.vmap(sample), indices.reshape(num_chunks, chunk_size))
+            samples = jax.tree.map(
+                lambda leaf: leaf.reshape(len(indices), *leaf.shape[2:])[:num_samples], chunks
+            )
+    _warn_if_equal(samples)
+    return samples
 
 
 def _warn_if_equal(samples: PyTree) -> None:
     """Warns if no sample differs from another in any floating-point value."""
-    leaves = [leaf for leaf in jax.tree.leaves(samples) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    floats = (it for it in jax.tree.leaves(samples) if jnp.issubdtype(it.dtype, jnp.inexact))
+    leaves = [leaf for leaf in floats if leaf.size]
     if not leaves or len(leaves[0]) < 2 or any(map(is_traced, leaves)):
         return
     if all(bool((leaf == leaf[:1]).all()) for leaf in leaves):

@@ -1,5 +1,6 @@
 """Sizes, numbers and leaves at the edge of JAX's limits: they work, or are one clear error."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -153,7 +154,55 @@ def test_weights_beside_functions(noise) -> None:
 
     spec = fdc.RecurrentDropout(params=noise, output=noise)
     _, ys = scan(spec, params, XS[0], XS, cell=cell)
-    assert jnp.isfinite(ys).all()
+
+    arguments: Any = {"cell": cell, "dropout": spec}
+    of_call = fdc.draw_masks(params, XS[0], XS[0], RNG, **arguments)
+    of_steps = fdc.draw_step_masks(params, XS[0], XS[0], RNG, len(XS), **arguments)
+    arrays = map(np.asarray, jax.tree.leaves(eqx.filter(params, eqx.is_array)))
+    masks = of_call if noise.variational else of_steps
+    *masks, of_output = (
+        np.broadcast_to(mask, (len(XS), *mask.shape[not noise.variational :])) / np.float32(0.7)
+        for mask in jax.tree.leaves((masks.params, masks.output))
+    )
+    w1, b1, w2, b2 = (mask * array for mask, array in zip(masks, arrays, strict=True))
+    h = np.asarray(XS[0])
+    for t, x in enumerate(np.asarray(XS)):
+        np.testing.assert_allclose(ys[t], of_output[t] * h, rtol=1e-5, atol=1e-5)
+        h = h + np.maximum(x @ w1[t].T + b1[t], 0) @ w2[t].T + b2[t]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Coin:
+    """A noise of one number for a whole value: its mask has no dims."""
+
+    variational: bool = False
+
+    def draw_mask(self, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.bernoulli(rng)
+
+    def apply(self, mask: Any, value: Any, previous: Any) -> Any:
+        return jnp.where(mask, value, 0)
+
+    def expected(self, value: Any, previous: Any) -> Any:
+        return value / 2
+
+
+fdc.register_noise(Coin)
+
+
+@pytest.mark.parametrize("features", [16, 3], ids=["as many as rows", "few"])
+@pytest.mark.parametrize("variational", [False, True])
+def test_a_mask_of_fewer_dims_than_a_row_is_the_rows(features, variational) -> None:
+    """With ids a row draws alone, and its one number is for all of its features."""
+    xs, ids = jnp.ones((5, 16, features)), jnp.arange(16) % 8
+    spec = fdc.RecurrentDropout(input=Coin(variational=variational))
+    emit = lambda params, h, x: (h, x)  # noqa: E731
+    _, ys = scan(spec, None, xs[0], xs, cell=emit, sequence_ids=ids)
+    ys = np.asarray(ys)
+    np.testing.assert_array_equal(ys, np.broadcast_to(ys[:, :, :1], ys.shape))
+    np.testing.assert_array_equal(ys[:, :8], ys[:, 8:])
+    assert {*ys[0, :, 0]} == {0.0, 1.0}
+    assert bool((ys == ys[0]).all()) == variational
 
 
 def test_noise_on_weights_that_the_cell_does_not_show() -> None:

@@ -182,6 +182,19 @@ def test_ids_of_any_integer_type(dtype: Any) -> None:
         np.testing.assert_array_equal(kept(negative, rng), kept(ids, rng))
 
 
+def test_a_narrow_negative_id_counts_from_the_end_of_a_long_table() -> None:
+    table, rng = jnp.arange(1.0, 201.0)[:, None], jax.random.key(4)
+    ids = jnp.arange(72, 200)
+    negative = (ids - 200).astype(jnp.int8)
+    for keep_prob in (1.0, 0.5):
+        got = fdc.embedding_dropout(table, negative, rng, keep_prob=keep_prob)
+        wanted = fdc.embedding_dropout(table, ids, rng, keep_prob=keep_prob)
+        np.testing.assert_array_equal(got, wanted)
+    np.testing.assert_array_equal(
+        got[got > 0], 2.0 * (ids[:, None].astype(jnp.float32) + 1.0)[got > 0]
+    )
+
+
 def test_what_a_dropped_type_holds_does_not_come_through() -> None:
     rng, ids = jax.random.key(4), jnp.arange(TYPES)
     mask = kept(ids, rng)

@@ -126,6 +126,15 @@ def test_chunks_bound_the_memory() -> None:
     assert memory(4) < 0.35 * memory(16)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_samples_without_elements(chunk_size: int | None) -> None:
+    """Of a batch without rows. They are equal, of course, so there is no warning."""
+    samples = fdc.mc_samples(
+        lambda key: jax.random.normal(key, (0, 5)), jax.random.key(0), 3, chunk_size=chunk_size
+    )
+    assert samples.shape == (3, 0, 5)
+
+
 def test_gradients_pass() -> None:
     def loss(weight: jax.Array) -> jax.Array:
         return fdc.mc_samples(

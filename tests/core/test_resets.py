@@ -262,9 +262,7 @@ def test_shared_masks_that_are_brought_need_no_key(site) -> None:
     shared = fdc.Dropout(keep_prob=0.7, variational=True, broadcast_dims=(0,))
     spec = fdc.RecurrentDropout(**{site: {"inside": {"a": shared}, "params": shared}[site]})
     options: Any = {"cell": cell, "dropout": spec, "resets": RESETS}
-    masks = fdc.draw_masks(
-        PARAMS, first_carry(), XS[0], jax.random.key(9), cell=cell, dropout=spec
-    )
+    masks = fdc.draw_masks(PARAMS, first_carry(), XS[0], jax.random.key(9), cell=cell, dropout=spec)
     got = fdc.dropout_scan(PARAMS, first_carry(), XS, None, masks=masks, **options)
     assert_same(got, scan(spec, rng=jax.random.key(9), resets=RESETS))
     per_row = dataclasses.replace(spec, output=NOISES["variational"])

@@ -2,11 +2,13 @@
 
 import itertools
 import pydoc_data.topics
+import re
+from typing import Any
 
 import corpus as texts
 import numpy as np
 import pytest
-from example_runs import SPLITS
+from example_runs import EXAMPLES, SPLITS
 
 
 def test_default_documents_are_in_one_split_only():
@@ -39,6 +41,20 @@ def test_default_corpus_is_numbered_by_its_training_split():
     capped = texts.load_corpus(None, vocabulary_size=100)
     assert capped.vocabulary == corpus.vocabulary[:102]
     np.testing.assert_array_equal(capped.valid, np.where(corpus.valid < 102, corpus.valid, 0))
+
+
+def test_the_tutorials_validation_text_is_new():
+    """Its words are counted in the training text, and no 20 words in a row are of that text."""
+    page = (EXAMPLES.parent / "docs/tutorials/language_model.md").read_text()
+    imports, text = re.findall(r"```\{code-cell\}\n(.*?)```", page, re.DOTALL)[:2]
+    found: dict[str, Any] = {}
+    exec(imports + text, found)
+    tokens = found["tokens"]
+    train, valid = tokens[:30_000], tokens[30_000:]
+    assert len(valid) == 10_000
+    assert set(found["number"]) <= set(train)
+    runs = [set(zip(*(part[i:] for i in range(20)), strict=False)) for part in (train, valid)]
+    assert not runs[0] & runs[1]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,44 @@ def test_what_a_closed_bottleneck_lets_through() -> None:
     assert ran.of_latents.shape == (disrnn.LATENTS,) and (ran.of_latents > 0).all()
     gradient = jax.grad(lambda xs: disrnn.run(params, xs, jax.random.key(2)).logits.sum())(xs)
     assert (gradient[..., 2] == 0).all() and (gradient[:-1, :, 0] != 0).all()
+
+
+def test_the_open_latents_are_the_same_in_the_table_and_in_the_fit(capsys: Any) -> None:
+    """They are those above `OPEN`; if there are none, the widest one alone."""
+    sessions = disrnn.play(jax.random.key(0), 8, 2)
+    latents = jax.random.normal(jax.random.key(1), (8, 2, disrnn.LATENTS))
+    for nats, opened in (
+        ([0.1, 0.15, 0.0, 0.12, 0.09], [1]),
+        ([0.3, 0.15, 0.0, 0.21, 0.0], [0, 3]),
+    ):
+        ran = disrnn.Ran(latents[..., 0], latents, np.array(nats), np.zeros(3))
+        np.testing.assert_array_equal(disrnn.open_latents(ran), latents[..., np.array(opened)])
+        disrnn.report(ran, sessions, 0.5)
+        found = re.findall(r"^latent (\d) .* open$", capsys.readouterr().out, re.MULTILINE)
+        assert sorted(map(int, found)) == opened
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--steps 0", "--steps: must be a whole number of at least 1, got 0"),
+        ("--sessions 0", "--sessions: must be a whole number of at least 1, got 0"),
+        ("--trials 0", "--trials: must be a whole number of at least 1, got 0"),
+        ("--learning-rate nan", "--learning-rate: must be above 0, got nan"),
+        ("--out file", "--out must be a folder to write to, got file"),
+    ],
+)
+def test_bad_input_is_one_line_before_training(
+    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(disrnn, "train", lambda _: pytest.fail("it trains"))
+    monkeypatch.setattr("sys.argv", ["disrnn.py", *arguments.split()])
+    with pytest.raises(SystemExit, match="2"):
+        disrnn.main()
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_a_short_run_reports_and_plots(tmp_path: Path) -> None:

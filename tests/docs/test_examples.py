@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from configs import SCHEMES
 from example_runs import (
     ENVIRONMENT,
     EXAMPLES,
@@ -24,7 +25,7 @@ from example_runs import (
     run_example,
     write_corpus,
 )
-from report import Result, format_table
+from report import Result, format_epoch, format_table
 
 # Where SIGINT is ignored, as in a background job of a shell, a child process ignores it too. And
 # Python drops a KeyboardInterrupt that arrives in a callback of the garbage collector, prints its
@@ -195,6 +196,20 @@ def test_diverged_training_says_so(corpus_folder, tmp_path):
         ),
         (["--input-keep-prob", "nan"], "--input-keep-prob: keep_prob must be between 0 and 1"),
         (["--learning-rate", "-1"], "--learning-rate: must be above 0, got -1"),
+        (["--mc-samples", "3"], "--mc-samples needs a --config with variational dropout"),
+        (
+            ["--config", "zaremba-medium", "--mc-samples", "3"],
+            "--mc-samples needs a --config with variational dropout",
+        ),
+        (["--checkpoint-every", "5"], "--checkpoint-every needs --checkpoint"),
+        (
+            ["--config", "zaremba-small", "--input-keep-prob", "0.5"],
+            "--input-keep-prob needs a --scheme with dropout",
+        ),
+        (
+            ["--scheme", "none", "--recurrent-keep-prob", "0.5"],
+            "--recurrent-keep-prob needs a --scheme with dropout",
+        ),
     ],
     ids=lambda value: "=".join(value) if isinstance(value, list) else "",
 )
@@ -231,6 +246,12 @@ def test_table_has_the_epoch_that_is_best_by_validation():
         "variational dropout": ("1", "30.00", "42.00"),
     }
     assert format_table(results).splitlines()[-1].split() == ["-25.0%", "+0.0%"]
+
+
+def test_training_perplexity_is_labelled_if_it_is_measured_under_dropout():
+    lines = [format_epoch(Result(scheme, np.array([[90, 50, 41]]))) for scheme in SCHEMES]
+    assert lines[0] == "no dropout, epoch 1: train 90.00, valid 50.00, test 41.00"
+    assert all("epoch 1: train (dropout on) 90.00, valid 50.00" in line for line in lines[1:])
 
 
 # The functional example --------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import sys
 from typing import Any
 
+import command_line
 import configs
 import corpus as texts
 import evaluation
@@ -78,6 +79,13 @@ def test_the_papers_numbers():
     zaremba = configs.CONFIGS["zaremba-small"]
     assert [zaremba.learning_rate_at(epoch) for epoch in (0, 4, 5, 12)] == [1, 1, 0.5, 2**-8]
     assert configs.build_dropouts(zaremba) == (fdc.RecurrentDropout(),) * 2
+
+
+def test_a_given_keep_prob_reaches_every_lstm():
+    config = command_line.build_config({"config": "awd-lstm", "input_keep_prob": 0.9})
+    assert [spec.input.keep_prob for spec in configs.build_dropouts(config)] == [0.9] * 3
+    others = {"first_keep_prob": None, "input_keep_prob": 0.9}
+    assert config == dataclasses.replace(configs.CONFIGS["awd-lstm"], **others)
 
 
 @pytest.mark.parametrize(

@@ -151,9 +151,24 @@ def test_interrupted_it_writes_what_was_learned(
         ("memory", [-1.5]),
     ]
     captured = capsys.readouterr()
-    assert re.search(r"^no memory +return -0.625 .* at most 1.0e-07$", captured.out, re.MULTILINE)
+    assert re.search(
+        r"^no memory +return \(dropout on\) -0.625 .* at most 1.0e-07$", captured.out, re.MULTILINE
+    )
     assert captured.err == "interrupted; this is what was learned until then:\n"
     assert (tmp_path / "new/recurrent_ppo.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_diverged_training_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """It is not blamed on the masks, and the iterations before are reported."""
+    small = "--mazes 4 --units 4 --steps 8 --iterations 9 --epochs 1 --learning-rate 1e30"
+    monkeypatch.setattr("sys.argv", [str(PROGRAM), *small.split(), "--out", str(tmp_path)])
+    assert ppo.main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("no memory: the training diverged in iteration ")
+    assert error.endswith("; this is what was learned until then:\n") and error.count("\n") == 1
+    assert 0 < len(read_results(tmp_path / "recurrent_ppo.json")["no memory"]["curve"]) < 9
 
 
 def test_a_bad_flag_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -178,4 +193,6 @@ def test_the_stored_run() -> None:
     ends = [
         f"{name.replace(', ', ' with ')} {each['return']:.2f}" for name, each in results.items()
     ]
-    assert f"Mean return at the end: {', '.join(ends)}." in " ".join(PAGE.read_text().split())
+    assert f"rollouts, with dropout on while acting: {', '.join(ends)}." in " ".join(
+        PAGE.read_text().split()
+    )

@@ -122,21 +122,36 @@ def test_bad_flags_are_one_line(
     assert message in error
 
 
-def test_ctrl_c_ends_a_training_and_logs_have_no_bar(monkeypatch: Any, capsys: Any) -> None:
-    losses = iter([0.5, 0.25])
+@pytest.mark.parametrize(("stopped", "reported"), [("no dropout", []), ("dropout", ["no dropout"])])
+def test_ctrl_c_reports_the_models_that_are_trained(
+    stopped: str, reported: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    trained = uncertainty.train
 
-    def train_step(*_: Any) -> float:
-        for loss in losses:
-            return loss
-        raise KeyboardInterrupt
+    def train(config: Any, windows: Any, name: str) -> Any:
+        if name == stopped:
+            raise KeyboardInterrupt
+        return trained(config, windows, name)
 
-    monkeypatch.setattr(uncertainty, "train_step", train_step)
+    monkeypatch.setattr(uncertainty, "train", train)
+    small = ["--steps", "1", "--units", "2", "--samples", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [str(PROGRAM), *small])
+    with jax.numpy_dtype_promotion("standard"):
+        assert uncertainty.main() == 130
+    printed = capsys.readouterr()
+    assert printed.err == f"interrupted; trained by then: {', '.join(reported) or 'none'}\n"
+    assert "nan" not in printed.out
+    assert (tmp_path / "uncertainty.png").exists() == bool(reported)
+    if reported:
+        assert [*read_results(tmp_path)] == reported
+
+
+def test_logs_have_no_bar(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(uncertainty, "train_step", lambda *_: 0.25)
     windows, _ = uncertainty.load_windows()
     uncertainty.train(uncertainty.Config(units=2, steps=9), windows, "dropout")
     printed = capsys.readouterr()
-    assert printed.out == (
-        "dropout: stopped after 2 of 9 steps\ndropout: trained to a loss of 0.250 nats per year\n"
-    )
+    assert printed.out == "dropout: trained to a loss of 0.250 nats per year\n"
     assert printed.err == ""
 
 

@@ -1,5 +1,6 @@
 """Noises that do nothing need no stream; `deterministic=` at the call; cells that write."""
 
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from linen_cells import Delegating
+from nnx_cells import Sum
 from quick_prng import quick_key
 
 import flax_dropout_cell as fdc
@@ -73,7 +76,8 @@ class TestNoStream:
             linen.apply(variables, IDS), nn.Embed(7, 3).apply(variables, IDS)
         )
         module = fdc.nnx.Embed(7, 3, keep_prob=1.0, rngs=nnx.Rngs(params=0))
-        assert module(IDS).shape == (2, 5, 3)
+        ids = jnp.array([[6, 0, 3], [3, 3, 1]])
+        np.testing.assert_array_equal(module(ids), module.embedding[...][ids])
 
     def test_a_stream_that_is_there_is_not_read(self) -> None:
         module = fdc.nnx.RNN(
@@ -99,37 +103,73 @@ class TestNoStream:
             quiet.apply(variables, X, initial_carry=carry)
 
 
+class LinenEcho(Delegating):
+    """Emits its inputs."""
+
+    def __call__(self, carry: Any, inputs: jax.Array) -> Any:
+        return carry, inputs
+
+
 class TestDeterministicAtTheCall:
-    """A step of a wrapper evaluates, or trains, whatever the module's own setting is."""
+    """A step of a wrapper and a lookup evaluate, or train, whatever the module's own setting is."""
 
-    @pytest.mark.parametrize("own", [False, True])
-    @pytest.mark.parametrize("depth", [1, 2])
+    @pytest.mark.parametrize("own", list(itertools.product([False, True], repeat=2)), ids=str)
     @pytest.mark.parametrize("framework", ["linen", "nnx"])
-    def test_steps(self, framework: str, depth: int, own: bool) -> None:
-        x, key = X[:, 0], quick_key(3)
+    def test_steps(self, framework: str, own: tuple[bool, bool]) -> None:
+        """Of a wrapper in a wrapper, each with its own field: those that train show their masks."""
+        x, spec, key = jnp.ones((2, 64)), fdc.RecurrentDropout(input=NOISE), quick_key(3)
+        inner, outer = own
         if framework == "linen":
-            cell: Any = nn.GRUCell(4)
-            variables = cell.init(KEY, jnp.zeros((2, 4)), x)
-            bare = cell.apply(variables, jnp.zeros((2, 4)), x)[1]
-            for _ in range(depth):
-                cell = fdc.linen.DropoutCell(cell, SPEC, deterministic=own)
+            linen = fdc.linen.DropoutCell(LinenEcho(), spec, deterministic=inner)
+            linen = fdc.linen.DropoutCell(linen, spec, deterministic=outer)
 
             def step(**options: Any) -> Any:
-                carry = cell.redraw_masks(jnp.zeros((2, 4)), x, rng=key, **options)
-                return cell.apply(variables, carry, x, **options)[1]
+                carry = linen.redraw_masks(x, x, rng=key, **options)
+                return carry, linen.apply({}, carry, x, **options)[1]
         else:
-            cell = nnx.GRUCell(3, 4, rngs=nnx.Rngs(0))
-            bare = cell(jnp.zeros((2, 4)), x)[1]
-            for _ in range(depth):
-                cell = fdc.nnx.DropoutCell(cell, SPEC, own)
+            cell = fdc.nnx.DropoutCell(Sum(), spec, inner)
+            cell = fdc.nnx.DropoutCell(cell, spec, outer)
 
             def step(**options: Any) -> Any:
-                carry = cell.redraw_masks(jnp.zeros((2, 4)), x, rngs=key, **options)
-                return cell(carry, x, **options)[1]
+                carry = cell.redraw_masks(x, x, rngs=key, **options)
+                return carry, cell(carry, x, **options)[1]
 
-        np.testing.assert_allclose(step(deterministic=True), bare, rtol=1e-6)
-        assert np.any(step(deterministic=False) == 0)
-        assert np.any(step() == 0) == (not own)
+        for given in (None, False, True):
+            options = {} if given is None else {"deterministic": given}
+            carry, y = step(**options)
+            wanted = np.ones(x.shape, np.float32)
+            evaluates = (inner, outer) if given is None else (given, given)
+            for off, of_wrapper in zip(evaluates, (carry.cell_carry, carry), strict=True):
+                assert (of_wrapper.masks is None) == off
+                if not off:
+                    mask = np.asarray(of_wrapper.masks.input)
+                    assert 0.3 < mask.mean() < 0.7
+                    wanted *= mask / np.float32(0.5)
+            np.testing.assert_array_equal(y, wanted)
+
+    @pytest.mark.parametrize("framework", ["linen", "nnx"])
+    def test_embeddings_that_evaluate_by_their_field(self, framework: str) -> None:
+        ids, key = jnp.arange(40).reshape(4, 10) % 20, jax.random.key(5)
+        if framework == "linen":
+            linen = fdc.linen.Embed(20, 3, keep_prob=0.5, deterministic=True)
+            variables = linen.init(KEY, ids)
+            table = variables["params"]["embedding"]
+
+            def run(**given: Any) -> Any:
+                return linen.apply(variables, ids, rng=key, **given)
+        else:
+            module = fdc.nnx.Embed(20, 3, 0.5, deterministic=True, rngs=nnx.Rngs(0))
+            table = module.embedding[...]
+
+            def run(**given: Any) -> Any:
+                return module(ids, rngs=key, **given)
+
+        words = jax.random.bits(jax.random.fold_in(key, np.uint32(2**32 - 1)), (20,), jnp.uint32)
+        kept = np.asarray(words) >= 2**31
+        assert 0 < kept.mean() < 1
+        np.testing.assert_array_equal(run(), table[ids])
+        wanted = np.where(kept[:, None], 2 * np.asarray(table), 0)
+        np.testing.assert_array_equal(run(deterministic=False), wanted[ids])
 
     def test_redraw_masks_in_evaluation_draws_nothing(self) -> None:
         """It neither needs a stream for dropout nor counts one on."""

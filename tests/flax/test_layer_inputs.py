@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from asserts import assert_close
+from asserts import assert_close, assert_same
 from flax import nnx
 from layers import BATCH, FEATURES, FRAMEWORKS, STEPS, UNITS, XS, Framework
 from quick_prng import quick_key
@@ -204,3 +204,48 @@ def test_no_steps(framework: str) -> None:
             carry, ys = run(reverse=reverse, **given)
             assert ys.shape == (BATCH, 0, UNITS)
             np.testing.assert_array_equal(carry, np.zeros((BATCH, UNITS)))
+
+
+class LinenStarts(nn.GRUCell):
+    """A cell that starts from a random carry."""
+
+    @nn.nowrap
+    def initialize_carry(self, rng: Any, input_shape: Any) -> Any:
+        return jax.random.normal(rng, (*input_shape[:-1], UNITS))
+
+
+class NNXStarts(nnx.GRUCell):
+    """The same in NNX."""
+
+    def initialize_carry(self, input_shape: Any, rngs: Any = None, carry_init: Any = None) -> Any:
+        return jax.random.normal(rngs(), (*input_shape[:-1], UNITS))
+
+
+def test_the_key_of_the_first_carry() -> None:
+    """`init_key`, and then the source of the call; by default always the same."""
+    none, one, two = XS[:, :0], jax.random.key(1), jax.random.key(2)
+
+    def normal(key: jax.Array) -> jax.Array:
+        return jax.random.normal(key, (BATCH, UNITS))
+
+    linen = fdc.linen.RNN(LinenStarts(UNITS), ONCE, return_carry=True)
+    variables = linen.init(jax.random.key(5), XS)
+    calls: list[Any] = [({}, jax.random.key(0)), ({"init_key": one}, one)]
+    for given, key in calls:
+        for rng, deterministic in ((two, False), (None, True)):
+            carry, _ = linen.apply(variables, none, rng=rng, deterministic=deterministic, **given)
+            assert_same(carry, normal(key))
+
+    cell: Any = NNXStarts(FEATURES, UNITS, rngs=nnx.Rngs(5))
+    layer: Any = fdc.nnx.RNN(cell, ONCE, return_carry=True, rngs=nnx.Rngs(dropout=6))
+    for rngs, default in (
+        (lambda: None, jax.random.key(0)),
+        (lambda: two, jax.random.key(0)),
+        (lambda: nnx.Rngs(dropout=2), jax.random.key(0)),
+        (lambda: nnx.Rngs(carry=3, dropout=2), jax.random.key(3)),
+        (lambda: nnx.RngStream(jax.random.key(4), tag="carry"), jax.random.key(4)),
+    ):
+        for given, key in (({}, default), ({"init_key": one}, one)):
+            for deterministic in (False, True):
+                carry, _ = layer(none, rngs=rngs(), deterministic=deterministic, **given)
+                assert_same(carry, normal(jax.random.fold_in(key, 0)))

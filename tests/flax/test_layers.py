@@ -18,6 +18,7 @@ import probes
 import pytest
 from asserts import assert_close, assert_same
 from flax import nnx
+from hand_masks import kept, site_key
 from layers import (
     BATCH,
     FEATURES,
@@ -52,6 +53,17 @@ noises = pytest.mark.parametrize("noise", [VARIATIONAL, PER_STEP], ids=["variati
 def layer_of(cell: Any, dropout: fdc.RecurrentDropout, **options: Any) -> Any:
     rnn: Any = fdc.nnx.RNN(cell, dropout, **options)
     return rnn
+
+
+def own_layer(
+    framework: Framework, cell: Any, dropout: fdc.RecurrentDropout, params: Any, **options: Any
+) -> Any:
+    """`run(xs, **call)` of a layer with options that the stock one lacks; NNX cells have params."""
+    if framework.rnn is fdc.linen.RNN:
+        rnn, variables = fdc.linen.RNN(cell, dropout, **options), {"params": {"cell": params}}
+        return lambda xs, **given: rnn.apply(variables, xs, rng=KEY, **given)
+    layer = layer_of(cell, dropout, **options)
+    return lambda xs, **given: layer(xs, rngs=KEY, **given)
 
 
 PAIRS = [
@@ -166,6 +178,28 @@ def test_evaluation_is_the_stock_layer(framework: Framework) -> None:
             valid = (jnp.arange(STEPS)[None] < lengths[:, None])[..., None]
             stock_ys = jnp.where(valid, stock_ys, 0)
         assert_close(ys, stock_ys)
+
+
+@frameworks
+def test_a_layer_that_evaluates_by_its_field_trains_at_the_call(framework: Framework) -> None:
+    """With the masks of the call's key, as a scan of the bare cell with masks by hand."""
+    spec = fdc.RecurrentDropout(
+        input=fdc.Dropout(keep_prob=0.5, variational=True), output=fdc.Dropout(keep_prob=0.5)
+    )
+    layer = framework.layer(framework.gru(), spec, XS)
+    run = own_layer(framework, framework.gru(), spec, layer.params, deterministic=True)
+    once = kept(site_key(KEY, "input"), BATCH, FEATURES)
+    fresh = np.stack([kept(site_key(KEY, "output", t), BATCH, UNITS) for t in range(STEPS)])
+
+    def step(h: Any, at: Any) -> Any:
+        x, mask = at
+        h, y = layer.cell(layer.params, h, jnp.where(once, 2 * x, 0))
+        return h, jnp.where(mask, 2 * y, 0)
+
+    _, wanted = jax.lax.scan(step, layer.carry, (jnp.moveaxis(XS, 1, 0), fresh))
+    assert_same(run(XS, deterministic=False), layer.run(XS, KEY))
+    assert_close(run(XS, deterministic=False), jnp.moveaxis(wanted, 0, 1))
+    assert_close(run(XS), layer.stock(XS))
 
 
 @frameworks
@@ -352,3 +386,40 @@ def test_without_weights_in_the_scans_carry(framework: Framework) -> None:
         for eqn in scans
     ]
     assert carried and max(map(len, carried)) <= 3
+
+
+@frameworks
+def test_the_settings_of_the_loop_reach_it(framework: Framework) -> None:
+    """`unroll`, `checkpoint_every` and `parallel` show in the program, and change no number."""
+    if framework.rnn is fdc.linen.RNN:
+        cell: Any = fdc.linen.MinGRUCell(UNITS)
+    else:
+        cell = fdc.nnx.MinGRUCell(FEATURES, UNITS, rngs=nnx.Rngs(0))
+    spec = fdc.RecurrentDropout(input=VARIATIONAL, output=PER_STEP)
+    layer = framework.layer(cell, spec, XS)
+
+    def program(**options: Any) -> tuple[list[Any], Any]:
+        run = own_layer(framework, cell, spec, layer.params, **options)
+        jaxpr = jax.make_jaxpr(run)(XS)
+        return list(all_equations(jaxpr.jaxpr)), run(XS)
+
+    def scans(equations: list[Any]) -> list[Any]:
+        return [eqn.params for eqn in equations if eqn.primitive.name == "scan"]
+
+    def is_parallel(equations: list[Any]) -> bool:
+        return any("linear_solve" in eqn.primitive.name for eqn in equations)
+
+    plain, wanted = program(parallel=False)
+    assert [scan["unroll"] for scan in scans(plain)] == [1]
+    assert not is_parallel(plain)
+    for unroll in (2, 3):
+        equations, ys = program(parallel=False, unroll=unroll)
+        assert [scan["unroll"] for scan in scans(equations)] == [unroll]
+        assert_close(ys, wanted)
+    equations, ys = program(parallel=False, checkpoint_every=3)
+    assert [scan["length"] for scan in scans(equations)] == [STEPS // 3, 3]
+    assert any(eqn.primitive.name in ("remat", "remat2", "checkpoint") for eqn in equations)
+    assert_close(ys, wanted)
+    equations, ys = program(parallel=True)
+    assert is_parallel(equations)
+    assert_close(ys, wanted)

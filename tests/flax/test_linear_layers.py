@@ -11,6 +11,7 @@ import numpy as np
 import numpy_linear_cells as in_numpy
 import pytest
 from asserts import assert_close as assert_tree_close
+from asserts import assert_same
 from flax import nnx
 
 import flax_dropout_cell as fdc
@@ -176,17 +177,53 @@ def test_weights_there_and_back(name: str) -> None:
         jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
+class ParamsKey(nn.Module):
+    """Gives the first key that linen makes for a module at the top."""
+
+    def __call__(self) -> Any:
+        return self.make_rng("params")
+
+
+class TwoCells(nn.Module):
+    make: Callable[[], Any]
+
+    @nn.compact
+    def __call__(self, carry: Any, x: jax.Array) -> Any:
+        return [self.make()(carry, x) for _ in range(2)]
+
+
 @kinds
-def test_initial_weights_are_the_cores(name: str) -> None:
-    """All from one key: the gamma of an LRU is that of its nu."""
-    made = linen_cell(name).init(jax.random.key(0), zeros(name), XS[:, 0])["params"]
-    in_nnx = nnx.to_pure_dict(nnx.state(nnx_cell(name)))
-    for params in (made, in_nnx):
-        if name == "lru":
-            squares = np.exp(-2 * np.exp(np.float64(params["nu_log"])))
-            np.testing.assert_allclose(np.exp(params["gamma_log"]) ** 2, 1 - squares, rtol=1e-4)
-        assert {leaf.dtype for leaf in params.values()} == {jnp.dtype("float32")}
-    assert linen_cell(name).num_feature_axes == nnx_cell(name).num_feature_axes == 1
+@frameworks
+def test_initial_weights_are_the_cores(name: str, framework: str) -> None:
+    """Drawn from one key, the module's: the gamma of an LRU is then that of its nu."""
+    kind, (carry, x) = KINDS[name], (zeros(name), XS[:, 0])
+
+    def made(seed: int) -> dict[str, Any]:
+        if framework == "linen":
+            return dict(linen_cell(name).init(jax.random.key(seed), carry, x)["params"])
+        return arrays_of(getattr(fdc.nnx, kind.module)(FEATURES, UNITS, rngs=nnx.Rngs(seed)))
+
+    for seed in (5, 6):
+        if framework == "linen":
+            key: Any = ParamsKey().apply({}, rngs={"params": jax.random.key(seed)})
+        else:
+            key = nnx.Rngs(seed).params()
+        wanted = kind.init(key, FEATURES, UNITS)._asdict()
+        assert_same(made(seed), wanted)
+        assert {leaf.dtype for leaf in made(seed).values()} == {jnp.dtype("float32")}
+    if framework == "linen":
+        two = TwoCells(lambda: linen_cell(name)).init(jax.random.key(0), carry, x)["params"]
+        cells = [dict(params) for params in two.values()]
+    else:
+        rngs, make = nnx.Rngs(0), getattr(fdc.nnx, kind.module)
+        cells = [arrays_of(make(FEATURES, UNITS, rngs=rngs)) for _ in range(2)]
+    for one, other in ((made(5), made(6)), cells):
+        for weight in one.keys() - {"bias"}:  # zeros
+            assert (one[weight] != other[weight]).any(), weight
+
+
+def arrays_of(cell: Any) -> dict[str, Any]:
+    return nnx.to_pure_dict(nnx.state(cell))
 
 
 @kinds

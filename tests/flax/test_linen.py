@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
+from hand_masks import lstm_row
 from quick_prng import QUICK, quick_key
 
 import flax_dropout_cell as fdc
@@ -135,21 +136,6 @@ def test_a_subclass_of_an_lstm_is_an_lstm() -> None:
     assert carry.masks.state[0] is None
 
 
-@pytest.mark.parametrize("noise", [VARIATIONAL, PER_STEP], ids=["variational", "step"])
-def test_a_carry_that_is_handed_on_goes_on(noise) -> None:
-    """Two windows are one sequence that was cut, bit for bit."""
-    cell = DropoutCell(probes.LinenProbe(), probes.noise_everywhere(noise))
-    rnn = nn.RNN(cell, time_major=True, return_carry=True)
-    xs = probes.ones(steps=6)
-    variables = rnn.init(RNG, xs)
-    whole_carry, whole = train(rnn, variables, xs)
-    carry, first = train(rnn, variables, xs[:2])
-    carry, second = apply(rnn, variables, xs[2:], initial_carry=carry)
-    together = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
-    jax.tree.map(np.testing.assert_array_equal, together, whole)
-    jax.tree.map(np.testing.assert_array_equal, carry.cell_carry, whole_carry.cell_carry)
-
-
 def test_new_masks_on_an_old_state() -> None:
     """`redraw_masks`, inside a model and outside of one."""
     spec = probes.noise_everywhere(VARIATIONAL)
@@ -202,28 +188,6 @@ def test_seq_lengths(noise, reverse) -> None:
             carry.cell_carry,
             cut_carry.cell_carry,
         )
-
-
-@pytest.mark.parametrize("noise", [VARIATIONAL, PER_STEP], ids=["variational", "step"])
-def test_a_padded_window_and_then_the_next(noise) -> None:
-    """Frozen masks go on, per-step masks are all new, whatever the rows' lengths were."""
-    spec = probes.noise_everywhere(noise)
-    rnn = nn.RNN(DropoutCell(probes.LinenProbe(), spec), time_major=True, return_carry=True)
-    xs = probes.ones()
-    variables = rnn.init(RNG, xs)
-    carry, first = train(rnn, variables, xs, seq_lengths=jnp.array([2, 4, 1, 3]))
-    carry, second = rnn.apply(
-        variables, xs, initial_carry=carry, seq_lengths=jnp.array([5, 1, 2, 2])
-    )
-    _, third = apply(rnn, variables, xs, initial_carry=carry)
-    for site in ("params", "input", "output"):
-        windows = [np.asarray(ys[site]) for ys in (first, second, third)]
-        if noise.variational:
-            assert all((window == windows[0][:1]).all() for window in windows), site
-            continue
-        used = [windows[0][:4], windows[1], windows[2]]  # no row went beyond 4 in the first
-        for one, other in itertools.combinations(np.concatenate(used), 2):
-            assert not (one == other).all(axis=-1).any(), site
 
 
 @pytest.mark.parametrize("noise", [VARIATIONAL, PER_STEP], ids=["variational", "step"])
@@ -344,8 +308,15 @@ def test_a_training_step_redraws() -> None:
     )
     xs = probes.ones()
     variables = rnn.init(RNG, xs)
-    step = jax.jit(lambda rng: train(rnn, variables, xs, rng)["input"][0])
+    traces = []
+
+    @jax.jit
+    def step(rng: jax.Array) -> Any:
+        traces.append(rng)
+        return train(rnn, variables, xs, rng)["input"][0]
+
     masks = [np.asarray(step(jax.random.fold_in(RNG, index))) for index in range(4)]
+    assert len(traces) == 1
     for one, other in itertools.combinations(masks, 2):
         assert (one != other).any()
 
@@ -362,9 +333,18 @@ def test_init_with_a_dropout_stream_trains() -> None:
 
 
 def test_no_batch_dim() -> None:
+    """As a loop over the bare cell, with masks by hand."""
     spec = fdc.RecurrentDropout(input=PER_STEP, state=VARIATIONAL, params=VARIATIONAL)
-    rnn = nn.RNN(DropoutCell(nn.LSTMCell(H), spec))
-    assert train(rnn, rnn.init(RNG, XS[0]), XS[0]).shape == (T, H)
+    rnn = nn.RNN(DropoutCell(nn.LSTMCell(H), spec), return_carry=True)
+    variables = rnn.init(RNG, XS[0])
+    carry, ys = train(rnn, variables, XS[0])
+    wanted = lstm_row(
+        lambda params, carry, x: nn.LSTMCell(H).apply({"params": params}, carry, x),
+        variables["params"]["cell"],
+        jax.random.wrap_key_data(carry.rng.key[0], impl=QUICK),
+        XS[0],
+    )
+    np.testing.assert_allclose(ys, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_reach_the_weights() -> None:

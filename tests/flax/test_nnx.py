@@ -11,8 +11,9 @@ import nnx_hosts
 import numpy as np
 import probes
 import pytest
-from asserts import assert_same
+from asserts import assert_close, assert_same
 from flax import nnx
+from hand_masks import kept, lstm_row, site_key
 from hosts import SPECS, is_frozen
 from nnx_cells import (
     MIXED,
@@ -236,12 +237,17 @@ def evaluate_by_eval(cell: DropoutCell) -> Any:
     return cell
 
 
-def evaluate_by_view(cell: DropoutCell) -> Any:
+def view_of(module: Any) -> Any:
+    """It, evaluating."""
     if not hasattr(nnx, "view"):
         pytest.skip("this Flax has no nnx.view")
-    view = nnx.view(rnn_of(cell), deterministic=True)
-    assert cell.deterministic is False
-    return view.cell
+    view = nnx.view(module, deterministic=True)
+    assert module.deterministic is False and view.deterministic is True
+    return view
+
+
+def evaluate_by_view(cell: DropoutCell) -> Any:
+    return view_of(cell)
 
 
 @pytest.mark.parametrize("evaluate", [evaluate_by_eval, evaluate_by_view])
@@ -255,6 +261,37 @@ def test_switching_to_evaluation_and_back(evaluate: Any, noise: fdc.Dropout) -> 
     assert draws_of(evaluated) == 0
     rnn_of(evaluated).train()
     assert_same(see(compiled(nnx_hosts.in_nnx_rnn), evaluated), trained)
+
+
+def test_a_view_of_a_layer_evaluates() -> None:
+    """It draws nothing; the layer itself draws the mask of its stream's first key."""
+    spec = fdc.RecurrentDropout(input=VARIATIONAL)
+    x = jax.random.normal(jax.random.key(1), (2, STEPS, 3))
+    layer: Any = fdc.nnx.RNN(nnx.GRUCell(3, 8, rngs=nnx.Rngs(0)), spec, rngs=nnx.Rngs(dropout=1))
+    stock = rnn_of(nnx.GRUCell(3, 8, rngs=nnx.Rngs(0)))
+    view = view_of(layer)
+    assert_close(view(x), stock(x))
+    key = jax.random.fold_in(layer.dropout_stream.key[...], 0)
+    mask = kept(site_key(key, "input"), 2, 3)
+    assert_close(layer(x), stock(np.where(mask[:, None], 2 * x, 0)))
+    assert int(layer.dropout_stream.count[...]) == 1
+    view.set_view()
+    assert view.deterministic
+
+
+def test_a_view_of_an_embedding_evaluates() -> None:
+    ids = jnp.arange(20).reshape(2, 10)
+    embed = fdc.nnx.Embed(20, 3, 0.5, rngs=nnx.Rngs(params=0, dropout=1))
+    table, stream = embed.embedding[...], embed.rngs
+    assert stream is not None
+    view = view_of(embed)
+    assert_same(view(ids), table[ids])
+    key = jax.random.fold_in(stream.key[...], 0)
+    words = jax.random.bits(jax.random.fold_in(key, np.uint32(2**32 - 1)), (20, 1), jnp.uint32)
+    assert_same(embed(ids), np.where(np.asarray(words) >= 2**31, 2 * table, 0)[ids])
+    assert int(stream.count[...]) == 1
+    view.set_view()
+    assert view.deterministic
 
 
 def test_a_training_carry_in_evaluation_keeps_its_masks() -> None:
@@ -302,6 +339,21 @@ def test_tokens(dtype: str, noise: fdc.Dropout) -> None:
     ys = rnn_of(cell)(jnp.ones((BATCH, STEPS), dtype))
     assert set(np.unique(ys)) == {0.0, 2.0}
     assert bool((ys == ys[:, :1]).all()) == noise.variational
+
+
+def test_no_batch_dim() -> None:
+    """As a loop over the bare cell, with masks by hand."""
+    spec = fdc.RecurrentDropout(input=PER_STEP, state=VARIATIONAL, params=VARIATIONAL)
+    bare = nnx.LSTMCell(3, 8, rngs=nnx.Rngs(0))
+    cell = DropoutCell(bare, spec, rngs=nnx.Rngs(dropout=1))
+    graphdef, params = nnx.split(bare, nnx.Param)
+    x, key = jax.random.normal(jax.random.key(5), (STEPS, 3)), next_key(cell)
+
+    def run(params: Any, carry: Any, x: jax.Array) -> Any:
+        copy: Any = nnx.merge(graphdef, params)
+        return copy(carry, x)
+
+    assert_close(rnn_of(cell)(x), lstm_row(run, params, key, x))
 
 
 @both_modes

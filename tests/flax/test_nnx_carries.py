@@ -46,19 +46,6 @@ def test_a_carry_of_another_spec_is_refused(other: dict[str, Any]) -> None:
     cell_of(input=noise_of(np.float64(0.5)))(carry, X)  # an equal one goes on
 
 
-def test_masks_are_scaled_by_what_they_were_drawn_with() -> None:
-    """A keep_prob on a schedule: the running sequence keeps its own, a new one has the new."""
-    half, quarter = jnp.float32(0.5), jnp.float32(0.25)
-    cell = cell_of(input=noise_of(half))
-    carry, first = cell(start(cell), X)
-    cell.dropout = fdc.RecurrentDropout(input=noise_of(quarter))
-    _, second = cell(carry, X)
-    assert set(np.unique(first)) == {0.0, 2.0}
-    assert_same(first, second)
-    _, fresh = cell(cell.redraw_masks(carry, X), X)
-    assert set(np.unique(fresh)) == {0.0, 4.0}
-
-
 def test_redraw_masks_draws_from_the_key_or_from_the_next_of_the_stream() -> None:
     cell = cell_of(input=VARIATIONAL)
     carry = start(cell)

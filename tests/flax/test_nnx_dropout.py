@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from asserts import assert_same
 from flax import nnx
-from nnx_cells import PER_STEP, Sum, draws_of, start
+from hand_masks import site_key
+from nnx_cells import PER_STEP, Sum, start
 from probes import BATCH, SHAPE
 
 import flax_dropout_cell as fdc
@@ -18,35 +19,57 @@ from flax_dropout_cell.nnx import DropoutCell, RNNCellDropoutWrapper
 
 
 class Keeps:
-    """One keep_prob in a wrapper, to be set and read, whichever wrapper it is."""
+    """One keep_prob in a wrapper or a layer, to be set and read, whichever it is."""
 
-    def __init__(self, wrapper: type) -> None:
-        self.wrapper = wrapper
+    def __init__(self, module: type) -> None:
+        self.module = module
 
     def make(self, keep_prob: Any) -> Any:
         cell, rngs = Sum(1024), nnx.Rngs(0)
-        if self.wrapper is DropoutCell:
-            return DropoutCell(cell, self.spec(keep_prob), rngs=rngs)
-        return RNNCellDropoutWrapper(cell, keep_prob, variational_recurrent=True, rngs=rngs)
+        if self.module is RNNCellDropoutWrapper:
+            return RNNCellDropoutWrapper(cell, keep_prob, variational_recurrent=True, rngs=rngs)
+        return self.module(cell, self.spec(keep_prob), rngs=rngs)
 
     def spec(self, keep_prob: Any) -> fdc.RecurrentDropout:
         return fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=keep_prob, variational=True))
 
-    def set(self, cell: Any, keep_prob: Any) -> None:
-        if self.wrapper is DropoutCell:
-            cell.dropout = self.spec(keep_prob)
+    def set(self, module: Any, keep_prob: Any) -> None:
+        if self.module is RNNCellDropoutWrapper:
+            module.input_keep_prob = keep_prob
         else:
-            cell.input_keep_prob = keep_prob
+            module.dropout = self.spec(keep_prob)
 
-    def get(self, cell: Any) -> Any:
-        if self.wrapper is DropoutCell:
-            return cell.dropout.input.keep_prob
-        return cell.input_keep_prob
+    def get(self, module: Any) -> Any:
+        if self.module is RNNCellDropoutWrapper:
+            return module.input_keep_prob
+        return module.dropout.input.keep_prob
+
+    def run(self, module: Any) -> Any:
+        """A new sequence of ones, disturbed."""
+        x = jnp.ones((BATCH, 1024))
+        if self.module is fdc.nnx.RNN:
+            return module(x[:, None])[:, 0]
+        return module(start(module, 1024), x)[1]
+
+    def draws(self, module: Any) -> int:
+        """How many keys its stream has given."""
+        return int(self.stream(module).count[...])
+
+    def next_key(self, module: Any) -> jax.Array:
+        """The key that its stream gives next."""
+        stream = self.stream(module)
+        return jax.random.fold_in(stream.key[...], stream.count[...])
+
+    def stream(self, module: Any) -> Any:
+        return module.dropout_stream if self.module is fdc.nnx.RNN else module.rngs
 
 
-keeps = pytest.mark.parametrize(
-    "keep", [Keeps(DropoutCell), Keeps(RNNCellDropoutWrapper)], ids=["DropoutCell", "TensorFlow's"]
-)
+KEEPS = {
+    "DropoutCell": Keeps(DropoutCell),
+    "TensorFlow's": Keeps(RNNCellDropoutWrapper),
+    "RNN": Keeps(fdc.nnx.RNN),
+}
+keeps = pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
 HALF, QUARTER = np.float32(0.5), np.float32(0.25)
 
 
@@ -56,11 +79,10 @@ def test_a_number_becomes_an_array_and_back(keep: Keeps) -> None:
     traces = 0
 
     @nnx.jit
-    def run(cell: Any) -> Any:
+    def run(module: Any) -> Any:
         nonlocal traces
         traces += 1
-        _, y = cell(start(cell, 1024), jnp.ones((BATCH, 1024)))
-        return y
+        return keep.run(module)
 
     cell = keep.make(0.5)
     for keep_prob, want in (
@@ -83,49 +105,54 @@ def test_a_number_becomes_an_array_and_back(keep: Keeps) -> None:
 
 @keeps
 def test_it_is_set_within_a_compiled_step(keep: Keeps) -> None:
+    """The masks of that step are already those of the new one."""
+
     @nnx.jit(static_argnums=1)
-    def to_number(cell: Any, number: float) -> Any:
-        keep.set(cell, number)
-        return start(cell).masks.input
+    def to_number(module: Any, number: float) -> Any:
+        keep.set(module, number)
+        return keep.run(module)
 
     @nnx.jit
-    def to_array(cell: Any, array: jax.Array) -> Any:
-        keep.set(cell, array)
-        return start(cell).masks.input
+    def to_array(module: Any, array: jax.Array) -> Any:
+        keep.set(module, array)
+        return keep.run(module)
 
-    cell: Any = keep.make(0.5)
+    module: Any = keep.make(0.5)
     steps: list[Any] = [(to_array, QUARTER), (to_array, HALF), (to_number, 0.25), (to_array, HALF)]
     for calls, (step, keep_prob) in enumerate(steps, start=1):
-        inside = step(cell, keep_prob)
-        assert keep.get(cell) == keep_prob
-        assert isinstance(keep.get(cell), float if step is to_number else jax.Array)
-        assert draws_of(cell) == calls
-        assert inside.shape == SHAPE
-    assert isinstance(jax.tree.leaves(start(cell).masks)[0], jax.Array)
+        key = site_key(keep.next_key(module), "input")
+        # An array's mask is drawn from other bits than that of a number that is known.
+        drawn = keep_prob if step is to_number else jnp.asarray(keep_prob)
+        mask = fdc.Dropout(keep_prob=drawn).draw_mask(key, (BATCH, 1024), jnp.float32)
+        assert_same(step(module, keep_prob), np.where(mask, 1 / np.float32(keep_prob), 0))
+        assert keep.get(module) == keep_prob
+        assert isinstance(keep.get(module), float if step is to_number else jax.Array)
+        assert keep.draws(module) == calls
+    assert set(np.unique(keep.run(module))) == {0, 2}
 
 
 @keeps
 def test_training_goes_on_when_it_is_set(keep: Keeps) -> None:
     """In a train step that is cut with `nnx.split` and `nnx.merge`, or updated from a twin."""
-    cell, twin = keep.make(0.5), keep.make(jnp.float32(0.25))
-    keep.set(cell, jnp.float32(0.5))
-    nnx.update(cell, nnx.state(twin))
-    assert keep.get(cell) == 0.25
+    module, twin = keep.make(0.5), keep.make(jnp.float32(0.25))
+    keep.set(module, jnp.float32(0.5))
+    nnx.update(module, nnx.state(twin))
+    assert keep.get(module) == 0.25
     for keep_prob in (0.5, jnp.float32(0.25), 0.75):
-        keep.set(cell, keep_prob)
-        graphdef, state = nnx.split(cell)
+        keep.set(module, keep_prob)
+        graphdef, state = nnx.split(module)
         hash(graphdef)
 
         @jax.jit
         def step(state: Any, graphdef: Any = graphdef) -> Any:
-            cell = nnx.merge(graphdef, state)
-            start(cell)
-            return nnx.state(cell)
+            module = nnx.merge(graphdef, state)
+            keep.run(module)
+            return nnx.state(module)
 
-        before = draws_of(cell)
-        nnx.update(cell, step(state))
-        assert draws_of(cell) == before + 1
-        assert keep.get(nnx.merge(*nnx.split(cell))) == keep_prob
+        before = keep.draws(module)
+        nnx.update(module, step(state))
+        assert keep.draws(module) == before + 1
+        assert keep.get(nnx.merge(*nnx.split(module))) == keep_prob
 
 
 def test_state_of_a_spec_of_numbers_is_empty() -> None:

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from asserts import assert_same
 from flax import nnx
+from hand_masks import kept, site_key, with_seed
 from nnx_cells import (
     MIXED,
     Sum,
     compiled,
     draws_of,
     inputs,
+    next_key,
     rnn_of,
     run_rnn,
     start,
@@ -105,19 +107,19 @@ def test_visitor_says_which_state_is_dropped() -> None:
         start(wrapper, 3)
 
 
-def test_seed_is_folded_into_the_stream() -> None:
-    def mask(seed: int | None, rngs: int = 0) -> Any:
+def test_seed_is_folded_into_the_streams_keys() -> None:
+    masks = []
+    for seed in (None, 0, 1, -1, 2**32, 2**40 + 1):
         wrapper = RNNCellDropoutWrapper(
-            Sum(), 0.5, 1.0, 0.5, True, seed=seed, rngs=nnx.Rngs(dropout=rngs)
+            Sum(), 0.5, 1.0, 0.5, True, seed=seed, rngs=nnx.Rngs(dropout=0)
         )
-        first, second = start(wrapper).masks.input, start(wrapper).masks.input
-        assert differ(first, second)
-        return first
-
-    for one, other in itertools.combinations([None, 0, 1, -1, 2**32], 2):
-        assert differ(mask(one), mask(other)), (one, other)
-    assert_same(mask(3), mask(3))
-    assert differ(mask(3), mask(3, rngs=1))
+        for _ in range(2):
+            key = with_seed(next_key(wrapper), seed)
+            mask = start(wrapper, 32).masks.input
+            assert_same(mask, kept(site_key(key, "input"), BATCH, 32))
+            masks.append(mask)
+    for one, other in itertools.combinations(masks, 2):
+        assert differ(one, other)
 
 
 def test_wrapper_checks_what_arrives() -> None:

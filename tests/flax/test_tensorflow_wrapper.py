@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hand_masks import kept, site_key, with_seed
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell._flax.tensorflow.arguments import fold_seed
@@ -94,11 +95,6 @@ class TestPortedFromTensorFlow:
         np.testing.assert_allclose(h, np.full((1, 3), FINAL_H), rtol=1e-5)
         np.testing.assert_allclose(c, np.full((1, 3), FINAL_C), rtol=1e-5)
 
-    def test_with_seed(self) -> None:
-        halves = {"input_keep_prob": 0.5, "output_keep_prob": 0.5, "state_keep_prob": 0.5}
-        first, second = (run(RANDOM_STEPS, seed=10, **halves) for _ in range(2))
-        jax.tree.map(np.testing.assert_array_equal, first, second)
-
     def test_keep_no_output(self) -> None:
         outputs, c, h = run(output_keep_prob=KEEP_NOTHING)
         np.testing.assert_array_equal(outputs, np.zeros((2, 1, 3)))
@@ -148,7 +144,6 @@ class TestPortedFromTensorFlow:
         np.testing.assert_array_equal(kept, np.broadcast_to(kept[:1, :1], kept.shape))
         np.testing.assert_array_equal(h == 0, np.broadcast_to(h[:1] == 0, h.shape))
         assert (c != 0).all()
-        jax.tree.map(np.testing.assert_array_equal, (outputs, c, h), run(RANDOM_STEPS, **shared))
         outputs, _, _ = run(RANDOM_STEPS, **arguments)
         kept = np.abs(outputs) > KEEP_NOTHING
         assert (kept[0] != kept[0, :1]).any(), "without broadcast_dims each example has its own"
@@ -294,15 +289,29 @@ GOLDEN = {None: "69b8afda", 0: "1f99a0d4", 3: "de1971a5", -1: "426b767c", 2**40:
 class TestSeeds:
     ARGUMENTS = {"input_keep_prob": 0.5, "variational_recurrent": True}  # noqa: RUF012
 
-    def mask(self, seed: Any, rng: jax.Array = RNG, **arguments: Any) -> np.ndarray:
+    def start(self, seed: Any, rng: jax.Array = RNG, **arguments: Any) -> Any:
+        """The carry of a wrapper in its host."""
         cell = RNNCellDropoutWrapper(nn.GRUCell(3), seed=seed, **self.ARGUMENTS | arguments)
         rnn = nn.RNN(cell, return_carry=True)
-        xs = jnp.ones((2, 3, 64))
-        carry, _ = rnn.apply(rnn.init(RNG, xs), xs, rngs={"dropout": rng})
-        return np.asarray(carry.masks.input)
+        xs = jnp.ones((2, 3, 32))
+        return rnn.apply(rnn.init(RNG, xs), xs, rngs={"dropout": rng})[0]
 
-    def test_equal_seeds_and_streams_give_equal_masks(self) -> None:
-        np.testing.assert_array_equal(self.mask(3), self.mask(3))
+    def mask(self, seed: Any, rng: jax.Array = RNG) -> np.ndarray:
+        return np.asarray(self.start(seed, rng).masks.input)
+
+    @pytest.mark.parametrize("seed", [None, 10, -234987, 2**40 + 1])
+    def test_a_seed_is_folded_into_the_key_of_the_sequence(self, seed: int | None) -> None:
+        """The host's key shows in a carry of per-step masks; without a host it is the given one."""
+        per_step = self.start(None, variational_recurrent=False)
+        of_host = jax.random.wrap_key_data(per_step.rng.key[0])
+        np.testing.assert_array_equal(
+            self.mask(seed), kept(site_key(with_seed(of_host, seed), "input"), 2, 32)
+        )
+        unbound = RNNCellDropoutWrapper(nn.GRUCell(3), seed=seed, **self.ARGUMENTS)
+        carry: Any = unbound.initialize_carry(RNG, (2, 32))
+        np.testing.assert_array_equal(
+            carry.masks.input, kept(site_key(with_seed(RNG, seed), "input"), 2, 32)
+        )
 
     def test_different_seeds_give_different_masks(self) -> None:
         seeds = [None, 0, 1, -1, 2**32 - 1, 2**32, 2**40]
@@ -318,9 +327,7 @@ class TestSeeds:
         keys = {jax.random.key_data(fold_seed(RNG, seed)).tobytes() for seed in seeds}
         assert len(keys) == len(seeds)
         for seed in (0, 3, -1, -234987, 2**40, 2**63 - 1, -(2**63)):
-            words = np.uint32(seed % 2**32), np.uint32((seed >> 32) % 2**32)
-            wanted = jax.random.fold_in(jax.random.fold_in(RNG, words[0]), words[1])
-            assert (fold_seed(RNG, seed) == wanted).all()
+            assert fold_seed(RNG, seed) == with_seed(RNG, seed)
 
     @pytest.mark.parametrize("seed", [np.int32(-3), np.int64(-3), np.uint8(3), np.int64(-(2**63))])
     def test_numpy_seeds_are_ints(self, seed) -> None:

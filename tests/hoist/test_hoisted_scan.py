@@ -150,6 +150,22 @@ def test_every_number_without_a_loop(name) -> None:
     assert_numbers_of_jax_lax_scan(CASES[name], functools.partial(scan, parallel=True))
 
 
+@pytest.mark.parametrize("name", ["nn.LSTMCell", "heads of the new state and the old"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gradient_under_the_checks_of_jax(name, dtype) -> None:
+    """They compare the shapes of equations, some of which run on the rows of all steps."""
+    case, wide = CASES[name], CASES[name].arrays(dtype=jnp.float32)
+    cast = functools.partial(jax.tree.map, lambda leaf: leaf.astype(dtype))
+
+    def loss(scan: Any, arrays: Any) -> jax.Array:
+        return case.loss(scan, cast(arrays)).astype(jnp.float32)
+
+    wanted = jax.grad(functools.partial(loss, scan))(wide)
+    with jax.enable_checks(True):
+        got = jax.grad(functools.partial(loss, scan))(wide)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
 # Left to jax.lax.scan ----------------------------------------------------------------------------
 
 
@@ -292,7 +308,7 @@ def test_a_large_gradient_of_a_float32_weight(dtype, cut, request) -> None:
 
 # Steps drawn at random ---------------------------------------------------------------------------
 
-PARTS = ("product", "left product", "bias", "sum", "times", "tanh", "join", "cut", "tied")
+PARTS = "product,left product,scalar,bias,sum,times,tanh,join,cut,tied".split(",")
 SIDE = 2
 
 
@@ -307,6 +323,8 @@ def random_step(parts: list[tuple[str, int, int]], weights: Any, h: Any, x: Any)
             values.append(one @ side[:width, : SIDE * (1 + second % 2)])
         elif part == "left product":
             values.append(weights["left"] @ one)
+        elif part == "scalar":
+            values.append(one + other[0] @ kernel[: other.shape[1], 0])
         elif part == "bias":
             values.append(one + weights["bias"][:, :width])
         elif part in ("sum", "times") and one.shape == other.shape:

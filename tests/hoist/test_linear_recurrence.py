@@ -454,6 +454,19 @@ def test_none_goes_by_the_platform(monkeypatch) -> None:
     assert is_parallel(lambda h, x: (h * x, h), row, xs, parallel=True)
 
 
+def test_a_scan_without_a_recurrence_loops(monkeypatch) -> None:
+    """As `jax.lax.map` does, to hold one step's values at a time."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def primitives(**options: Any) -> str:
+        def run(xs: jax.Array) -> Any:
+            return hoisted_scan.scan(lambda c, x: (c, jnp.tanh(x)), (), xs, **options)
+
+        return str(jax.make_jaxpr(run)(jnp.ones((T, H))))
+
+    assert "scan[" in primitives() and "scan[" not in primitives(parallel=True)
+
+
 # Which carries are linear recurrences ------------------------------------------------------------
 
 ROW, XS = (B, H), (T, B, H)
@@ -523,6 +536,18 @@ def test_a_callback_that_cannot_be_mapped() -> None:
     )
 
 
+def test_a_foreign_function_that_cannot_be_mapped() -> None:
+    """Its call has the shape of a step, in a loop."""
+
+    def step(h: jax.Array, x: jax.Array) -> Any:
+        return 0.5 * h + jax.ffi.ffi_call("kernel", jax.typeof(x))(x), h
+
+    traced = jax.make_jaxpr(lambda xs: hoisted_scan.scan(step, jnp.ones(ROW), xs, parallel=True))
+    jaxpr = traced(jnp.ones(XS))
+    (call,) = [eqn for eqn in all_equations(jaxpr.jaxpr) if eqn.primitive.name == "ffi_call"]
+    assert call.outvars[0].aval.shape == ROW and "linear_solve" in str(jaxpr)
+
+
 @pytest.mark.usefixtures("float64")
 def test_a_cast_and_back() -> None:
     def step(h: jax.Array, x: jax.Array) -> Any:
@@ -574,6 +599,10 @@ NOT_AFFINE: dict[str, tuple[Any, str]] = {
     "a predicate": (lambda h, x: (jnp.where(h > 0, h, x), h), "goes through gt"),
     "a sum": (lambda h, x: (x + h.sum(), h), "goes through reduce_sum"),
     "another order": (lambda h, x: (h[::-1] * x, h), "goes through rev"),
+    "another order of a reshape": (
+        lambda h, x: (jax.lax.reshape(h, ROW, (1, 0)) + x, h),
+        "goes through reshape",
+    ),
     "one for all": (lambda h, x: (jnp.broadcast_to(h[:1], ROW) + x, h), "goes through slice"),
     "halves": (
         lambda h, x: (jnp.concatenate(jnp.split(h, 2, -1)[::-1], -1) + x, h),
@@ -619,6 +648,13 @@ def test_one_leaf_that_is_not_affine_keeps_the_loop_for_all(monkeypatch) -> None
     with pytest.raises(ValueError, match="depends on another part of the carry, through"):
         hoisted_scan.scan(
             lambda c, x: ({"a": c["a"] - c["b"], "b": c["a"] + c["b"]}, x),
+            pair,
+            jnp.ones(XS),
+            parallel=True,
+        )
+    with pytest.raises(ValueError, match="depends on another part of the carry, through tanh"):
+        hoisted_scan.scan(
+            lambda c, x: ({"a": jnp.tanh(c["b"]), "b": jnp.tanh(c["a"])}, x),
             pair,
             jnp.ones(XS),
             parallel=True,

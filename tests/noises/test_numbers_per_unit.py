@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from asserts import assert_close
 from flax import nnx
+from hand_masks import site_key
 
 import flax_dropout_cell as fdc
 
@@ -88,9 +89,8 @@ def test_values_are_those_of_the_formulas() -> None:
     np.testing.assert_array_equal(mean, VALUE)
     logit = np.log(p / (1 - p))
     mask, got, _ = both(fdc.ConcreteDropout(logit=jnp.asarray(logit, jnp.float32)))
-    u = np.asarray(mask, np.float64)
-    drop = 1 / (1 + np.exp(-(logit + np.log(u) - np.log1p(-u)) / 0.1))
-    np.testing.assert_allclose(got, value * (1 - drop) / (1 - p), rtol=2e-3, atol=1e-5)
+    wanted = concrete(np.asarray(mask, np.float64), value, None, logit)
+    np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=1e-5)
 
 
 @noises
@@ -149,52 +149,94 @@ def cell(params: Any, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]
     return h, h
 
 
-@noises
-def test_in_a_sequence_with_ids_and_resets(name: str) -> None:
-    """As the scalar, at equal numbers; and a row draws by its id, with unequal ones too."""
+def concrete(u: np.ndarray, new: np.ndarray, old: Any, logit: np.ndarray) -> np.ndarray:
+    drop = 1 / (1 + np.exp(-(logit + np.log(u) - np.log1p(-u)) / 0.1))
+    return new * (1 - drop) * (1 + np.exp(logit))
+
+
+FORMULAS: dict[str, Any] = {
+    "Dropout": lambda mask, new, old, keep: np.where(mask, new / keep, 0),
+    "unscaled Dropout": lambda mask, new, old, keep: np.where(mask, new, 0),
+    "Zoneout": lambda mask, new, old, prob: np.where(mask, new, old),
+    "GaussianNoise": lambda mask, new, old, stddev: new + stddev * mask,
+    "ConcreteDropout": concrete,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "variational"),
+    [(name, False) for name in MAKE] + [(name, True) for name in MAKE if name != "Zoneout"],
+)
+def test_in_a_sequence_with_ids_and_resets(name: str, variational: bool) -> None:
+    """A loop in NumPy, whose rows draw by their ids from keys by hand."""
     steps, rows, units = 6, 3, 8
-    xs = jnp.asarray(np.random.default_rng(2).normal(size=(steps, rows, units)), jnp.float32)
-    h, w = jnp.zeros((rows, units)), jnp.ones(())
-    resets = jnp.zeros((steps, rows), bool).at[3, 1].set(True)
-    ids = jnp.stack([jnp.arange(rows)] * steps)
+    xs = np.random.default_rng(2).normal(size=(steps, rows, units)).astype(np.float32)
+    resets = np.zeros((steps, rows), bool)
+    resets[3, 1] = True
+    ids, numbers = np.array([7, 2, 2**20]), jnp.linspace(0.1, 0.9, units)
+    noise = MAKE[name](numbers, **({"variational": True} if variational else {}))
+    last, ys = fdc.dropout_scan(
+        jnp.ones(()), jnp.zeros((rows, units)), xs, KEY, cell=cell,
+        dropout=fdc.RecurrentDropout(state=noise),
+        resets=resets, sequence_ids=np.broadcast_to(ids, (steps, rows)),
+    )  # fmt: skip
 
-    def run(number: Any, order: Any = slice(None), **more: Any) -> Any:
-        noise = MAKE[name](number, **more)
-        spec = fdc.RecurrentDropout(state=noise)
-        _, ys = fdc.dropout_scan(
-            w, h, xs[:, order], KEY, cell=cell, dropout=spec,
-            resets=resets[:, order], sequence_ids=ids[:, order],
-        )  # fmt: skip
-        return ys
+    def mask_of(row: int, step: int) -> np.ndarray:
+        key = site_key(KEY, "state", None if variational else step)
+        for word in (ids[row], 0):
+            key = jax.random.fold_in(key, np.uint32(word))
+        return np.asarray(noise.draw_mask(key, (units,), jnp.float32))
 
-    order = jnp.array([2, 0, 1])
-    for more in ({}, {} if name == "Zoneout" else {"variational": True}):
-        assert_close(run(jnp.float32(0.3), **more), run(jnp.full(units, 0.3), **more))
-        numbers = jnp.linspace(0.1, 0.9, units)
-        assert_close(run(numbers, **more)[:, order], run(numbers, order, **more))
+    h, number = np.zeros((rows, units)), np.asarray(numbers, np.float64)
+    close: Any = {"rtol": 2e-3 if name == "ConcreteDropout" else 1e-5, "atol": 1e-5}
+    for step in range(steps):
+        h = np.where(resets[step][:, None], 0, h)
+        new = np.tanh(xs[step] + h)
+        np.testing.assert_allclose(ys[step], new, **close)
+        masks = np.stack([mask_of(row, step) for row in range(rows)])
+        h = FORMULAS[name](masks, new, h, number)
+    np.testing.assert_allclose(last, h, **close)
 
 
-@pytest.mark.parametrize("host", ["layer", "wrapper", "NNX layer"])
+@pytest.mark.parametrize("host", ["layer", "wrapper", "NNX layer", "NNX wrapper"])
 def test_flax_hosts(host: str) -> None:
-    """A learned stddev for each unit of the input, an outer parameter, has its gradient."""
-    x = jnp.ones((2, 5, 3))
+    """The gradient of a stddev for each unit of the input, by a sum with deviates by hand."""
+    x, h = jnp.ones((2, 5, 3)), jnp.zeros((2, 4))
     variables = nn.RNN(nn.GRUCell(4)).init(KEY, x)
 
-    def loss(stddev: jax.Array) -> jax.Array:
+    def gru() -> Any:
+        return nnx.GRUCell(3, 4, rngs=nnx.Rngs(0))
+
+    def run(stddev: jax.Array) -> Any:
         spec = fdc.RecurrentDropout(input=fdc.GaussianNoise(stddev=stddev))
         if host == "layer":
-            y = fdc.linen.RNN(nn.GRUCell(4), spec).apply(variables, x, rng=KEY)
-        elif host == "wrapper":
-            rnn = nn.RNN(fdc.linen.DropoutCell(nn.GRUCell(4), spec))
-            y = rnn.apply(variables, x, rngs={"dropout": KEY})
-        else:
-            layer: Any = fdc.nnx.RNN(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), spec)
-            y = layer(x, rngs=KEY)
-        return (jnp.asarray(y) ** 2).sum()
+            return fdc.linen.RNN(nn.GRUCell(4), spec).apply(variables, x, rng=KEY)
+        if host == "wrapper":
+            cell = fdc.linen.DropoutCell(nn.GRUCell(4), spec)
+            carry = cell.redraw_masks(h, x[:, 0], rng=KEY)
+            return nn.RNN(cell).apply(variables, x, initial_carry=carry)
+        if host == "NNX layer":
+            layer: Any = fdc.nnx.RNN(gru(), spec)
+            return layer(x, rngs=KEY)
+        wrapper: Any = fdc.nnx.DropoutCell(gru(), spec)
+        rnn: Any = nnx.RNN(wrapper)
+        return rnn(x, initial_carry=wrapper.redraw_masks(h, x[:, 0], rngs=KEY))
 
-    gradient = jax.jit(jax.grad(loss))(jnp.array([0.5, 1.0, 1.5]))
-    assert gradient.shape == (3,)
-    assert (gradient != 0).all()
+    deviates = [jax.random.normal(site_key(KEY, "input", t), (2, 3)) for t in range(5)]
+
+    def by_hand(stddev: jax.Array) -> Any:
+        noisy = x + stddev[None, None] * jnp.stack(deviates, 1)
+        if "NNX" in host:
+            rnn: Any = nnx.RNN(gru())
+            return rnn(noisy)
+        return nn.RNN(nn.GRUCell(4)).apply(variables, noisy)
+
+    got, wanted = (
+        jax.jit(jax.grad(lambda stddev, ys=ys: (ys(stddev) ** 2).sum()))(jnp.array([0.5, 1, 1.5]))
+        for ys in (run, by_hand)
+    )
+    assert_close(got, wanted)
+    assert (wanted != 0).all()
 
 
 def test_describe_shows_the_shape() -> None:

@@ -93,6 +93,42 @@ for flax_cell in (nn.LSTMCell, nn.OptimizedLSTMCell, nn.GRUCell, nn.SimpleCell, 
 add_flax_cell(nn.ConvLSTMCell(1, (2, 2)), hoists=False, x=(1, 3, 3, 1))
 
 
+def unbatched(scan, u, v, h, xs):
+    """A vector's product is a scalar, which is added to a vector."""
+
+    def step(h, x):
+        h = jnp.tanh(h @ u + x + h @ v)
+        return h, h
+
+    return scan(step, h, xs)
+
+
+case(u=(H, H), v=(H,), h=(H,), xs=(T, H))(unbatched)
+# As many steps as units: an axis in the wrong place would fit.
+CASES["unbatched, H steps"] = Case(
+    unbatched, {"u": (H, H), "v": (H,), "h": (H,), "xs": (H, H)}, True
+)
+
+
+@case(wx=(D, 2 * H), wh=(H, 2 * H), h=(B, H), xs=(T, 1, D))
+def one_input_for_all_rows(scan, wx, wh, h, xs):
+    def step(h, x):
+        (zx, gx), (zh, gh) = jnp.split(x @ wx, 2, -1), jnp.split(h @ wh, 2, -1)
+        h = jnp.tanh(zx + zh) * jax.nn.sigmoid(gx + gh)
+        return h, h
+
+    return scan(step, h, xs)
+
+
+@case(w=(H, H), h=(), xs=(T,))
+def a_product_with_a_scalar(scan, w, h, xs):
+    def step(h, x):
+        h = jnp.tanh(jnp.tensordot(h, w, 0).sum() + x)
+        return h, h
+
+    return scan(step, h, xs)
+
+
 # Masks, keys and lengths -------------------------------------------------------------------------
 
 

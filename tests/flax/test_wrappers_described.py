@@ -1,0 +1,70 @@
+"""The table of a wrapper: `describe` of linen's and NNX's, TensorFlow's too."""
+
+import inspect
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import flax_dropout_cell as fdc
+
+X = jax.ShapeDtypeStruct((3, 4), jnp.float32)
+ONCE = fdc.Dropout(keep_prob=0.5, variational=True)
+STEP = fdc.Dropout(keep_prob=0.25)
+frameworks = pytest.mark.parametrize("framework", ["linen", "nnx"])
+
+
+def lstm(framework: str) -> Any:
+    return nn.LSTMCell(16) if framework == "linen" else nnx.LSTMCell(4, 16, rngs=nnx.Rngs(0))
+
+
+def dropout_cell(framework: str, cell: Any, spec: fdc.RecurrentDropout) -> Any:
+    wrap = fdc.linen.DropoutCell if framework == "linen" else fdc.nnx.DropoutCell
+    return wrap(cell, spec)
+
+
+@frameworks
+def test_dropout_cell(framework: str) -> None:
+    """It needs no weights, keys or streams; one noise for an LSTM's state stands at h."""
+    spec = fdc.RecurrentDropout(params=fdc.recurrent_kernels(ONCE), input=STEP, state=ONCE)
+    lines = repr(dropout_cell(framework, lstm(framework), spec).describe(X)).splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "site value noise drawn mask shared over",
+        *(
+            f"params['h{gate}']['kernel'] float32[16, 16] Dropout(keep_prob=0.5) once "
+            "bool[16, 16] steps, rows"
+            for gate in "fgio"
+        ),
+        "input float32[3, 4] Dropout(keep_prob=0.25) each step bool[3, 4]",
+        "state[1] float32[3, 16] Dropout(keep_prob=0.5) once bool[3, 16] steps",
+        "not disturbed: params (8 of 12 leaves), state[0], output",
+        "free sites inside the cell: none",
+    ]
+
+
+@frameworks
+def test_a_wrapper_around_a_wrapper(framework: str) -> None:
+    inner = dropout_cell(framework, lstm(framework), fdc.RecurrentDropout(output=ONCE))
+    outer = dropout_cell(framework, inner, fdc.RecurrentDropout(input=STEP, state=ONCE))
+    places = outer.describe(X).places
+    assert [place.path for place in places] == ["input", "state.cell_carry[1]"]
+
+
+@frameworks
+def test_tensorflows_wrapper(framework: str) -> None:
+    wrap = (fdc.linen if framework == "linen" else fdc.nnx).RNNCellDropoutWrapper
+    wrapper = wrap(
+        lstm(framework), input_keep_prob=0.5, state_keep_prob=0.75, variational_recurrent=True
+    )
+    assert repr(wrapper.describe(X)) == inspect.cleandoc(
+        """
+        site      value           noise                    drawn  mask         shared over
+        input     float32[3, 4]   Dropout(keep_prob=0.5)   once   bool[3, 4]   steps
+        state[1]  float32[3, 16]  Dropout(keep_prob=0.75)  once   bool[3, 16]  steps
+        not disturbed: params (12 leaves), state[0], output
+        free sites inside the cell: none
+        """
+    )
