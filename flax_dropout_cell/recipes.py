@@ -12,6 +12,7 @@ import jax
 from ._spec.recurrent_dropout import RecurrentDropout
 from ._spec.weight_paths import recurrent_kernels
 from .noises import Dropout, Zoneout
+from .noises.arguments import check_probability
 
 Probability = float | jax.Array
 
@@ -20,6 +21,12 @@ __all__ = ["gal2016", "krueger2016", "merity2017", "semeniuta2016", "zaremba2014
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _check(**probabilities: Probability) -> None:
+    """Raises under the recipe's own name for a number, which its noises do not know."""
+    for name, probability in probabilities.items():
+        check_probability(name, probability)
 
 
 def zaremba2014(
@@ -40,6 +47,9 @@ def zaremba2014(
     Returns:
       A `RecurrentDropout` for any cell.
 
+    Raises:
+      ValueError: if a probability is not in [0, 1].
+
     Example:
       >>> import flax_dropout_cell as fdc
       >>> stack = [
@@ -49,6 +59,7 @@ def zaremba2014(
       >>> stack[1].input.keep_prob, stack[1].input.variational
       (0.5, False)
     """
+    _check(input_keep_prob=input_keep_prob, output_keep_prob=output_keep_prob)
     return RecurrentDropout(
         input=Dropout(keep_prob=input_keep_prob), output=Dropout(keep_prob=output_keep_prob)
     )
@@ -82,12 +93,20 @@ def gal2016(
       A `RecurrentDropout` for a cell with the sites `recurrent`, or if untied `input_per_gate`
       and `recurrent_per_gate`.
 
+    Raises:
+      ValueError: if a probability is not in [0, 1].
+
     Example:
       >>> import flax_dropout_cell as fdc
       >>> spec = fdc.recipes.gal2016(input_keep_prob=0.8, recurrent_keep_prob=0.7)
       >>> spec.inside["recurrent"].keep_prob
       0.7
     """
+    _check(
+        input_keep_prob=input_keep_prob,
+        recurrent_keep_prob=recurrent_keep_prob,
+        output_keep_prob=output_keep_prob,
+    )
     reads_x = Dropout(keep_prob=input_keep_prob, variational=True)
     reads_h = Dropout(keep_prob=recurrent_keep_prob, variational=True)
     inside: dict[str, Any] = {"recurrent": reads_h}
@@ -123,12 +142,20 @@ def semeniuta2016(
     Returns:
       A `RecurrentDropout` for a cell with the site `candidate`.
 
+    Raises:
+      ValueError: if a probability is not in [0, 1].
+
     Example:
       >>> import flax_dropout_cell as fdc
       >>> spec = fdc.recipes.semeniuta2016(candidate_keep_prob=0.75)
       >>> spec.inside["candidate"].keep_prob
       0.75
     """
+    _check(
+        candidate_keep_prob=candidate_keep_prob,
+        input_keep_prob=input_keep_prob,
+        output_keep_prob=output_keep_prob,
+    )
     return RecurrentDropout(
         input=Dropout(keep_prob=input_keep_prob),
         inside={"candidate": Dropout(keep_prob=candidate_keep_prob)},
@@ -158,12 +185,16 @@ def krueger2016(
     Returns:
       A `RecurrentDropout` for an LSTM with the site `hidden` and a state `(c, h)`.
 
+    Raises:
+      ValueError: if a probability is not in [0, 1].
+
     Example:
       >>> import flax_dropout_cell as fdc
       >>> spec = fdc.recipes.krueger2016()
       >>> spec.state[0].prob, spec.inside["hidden"].prob
       (0.5, 0.05)
     """
+    _check(cell_prob=cell_prob, hidden_prob=hidden_prob)
     return RecurrentDropout(
         state=(Zoneout(prob=cell_prob), None), inside={"hidden": Zoneout(prob=hidden_prob)}
     )
@@ -190,12 +221,16 @@ def merity2017(
     Returns:
       A `RecurrentDropout` for a cell whose recurrent kernels `recurrent_kernels` can find.
 
+    Raises:
+      ValueError: if a probability is not in [0, 1].
+
     Example:
       >>> import flax_dropout_cell as fdc
       >>> spec = fdc.recipes.merity2017(input_keep_prob=0.75)
       >>> spec.params.noise.keep_prob, spec.input.keep_prob
       (0.5, 0.75)
     """
+    _check(weight_keep_prob=weight_keep_prob, input_keep_prob=input_keep_prob)
     return RecurrentDropout(
         params=recurrent_kernels(Dropout(keep_prob=weight_keep_prob, variational=True)),
         input=Dropout(keep_prob=input_keep_prob, variational=True),

@@ -78,8 +78,9 @@ class StepNoise:
             return leaf.value
         if needs_previous(noise) and old is None:
             raise ValueError(
-                f"dropout.{site}: {type(noise).__name__} needs the value of the step before: call "
-                f"disturb({site.name!r}, value, previous) in the cell."
+                f"dropout.{site}: {type(noise).__name__} needs the value of the step before, and "
+                f"the cell passes none there. This library's cells pass one at 'hidden', and an "
+                f"LSTM at 'memory' too; in your own, call disturb({site.name!r}, value, previous)."
             )
         value = jnp.asarray(leaf.value)
         if self.evaluates:

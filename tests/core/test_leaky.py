@@ -35,10 +35,12 @@ def run(cell, carry, variables, dropout, entry=fdc.dropout_scan, xs=XS):
 
 
 def entries(cell, carry, variables, dropout):
-    """The three entries of the core."""
+    """The entries of the core."""
     yield lambda: run(cell, carry, variables, dropout)
     yield lambda: run(cell, carry, variables, dropout, fdc.dropout_cell, XS[0])
     yield lambda: run(cell, carry, variables, dropout, fdc.draw_masks, XS[0])
+    draw = functools.partial(fdc.draw_step_masks, num_steps=3)
+    yield lambda: run(cell, carry, variables, dropout, draw, XS[0])
 
 
 @pytest.mark.parametrize("noise", [NOISE, FROZEN, fdc.Dropout(keep_prob=0.8, scale=False)])

@@ -161,6 +161,15 @@ def check_masks(prefix: Any, value: Any, drawn: Any, frozen: Any) -> None:
             np.testing.assert_array_equal(mask, every)
 
 
+def either(value: Any, once: Any, now: Any) -> Any:
+    """The mask of each leaf, whether it was drawn for the call or for the step."""
+    structure = jax.tree.structure(value)
+    nothing = [None] * structure.num_leaves
+    masks = (nothing if drawn is None else structure.flatten_up_to(drawn) for drawn in (once, now))
+    pairs = zip(*masks, strict=True)
+    return jax.tree.unflatten(structure, [b if a is None else a for a, b in pairs])
+
+
 @settings(max_examples=10)
 @given(
     data=st.data(),
@@ -198,12 +207,17 @@ def test_a_sequence(data: Any, carry: Any, lengths: Any, steps: int, reverse: bo
         reverse=reverse,
     )
     options = {"cell": sum_cell, "dropout": spec}
-    masks = fdc.draw_masks(None, carry, xs[0], rng, **options)
+    once = fdc.draw_masks(None, carry, xs[0], rng, **options)
+    of_steps = fdc.draw_step_masks(None, carry, xs[0], rng, steps, **options)
     want: dict[int, Any] = {}
     for t in reversed(range(steps)) if reverse else range(steps):
-        step_rng = jax.random.fold_in(rng, t)
-        done = fdc.dropout_cell(None, carry, xs[t], step_rng, **options, masks=masks)
-        new, y = jax.tree.map(jnp.asarray, done)
+        now = jax.tree.map(lambda mask, t=t: mask[t], of_steps)
+        x = disturb(spec.input, xs[t], either(xs[t], once.input, now.input))
+        grow = lambda leaf, x=x: leaf + x.sum(-1).reshape(2, *[1] * (leaf.ndim - 1))  # noqa: E731
+        new = disturb(spec.state, jax.tree.map(grow, carry), either(carry, once.state, now.state))
+        y = {"x": x, "carry": carry}
+        y = disturb(spec.output, y, either(y, once.output, now.output))
+        new, y = jax.tree.map(jnp.asarray, (new, y))
         for row, length in enumerate(lengths):
             if t >= length:
                 new = jax.tree.map(lambda n, c, row=row: n.at[row].set(c[row]), new, carry)

@@ -127,12 +127,16 @@ def test_scan_is_a_python_loop_for_an_lstm(spec, reverse) -> None:
 
 @specs
 def test_keys_of_split_are_keys_of_steps(spec) -> None:
-    """`jax.random.split(rng, T)` gives a loop the same keys (threefry, partitionable)."""
-    keys = jax.random.split(THREEFRY, T)
-    for t in range(T):
-        assert (
-            jax.random.key_data(keys[t]) == jax.random.key_data(jax.random.fold_in(THREEFRY, t))
-        ).all()
+    """A loop over `jax.random.split(rng, T)` has the masks of the scan (threefry, partitionable)."""
+    options: Any = {"cell": rough_cell, "dropout": with_keep_prob(spec, 0.5)}
+    xs = jnp.ones((T, B, F))
+    carry, params = (jnp.ones((B, 1)), jnp.zeros((B, F))), jnp.arange(1.0, F + 1)[None]
+    scanned = fdc.dropout_scan(params, carry, xs, THREEFRY, **options)
+    masks, ys = fdc.draw_masks(params, carry, xs[0], THREEFRY, **options), []
+    for key, x in zip(jax.random.split(THREEFRY, T), xs, strict=True):
+        carry, y = fdc.dropout_cell(params, carry, x, key, **options, masks=masks)
+        ys.append(y)
+    assert_same(scanned, (carry, jnp.stack(ys)))
 
 
 @specs
@@ -217,10 +221,10 @@ def test_length_zero_leaves_the_first_carry() -> None:
 
 def test_unroll_changes_nothing() -> None:
     assert_close(scan(MIXED, unroll=3), scan(MIXED))
+    assert "unroll=3" in str(jax.make_jaxpr(lambda: scan(MIXED, unroll=3))())
 
 
-@specs
-def test_frozen_masks_need_no_key(spec) -> None:
+def test_frozen_masks_need_no_key() -> None:
     """Masks that are brought for every leaf are applied, and nothing is drawn."""
     frozen = with_keep_prob(dropout_everywhere(True), 0.7)
     masks = draw(frozen)
