@@ -94,7 +94,7 @@ def start_sequence(
     return DropoutCarry(cell_carry, masks, step_rng, arrays or None, fingerprint)
 
 
-def run_step(
+def run_wrapped_step(
     carry: DropoutCarry,
     x: PyTree,
     *,
@@ -121,22 +121,21 @@ def run_step(
       The next carry, and the output.
     """
     check_carry(carry)
-
-    def without_missing(spec: RecurrentDropout) -> RecurrentDropout:
-        return spec if disturb_params else dataclasses.replace(spec, params=None)
-
-    spec = without_missing(dropout)
-    if deterministic or (carry.masks is None and not active_noises(dropout)):
+    draws = not deterministic and (carry.masks is not None or bool(active_noises(dropout)))
+    if draws and carry.masks is None:
+        raise ValueError("the carry was made in evaluation and has no masks: call redraw_masks.")
+    spec = dropout
+    if draws:
+        check_fingerprint(carry.fingerprint, dropout)
+        if carry.arrays is not None:  # those of all sites, so before one is left out
+            spec = with_fixed_arrays(dropout, [_first(array) for array in carry.arrays])
+    if not disturb_params:
+        spec = dataclasses.replace(spec, params=None)
+    if not draws:
         cell_carry, y = dropout_cell(params, carry.cell_carry, x, None, cell=cell, dropout=spec)
         return carry._replace(cell_carry=cell_carry), y
-    if carry.masks is None:
-        raise ValueError("the carry was made in evaluation and has no masks: call redraw_masks.")
-    check_fingerprint(carry.fingerprint, dropout)
-    if carry.arrays is not None:
-        # Before any site is left out, since the arrays are those of all sites.
-        arrays = [_first(array) for array in carry.arrays]
-        spec = without_missing(with_fixed_arrays(dropout, arrays))
     masks = carry.masks
+    assert masks is not None
     weights = jax.tree.map(_first, masks.params) if disturb_params else None
     masks = masks._replace(params=weights)
     rng, step, next_rng = None, None, carry.rng

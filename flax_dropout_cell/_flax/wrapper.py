@@ -22,7 +22,7 @@ from .._spec.recurrent_dropout import (
 from .._step.call_cell import trace_cell
 from .._step.draw_masks import inside_names
 from .call import call_or_default
-from .carry import DropoutCarry, check_carry, run_step, start_sequence
+from .carry import DropoutCarry, check_carry, run_wrapped_step, start_sequence
 from .framework import Framework
 
 
@@ -78,7 +78,7 @@ class CellWrapper:
                 return wrapped(carry, x, **options)
             return self._framework.run_on(wrapped, params, carry, x, **options)
 
-        return run_step(
+        return run_wrapped_step(
             carry,
             inputs,
             cell=cell,
@@ -130,23 +130,23 @@ class CellWrapper:
 
     def _values(self, dropout: RecurrentDropout, cell_carry: PyTree, inputs: Any) -> SiteValues:
         """The shapes and dtypes at each site, as far as masks are drawn there once."""
-        for_params = draws_once(dropout.params)
-        for_cell = draws_once(dropout.output) or draws_once(dropout.inside)
-        failed = None
+        errors = []
         # Hosts tell the inputs' shape and not their dtype, so likely ones are tried.
         for x in guesses(inputs, cell_carry):
             try:
-                params = self._params_shapes(cell_carry, x) if for_params else None
-                y, inside = None, {}
-                if for_cell:
-                    y, inside = self._trace(cell_carry, x, inside_names(dropout))
+                return self._values_for(x, dropout, cell_carry)
             except (TypeError, ValueError) as error:
-                failed = failed or error  # a cell of tokens does not take floats
-                continue
-            state = jax.tree.map(shape_of, cell_carry)
-            return SiteValues(params=params, input=x, state=state, output=y, inside=inside)
-        assert failed is not None
-        raise failed
+                errors.append(error)  # a cell of tokens does not take floats
+        raise errors[0]
+
+    def _values_for(self, x: PyTree, dropout: RecurrentDropout, cell_carry: PyTree) -> SiteValues:
+        """`_values` for an input whose dtypes are known."""
+        params = self._params_shapes(cell_carry, x) if draws_once(dropout.params) else None
+        y, inside = None, {}
+        if draws_once(dropout.output) or draws_once(dropout.inside):
+            y, inside = self._trace(cell_carry, x, inside_names(dropout))
+        state = jax.tree.map(shape_of, cell_carry)
+        return SiteValues(params=params, input=x, state=state, output=y, inside=inside)
 
     def _place(self, dropout: RecurrentDropout, cell_carry: PyTree) -> RecurrentDropout:
         """Resolves the noise at `state` for the carry of the cell."""

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import hoisted_scan
+from .hoisted_scan import scan_in_parts
 
 PyTree = Any
 
 
-def scan(
+def scan_in_chunks(
     step: Callable[[Any, Any], tuple[Any, Any]],
     carry: PyTree,
     xs: PyTree,
@@ -30,7 +30,7 @@ def scan(
     every = steps if checkpoint_every is None else checkpoint_every
 
     def run(carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
-        return hoisted_scan.scan(step, carry, xs, reverse=reverse, unroll=unroll, parallel=parallel)
+        return scan_in_parts(step, carry, xs, reverse=reverse, unroll=unroll, parallel=parallel)
 
     if every >= steps:
         return run(carry, xs)

@@ -16,13 +16,13 @@ from .._compat import eval_jaxpr
 from .affine import Obstacle
 from .linear_recurrence import find_stages, scan_in_parallel
 from .run_loop import run_cut
-from .traced_scan import Step, TracedScan, trace
+from .traced_scan import Step, TracedScan, trace_scan
 from .weight_gradients import differentiate
 
 PyTree = Any
 
 
-def scan(
+def scan_in_parts(
     step: Step,
     carry: PyTree,
     xs: PyTree,
@@ -51,26 +51,24 @@ def scan(
     # up, and does it have a weight whose gradient can wait? Each "no" leads to a plainer loop.
     loop = functools.partial(jax.lax.scan, length=length, reverse=reverse, unroll=unroll)
     carry, xs = jax.tree.map(jnp.asarray, (carry, xs))
-    found = trace(step, carry, xs, length)
-    if isinstance(found, str):
+    traced = trace_scan(step, carry, xs, loop)
+    if isinstance(traced, str):
         if parallel:
             raise ValueError(
-                f"parallel=True cannot run this scan, because {found}. Leave parallel=None to run "
+                f"parallel=True cannot run this scan, because {traced}. Leave parallel=None to run "
                 f"it step by step."
             )
         return loop(step, carry, xs)
-    closed, structure = found
-    traced = TracedScan.of(closed, carry, xs, loop)
-    leaves = [*closed.consts, *jax.tree.leaves((carry, xs))]
+    leaves = [*traced.closed.consts, *jax.tree.leaves((carry, xs))]
     results = _run_in_parallel(traced, carry, leaves, reverse, parallel)
-    if results is not None:
-        return jax.tree.unflatten(structure, results)
-    if traced.plain is not None:
+    if results is None and traced.plain is not None:
         return loop(step, carry, xs)
-    return jax.tree.unflatten(structure, _run_loop(traced, closed, leaves))
+    if results is None:
+        results = _run_with_rule(traced, leaves)
+    return jax.tree.unflatten(traced.structure, results)
 
 
-def _run_loop(traced: TracedScan, closed: Any, leaves: list[Any]) -> list[Any]:
+def _run_with_rule(traced: TracedScan, leaves: list[Any]) -> list[Any]:
     """The results of the scan as a loop, with the rule for its weights if some can wait."""
     plan = traced.plan(traced.constants)
     # Without such a weight JAX differentiates the loop itself: there is no rule to give.
@@ -90,7 +88,7 @@ def _run_loop(traced: TracedScan, closed: Any, leaves: list[Any]) -> list[Any]:
         )
 
         def flat_step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-            results = eval_jaxpr(closed.jaxpr, consts, *carry, *x)
+            results = eval_jaxpr(traced.closed.jaxpr, consts, *carry, *x)
             return results[: len(carry)], results[len(carry) :]
 
         carry, ys = traced.loop(flat_step, carry, xs)

@@ -6,7 +6,6 @@ outputs are computed for all steps from the carries that they saw.
 """
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -267,11 +266,7 @@ class _History:
     ) -> dict[int, jax.Array]:
         """A loop over what some carries depend on, and nothing else."""
         equations = _leading_to({updates[leaf] for leaf in firsts}, self._waiting)
-        known = self._read_by(equations, but=firsts) | {
-            updates[leaf]: self.values[updates[leaf]]
-            for leaf in firsts
-            if updates[leaf] in self.values
-        }
+        known = self._read_by(equations)
         fixed = {value: it for value, it in known.items() if value in self._same}
         varying = {value: it for value, it in known.items() if value not in self._same}
 
@@ -283,9 +278,9 @@ class _History:
 
         return jax.lax.scan(step, firsts, varying, length=self._steps, reverse=reverse)[1]
 
-    def _read_by(self, equations: list[Equation], but: Iterable[int] = ()) -> dict[int, Any]:
+    def _read_by(self, equations: list[Equation]) -> dict[int, Any]:
         """The known values that equations read."""
-        read = {value for equation in equations for value in equation.inputs}.difference(but)
+        read = {value for equation in equations for value in equation.inputs}
         return {value: self.values[value] for value in read if value in self.values}
 
 

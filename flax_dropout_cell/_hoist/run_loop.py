@@ -33,8 +33,10 @@ def run_loop(
 
     # The weight of `h @ W` comes from `fixed`, which nothing differentiates, and every other reader
     # of W has the one that is. So JAX finds no path from this product to W, and adds up no dW.
+    uses = plan.uses
+
     def run(equation: Equation, inputs: list[Any]) -> list[Any]:
-        use = plan.uses.get(equation.outputs)
+        use = uses.get(equation.outputs)
         if use is not None:
             inputs[equation.inputs.index(use.weight)] = fixed[use.weight]
         return equation(*inputs)
@@ -44,10 +46,9 @@ def run_loop(
         _run_at_all_steps, run=run, values=values, sequences=sequences, sums=sums
     )
     run_at_all_steps(cut.ahead, steps=traced.steps)
-    # The loop gives out what is read after it: ys, the operands of weights' products, and the
-    # operands of the products that only ys need.
-    made_after = {value for equation in cut.after for value in equation.outputs}
     ys = outputs[len(traced.carry) :]
+    # What is known at all steps, or made after the loop, does not come out of it.
+    made_after = {value for equation in cut.after for value in equation.outputs}
     stacked = (sources | cut.kept | set(ys)) - sequences.keys() - made_after
     made = {value for equation in cut.loop for value in equation.outputs}
     read = {value for equation in cut.loop for value in equation.inputs}.union(outputs, stacked)

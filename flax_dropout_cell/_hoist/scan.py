@@ -1,13 +1,17 @@
 """The public scan: `jax.lax.scan` with its signature, and a table of how a step is cut."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from . import hoisted_scan, traced_scan
+import jax
+
 from .affine import Obstacle
 from .flat_jaxpr import Equation, Program
+from .hoisted_scan import say_obstacle, scan_in_parts
 from .linear_recurrence import find_stages
+from .traced_scan import TracedScan, trace_scan
 from .weight_products import Plan, is_linear
 
 PyTree = Any
@@ -53,7 +57,7 @@ def scan(
       >>> h.shape, ys.shape
       ((4, 8), (20, 4, 8))
     """
-    return hoisted_scan.scan(step, init, xs, length=length, reverse=reverse, unroll=unroll)
+    return scan_in_parts(step, init, xs, length=length, reverse=reverse, unroll=unroll)
 
 
 class ScanExplanation(NamedTuple):
@@ -140,21 +144,19 @@ def explain_scan(
       gradients in the loop     nothing
       a linear recurrence       no: it goes through dot_general
     """
-    traced = traced_scan.trace_scan(step, init, xs, length=length)
+    traced = trace_scan(step, init, xs, functools.partial(jax.lax.scan, length=length))
     if isinstance(traced, str):
         return ScanExplanation(traced, obstacle=traced)
     return explain_traced(traced, init, traced.steps)
 
 
-def explain_traced(
-    traced: traced_scan.TracedScan, init: PyTree, steps: int | None = None
-) -> ScanExplanation:
+def explain_traced(traced: TracedScan, init: PyTree, steps: int | None = None) -> ScanExplanation:
     """Explains a traced scan; `steps` leads the shapes outside the loop, if it is given."""
     program = traced.program
     stages = find_stages(program, traced.carry, traced.xs.stop)
     obstacle = None
     if isinstance(stages, Obstacle):
-        obstacle = hoisted_scan.say_obstacle(stages, traced.carry, init)
+        obstacle = say_obstacle(stages, traced.carry, init)
     if traced.plain is not None:
         return ScanExplanation(traced.plain, obstacle=obstacle)
     plan = traced.plan(traced.constants)

@@ -31,29 +31,10 @@ AHEAD_SIZE = 2**14
 KEPT_BYTES = 16 * 2**20
 
 
-class Parts(NamedTuple):
-    """A step's equations, each part in the order in which they run.
-
-    Attributes:
-      before: those that depend on xs and constants alone.
-      loop: those that the next carry needs.
-      after: the others, which only ys need.
-    """
-
-    before: list[Equation]
-    loop: list[Equation]
-    after: list[Equation]
-
-
-def cut_step(equations: Iterable[Equation], carry: Iterable[int], last: Iterable[int]) -> Parts:
-    """Cuts a step by what its equations depend on, and by what depends on them.
-
-    Args:
-      equations: the step.
-      carry: the values of the carry that comes in.
-      last: the values of the carry that goes out.
-    """
-    # Forward for whatever the carry reaches, then backward for whatever the next carry needs.
+def split_by_carry(
+    equations: Iterable[Equation], carry: Iterable[int]
+) -> tuple[list[Equation], list[Equation]]:
+    """The equations that do not depend on the carry that comes in, and those that do."""
     carried, before, others = set(carry), [], []
     for equation in equations:
         if carried.isdisjoint(equation.inputs):
@@ -61,14 +42,26 @@ def cut_step(equations: Iterable[Equation], carry: Iterable[int], last: Iterable
         else:
             others.append(equation)
             carried.update(equation.outputs)
-    needed, loop, after = set(last), [], []
-    for equation in reversed(others):
+    return before, others
+
+
+def only_for_ys(
+    equations: Iterable[Equation], carry: Iterable[int], last: Iterable[int]
+) -> list[Equation]:
+    """The equations that depend on the carry that comes in, and that `last` does not need.
+
+    Args:
+      equations: the step.
+      carry: the values of the carry that comes in.
+      last: the values of the carry that goes out.
+    """
+    needed, after = set(last), []
+    for equation in reversed(split_by_carry(equations, carry)[1]):
         if needed.isdisjoint(equation.outputs):
             after.append(equation)
         else:
-            loop.append(equation)
             needed.update(equation.inputs)
-    return Parts(before, loop[::-1], after[::-1])
+    return after[::-1]
 
 
 class Cut(NamedTuple):
@@ -112,7 +105,7 @@ def cut_loop(program: Program, plan: Plan, carry: range, xs: Iterable[int], step
 
 def products_ahead(program: Program, plan: Plan, carry: Iterable[int]) -> list[Equation]:
     """The equations of a loop that run before it: large products, and what they are made of."""
-    before = cut_step(plan.loop, carry, ()).before
+    before, _ = split_by_carry(plan.loop, carry)
     makers = {value: equation for equation in before for value in equation.outputs}
     uses = plan.uses
     chosen: set[tuple[int, ...]] = set()
@@ -125,7 +118,9 @@ def products_ahead(program: Program, plan: Plan, carry: Iterable[int]) -> list[E
             continue  # its weight's gradient adds up in float32, at each step
         needed = _makers_of(inputs, makers)
         # Random bits stay: drawn for all steps at once they are others with some PRNGs.
-        if _is_worth(program, product, plan.known) and all(each.name in CHEAP for each in needed):
+        if _is_faster_at_once(program, product, plan.known) and all(
+            each.name in CHEAP for each in needed
+        ):
             chosen.update(each.outputs for each in (product, *needed))
     return [equation for equation in before if equation.outputs in chosen]
 
@@ -151,10 +146,10 @@ def products_after(
     Returns:
       The equations, in the order in which they run, and the values that the loop keeps for them.
     """
-    only_ys = cut_step(loop, carry, program.outputs[: len(carry)]).after
+    only_ys = only_for_ys(loop, carry, program.outputs[: len(carry)])
     chosen: set[tuple[int, ...]] = set()
     for product in only_ys:
-        if _is_worth(program, product, plan.known):
+        if _is_faster_at_once(program, product, plan.known):
             # Whatever reads a product that has moved has to move with it.
             followers = _followers(product, only_ys)
             if all(_may_follow(equation, plan) for equation in followers):
@@ -250,7 +245,7 @@ def _makers_of(values: Iterable[int], makers: dict[int, Equation]) -> list[Equat
     return list(found.values())
 
 
-def _is_worth(program: Program, product: Equation, known: set[int]) -> bool:
+def _is_faster_at_once(program: Program, product: Equation, known: set[int]) -> bool:
     """Whether a product of few rows and a large weight runs faster for all steps at once."""
     rows = [value for value in product.inputs if value not in known]
     if product.name != "dot_general" or len(product.inputs) != 2 or len(rows) != 1:

@@ -22,9 +22,13 @@ class TracedScan(NamedTuple):
     """A traced scan: its step, the numbers of its arguments, and `jax.lax.scan` for it.
 
     Attributes:
+      closed: the step as a jaxpr.
+      structure: the structure of its results.
       plain: why the step cannot be cut up, so that its loop is `jax.lax.scan`; None if it can.
     """
 
+    closed: Any
+    structure: Any
     program: Program
     constants: range
     carry: range
@@ -33,19 +37,6 @@ class TracedScan(NamedTuple):
     is_complex: bool
     loop: Callable[..., Any]
     plain: str | None
-
-    @classmethod
-    def of(
-        cls, closed: Any, carry: PyTree, xs: PyTree, loop: functools.partial[Any]
-    ) -> "TracedScan":
-        carry, xs = jax.tree.leaves(carry), jax.tree.leaves(xs)
-        ends = (len(closed.consts), len(closed.consts) + len(carry))
-        steps = xs[0].shape[0] if xs else loop.keywords["length"]
-        parts = range(ends[0]), range(*ends), range(ends[1], ends[1] + len(xs))
-        # Inside of the step too: an LRU's x and y are real, and its h is not.
-        made = (variable for eqn in all_equations(closed.jaxpr) for variable in eqn.outvars)
-        is_complex = any(jnp.issubdtype(it.aval.dtype, jnp.complexfloating) for it in made)
-        return cls(flatten(closed), *parts, steps, is_complex, loop, _why_plain(closed))
 
     def plan(self, differentiated: Iterable[int]) -> Plan:
         return plan_weight_uses(
@@ -59,17 +50,44 @@ class TracedScan(NamedTuple):
         return plan_operands(self.program, plan.loop, plan.operands, plan.known, self.xs)
 
 
-def trace_scan(step: Step, carry: PyTree, xs: PyTree, *, length: int | None) -> TracedScan | str:
-    """The traced scan, or why nothing is known of its step, so that it runs as it is."""
+def trace_scan(
+    step: Step, carry: PyTree, xs: PyTree, loop: functools.partial[Any]
+) -> TracedScan | str:
+    """The traced scan, or why nothing is known of its step, so that it runs as it is.
+
+    Args:
+      step: as in `jax.lax.scan`.
+      carry: the initial carry.
+      xs: the inputs.
+      loop: `jax.lax.scan` with its options, `length` among them.
+    """
     carry, xs = jax.tree.map(jnp.asarray, (carry, xs))
-    found = trace(step, carry, xs, length)
+    found = _trace_step(step, carry, xs, loop.keywords["length"])
     if isinstance(found, str):
         return found
-    loop = functools.partial(jax.lax.scan, length=length)
-    return TracedScan.of(found[0], carry, xs, loop)
+    closed, structure = found
+    consts, carry, xs = len(closed.consts), *map(jax.tree.leaves, (carry, xs))
+    steps = xs[0].shape[0] if xs else loop.keywords["length"]
+    constants, of_carry = range(consts), range(consts, consts + len(carry))
+    of_xs = range(of_carry.stop, of_carry.stop + len(xs))
+    # Inside of the step too: an LRU's x and y are real, and its h is not.
+    made = (variable for eqn in all_equations(closed.jaxpr) for variable in eqn.outvars)
+    is_complex = any(jnp.issubdtype(it.aval.dtype, jnp.complexfloating) for it in made)
+    return TracedScan(
+        closed,
+        structure,
+        flatten(closed),
+        constants,
+        of_carry,
+        of_xs,
+        steps,
+        is_complex,
+        loop,
+        _why_plain(closed),
+    )
 
 
-def trace(step: Step, carry: PyTree, xs: PyTree, length: int | None) -> tuple[Any, Any] | str:
+def _trace_step(step: Step, carry: PyTree, xs: PyTree, length: int | None) -> tuple[Any, Any] | str:
     """The step as a jaxpr and the structure of its results, or why it is left alone."""
     # Shapes are compared and multiplied, so they must be known.
     if any(map(_has_symbolic_shape, jax.tree.leaves((carry, xs)))):

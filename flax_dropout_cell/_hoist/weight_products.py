@@ -126,15 +126,15 @@ def plan_weight_uses(
         use = _as_weight_use(equation, known, differentiated)
         if use is not None:
             sums.setdefault(paths.sum_of(equation.outputs[0]), []).append(use)
-    worth = {total: uses for total, uses in sums.items() if _is_worth(program, total, uses)}
+    worth = {total: uses for total, uses in sums.items() if _saves_work(program, total, uses)}
     plan = Plan(hoisted, differentiated, narrowed, loop, known, worth)
     # A gradient that is added up in the loop is added up in the wide dtype, as jax.lax.scan does.
-    needed = _read_elsewhere(loop, plan.uses) | set(program.outputs)
+    casts, needed = [], _read_elsewhere(loop, plan.uses) | set(program.outputs)
     for equation in reversed(hoisted):
         if narrowed.intersection(equation.outputs) and needed.intersection(equation.outputs):
-            loop.insert(0, equation)
+            casts.append(equation)
             needed.update(equation.inputs)
-    return plan
+    return plan._replace(loop=[*reversed(casts), *loop])
 
 
 def _read_elsewhere(loop: list[Equation], uses: dict[tuple[int, ...], WeightUse]) -> set[int]:
@@ -242,7 +242,8 @@ def _as_weight_use(
     return WeightUse(equation, weight, operands if equation.name in _PRODUCTS else ())
 
 
-def _is_worth(program: Program, total: int, uses: list[WeightUse]) -> bool:
+def _saves_work(program: Program, total: int, uses: list[WeightUse]) -> bool:
+    """Whether a gradient after the loop is cheaper than one that is accumulated in it."""
     if jax.device_count() > 1:  # a sum in the loop may be an all-reduce at each step
         return True
     # Biases are small and come along with their product; alone they stay in the loop.

@@ -187,7 +187,7 @@ def _explain(
 
 
 def _explain_step(step: Step, carry: PyTree, xs: PyTree) -> ScanExplanation:
-    traced = trace_scan(step, carry, xs, length=1)
+    traced = trace_scan(step, carry, xs, functools.partial(jax.lax.scan, length=1))
     if isinstance(traced, str):
         return ScanExplanation(traced, obstacle=traced)
     return explain_traced(traced, carry)

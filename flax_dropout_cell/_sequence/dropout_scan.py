@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from .._hoist import checkpointed_scan
+from .._hoist.checkpointed_scan import scan_in_chunks
 from .._hoist.traced_scan import type_at_a_step
 from .._messages import short_repr
 from .._random.keys import as_rng
@@ -158,7 +158,7 @@ def dropout_scan(
     )
     step_noise = StepNoise(dropout, drawn.masks, rng, plan.first_ids)
     weights = disturb_once(step_noise, params)
-    running, ys = checkpointed_scan.scan(
+    running, ys = scan_in_chunks(
         SequenceStep(
             cell,
             weights,

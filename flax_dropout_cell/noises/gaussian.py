@@ -67,7 +67,8 @@ class GaussianNoise(NamedNoise):
         Args:
           rng: a typed or raw key.
           shape: the value's shape.
-          dtype: the value's dtype. Half-precision deviates are rounded from float32.
+          dtype: the value's dtype. Half-precision deviates are rounded from float32; complex ones
+            have a variance of 1/2 in each part.
 
         Returns:
           An array of this dtype and of shape `shape`, with 1 in each of `broadcast_dims`.

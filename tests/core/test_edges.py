@@ -44,8 +44,7 @@ def test_a_tiny_keep_prob_gives_zeros(keep_prob, dtype) -> None:
         _, y = fdc.dropout_cell(
             None, None, jnp.ones(2, dtype), rng, cell=emit, dropout=noise, masks=masks
         )
-        assert not jnp.isnan(y).any()
-        np.testing.assert_array_equal(y[1], 0)
+        np.testing.assert_array_equal(y, 0)  # the unit that is kept, too: its inverse is infinite
 
 
 NOTHING = {

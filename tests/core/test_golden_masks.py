@@ -65,6 +65,34 @@ SEQUENCES = {
 }
 
 
+def draw_rows(impl: str, variational: bool, by: str) -> str:
+    """The masks of a site inside and of the input, for rows by place or by id, with a reset."""
+    noise = fdc.Dropout(keep_prob=0.7, variational=variational)
+    spec = fdc.RecurrentDropout(input=noise, inside={"candidate": noise})
+
+    def cell(params: Any, h: Any, x: Any, *, disturb: Any = fdc.undisturbed) -> Any:
+        return h, jnp.stack([x, disturb("candidate", h)])
+
+    h, xs, rng = jnp.ones((2, 12)), jnp.ones((4, 2, 12)), jax.random.key(2016, impl=impl)
+    options: dict[str, Any] = {}
+    if by != "place":
+        options["resets"] = jnp.zeros((4, 2), bool).at[2, 1].set(True)
+    if by == "id":
+        options["sequence_ids"] = jnp.array([[7, 8], [7, 8], [7, 9], [7, 9]])
+    if "resets" in options:
+        options["reset_carry"] = h
+    _, ys = fdc.dropout_scan(None, h, xs, rng, cell=cell, dropout=spec, **options)
+    return as_hex(ys > 0)
+
+
+ROWS = {
+    f"{impl}, rows by {by}, {'variational' if variational else 'per step'}": (impl, variational, by)
+    for impl in IMPLS
+    for variational in (True, False)
+    for by in ("place", "place and reset", "id")
+}
+
+
 def draw_other(impl: str, name: str) -> str:
     """The masks of other noises, and the word types that an embedding keeps."""
     rng = jax.random.key(2016, impl=impl)
@@ -113,12 +141,18 @@ def test_a_sequence_has_the_masks_that_it_had(name: str) -> None:
     assert draw_sequence(*SEQUENCES[name]) == json.loads(FILE.read_text())[name]
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_have_the_masks_that_they_had(name: str) -> None:
+    assert draw_rows(*ROWS[name]) == json.loads(FILE.read_text())[name]
+
+
 def test_the_file_holds_no_others() -> None:
-    assert set(json.loads(FILE.read_text())) == {*MASKS, *SEQUENCES, *OTHERS}
+    assert set(json.loads(FILE.read_text())) == {*MASKS, *SEQUENCES, *ROWS, *OTHERS}
 
 
 if __name__ == "__main__":
     masks = {name: draw(*arguments) for name, arguments in MASKS.items()}
     masks |= {name: draw_sequence(*arguments) for name, arguments in SEQUENCES.items()}
+    masks |= {name: draw_rows(*arguments) for name, arguments in ROWS.items()}
     masks |= {name: draw_other(*arguments) for name, arguments in OTHERS.items()}
     FILE.write_text(json.dumps(masks, indent=2) + "\n")

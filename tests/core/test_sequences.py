@@ -127,7 +127,7 @@ def test_scan_is_a_python_loop_for_an_lstm(spec, reverse) -> None:
 
 @specs
 def test_keys_of_split_are_keys_of_steps(spec) -> None:
-    """A loop over `jax.random.split(rng, T)` has the masks of the scan (threefry, partitionable)."""
+    """A loop over `jax.random.split(rng, T)` has the scan's masks (threefry, partitionable)."""
     options: Any = {"cell": rough_cell, "dropout": with_keep_prob(spec, 0.5)}
     xs = jnp.ones((T, B, F))
     carry, params = (jnp.ones((B, 1)), jnp.zeros((B, F))), jnp.arange(1.0, F + 1)[None]

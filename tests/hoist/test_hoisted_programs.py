@@ -16,7 +16,7 @@ import pytest
 from compiled import called_by, random_operations, scans
 
 import flax_dropout_cell as fdc
-from flax_dropout_cell._hoist.hoisted_scan import scan
+from flax_dropout_cell._hoist.hoisted_scan import scan_in_parts as scan
 
 T, B, D, H = 6, 4, 12, 20  # [H, 4H] and [D, 4H] are shapes of weights alone
 LSTM = fdc.init_lstm(jax.random.key(0), D, H)

@@ -13,7 +13,7 @@ from op_by_op import op_by_op
 from scan_cases import CASES, TAKES_RULES, Case
 
 from flax_dropout_cell._hoist import three_parts, traced_scan
-from flax_dropout_cell._hoist.hoisted_scan import scan
+from flax_dropout_cell._hoist.hoisted_scan import scan_in_parts as scan
 
 # Programs here are small and many, so the time to compile them dominates.
 QUICKLY: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -289,10 +289,12 @@ def test_a_float_that_a_step_computes_with_is_not_stepped_through() -> None:
         return (held, held * h + x), h
 
     carry = (row, row)
-    assert_close(hoisted_scan.scan(kept, carry, xs, parallel=True), jax.lax.scan(kept, carry, xs))
+    assert_close(
+        hoisted_scan.scan_in_parts(kept, carry, xs, parallel=True), jax.lax.scan(kept, carry, xs)
+    )
     for step in (computed, chosen_by_itself, branched_by_itself):
         with pytest.raises(ValueError, match="parallel=True needs a carry"):
-            hoisted_scan.scan(step, carry, xs, parallel=True)
+            hoisted_scan.scan_in_parts(step, carry, xs, parallel=True)
 
 
 @pytest.mark.usefixtures("float64")
@@ -398,7 +400,7 @@ def test_derivatives_of_all_orders() -> None:
 def test_half_precision_is_rounded_once(dtype) -> None:
     """A sum of many small numbers, which stands still if each step is rounded."""
     decay, xs = 1 - 2.0**-7, jnp.ones((512, 1), dtype)
-    h, ys = hoisted_scan.scan(
+    h, ys = hoisted_scan.scan_in_parts(
         lambda h, x: (jnp.asarray(decay, dtype) * h + x, h), xs[0], xs, parallel=True
     )
     assert h.dtype == ys.dtype == dtype
@@ -440,7 +442,7 @@ def test_the_solver_goes_by_the_platform_of_the_program(platform, has_loop) -> N
 
 
 def is_parallel(step: Any, carry: Any, xs: Any, **options: Any) -> bool:
-    scan = functools.partial(hoisted_scan.scan, step, **options)
+    scan = functools.partial(hoisted_scan.scan_in_parts, step, **options)
     return "linear_solve" in str(jax.make_jaxpr(scan)(carry, xs))
 
 
@@ -460,7 +462,7 @@ def test_a_scan_without_a_recurrence_loops(monkeypatch) -> None:
 
     def primitives(**options: Any) -> str:
         def run(xs: jax.Array) -> Any:
-            return hoisted_scan.scan(lambda c, x: (c, jnp.tanh(x)), (), xs, **options)
+            return hoisted_scan.scan_in_parts(lambda c, x: (c, jnp.tanh(x)), (), xs, **options)
 
         return str(jax.make_jaxpr(run)(jnp.ones((T, H))))
 
@@ -498,7 +500,7 @@ SEVERAL: dict[str, Any] = {
 def test_steps_that_need_no_loop(name, reverse) -> None:
     step, row = STEPS.get(name) or SEVERAL[name], draw(0, *ROW)
     carry = row if name in STEPS else (row, row + 1)
-    scan = functools.partial(hoisted_scan.scan, step, reverse=reverse, parallel=True)
+    scan = functools.partial(hoisted_scan.scan_in_parts, step, reverse=reverse, parallel=True)
     assert_close(
         scan(carry, draw(1, *XS)), jax.lax.scan(step, carry, draw(1, *XS), reverse=reverse)
     )
@@ -510,7 +512,7 @@ def test_a_weakly_typed_carry() -> None:
     h, xs = jnp.full(ROW, 0.1), draw(1, *XS)
     assert jax.typeof(h).weak_type
     step = STEPS["the same slope at all steps"]
-    assert_close(hoisted_scan.scan(step, h, xs, parallel=True), jax.lax.scan(step, h, xs))
+    assert_close(hoisted_scan.scan_in_parts(step, h, xs, parallel=True), jax.lax.scan(step, h, xs))
     last, ys = run(True, arrays=(gated_arrays()[0], h, draw(4, T, B, D)), dropout=SPECS["all"])
     strong = jnp.full(ROW, 0.1, float)
     assert_close(
@@ -531,7 +533,7 @@ def test_a_callback_that_cannot_be_mapped() -> None:
 
     h, xs = draw(0, *ROW), draw(1, *XS)
     assert_close(
-        hoisted_scan.scan(step, h, xs, parallel=True),
+        hoisted_scan.scan_in_parts(step, h, xs, parallel=True),
         jax.lax.scan(lambda h, x: (0.5 * h + x, h), h, np.sin(xs)),
     )
 
@@ -542,7 +544,9 @@ def test_a_foreign_function_that_cannot_be_mapped() -> None:
     def step(h: jax.Array, x: jax.Array) -> Any:
         return 0.5 * h + jax.ffi.ffi_call("kernel", jax.typeof(x))(x), h
 
-    traced = jax.make_jaxpr(lambda xs: hoisted_scan.scan(step, jnp.ones(ROW), xs, parallel=True))
+    traced = jax.make_jaxpr(
+        lambda xs: hoisted_scan.scan_in_parts(step, jnp.ones(ROW), xs, parallel=True)
+    )
     jaxpr = traced(jnp.ones(XS))
     (call,) = [eqn for eqn in all_equations(jaxpr.jaxpr) if eqn.primitive.name == "ffi_call"]
     assert call.outvars[0].aval.shape == ROW and "linear_solve" in str(jaxpr)
@@ -554,7 +558,7 @@ def test_a_cast_and_back() -> None:
         return (h.astype(x.dtype) * x + 1).astype(h.dtype), h
 
     h, xs = draw(0, *ROW, dtype="float32"), draw(1, *XS)
-    got, wanted = hoisted_scan.scan(step, h, xs, parallel=True), jax.lax.scan(step, h, xs)
+    got, wanted = hoisted_scan.scan_in_parts(step, h, xs, parallel=True), jax.lax.scan(step, h, xs)
     assert got[0].dtype == wanted[0].dtype == h.dtype
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, wanted)
 
@@ -572,7 +576,7 @@ def test_counters_and_keys_run_on_the_side() -> None:
         (at, key, h, seen), ys = scan(step, carry, draw(1, *XS))
         return at, jax.random.key_data(key), h, seen, ys
 
-    parallel = functools.partial(hoisted_scan.scan, parallel=True)
+    parallel = functools.partial(hoisted_scan.scan_in_parts, parallel=True)
     assert_close(scan(parallel, draw(0, *ROW)), scan(jax.lax.scan, draw(0, *ROW)))
 
 
@@ -588,7 +592,9 @@ def test_a_branch_that_is_not_taken_gives_no_nan() -> None:
             jnp.array([4.0, -1.0, 0.25]).reshape(3, 1, 1)
         )
 
-    assert_close(slope(functools.partial(hoisted_scan.scan, parallel=True)), slope(jax.lax.scan))
+    assert_close(
+        slope(functools.partial(hoisted_scan.scan_in_parts, parallel=True)), slope(jax.lax.scan)
+    )
 
 
 NOT_AFFINE: dict[str, tuple[Any, str]] = {
@@ -618,7 +624,7 @@ NOT_AFFINE: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("step, reason", NOT_AFFINE.values(), ids=NOT_AFFINE)
 def test_an_error_names_the_equation(step, reason) -> None:
     with pytest.raises(ValueError, match=reason):
-        hoisted_scan.scan(step, jnp.ones(ROW), jnp.ones(XS), parallel=True)
+        hoisted_scan.scan_in_parts(step, jnp.ones(ROW), jnp.ones(XS), parallel=True)
 
 
 def test_cells_of_this_library_that_are_not_linear() -> None:
@@ -641,26 +647,26 @@ def test_one_leaf_that_is_not_affine_keeps_the_loop_for_all(monkeypatch) -> None
 
     carry = {"linear": jnp.ones(ROW), "rnn": jnp.ones(ROW)}
     with pytest.raises(ValueError, match=r"\['rnn'\] goes through tanh"):
-        hoisted_scan.scan(step, carry, jnp.ones(XS), parallel=True)
+        hoisted_scan.scan_in_parts(step, carry, jnp.ones(XS), parallel=True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert not is_parallel(step, carry, jnp.ones(XS))
     pair = {"a": jnp.ones(ROW), "b": jnp.ones(ROW)}
     with pytest.raises(ValueError, match="depends on another part of the carry, through"):
-        hoisted_scan.scan(
+        hoisted_scan.scan_in_parts(
             lambda c, x: ({"a": c["a"] - c["b"], "b": c["a"] + c["b"]}, x),
             pair,
             jnp.ones(XS),
             parallel=True,
         )
     with pytest.raises(ValueError, match="depends on another part of the carry, through tanh"):
-        hoisted_scan.scan(
+        hoisted_scan.scan_in_parts(
             lambda c, x: ({"a": jnp.tanh(c["b"]), "b": jnp.tanh(c["a"])}, x),
             pair,
             jnp.ones(XS),
             parallel=True,
         )
     with pytest.raises(ValueError, match=r"\['a'\] depends on another part of the carry\. Leave"):
-        hoisted_scan.scan(
+        hoisted_scan.scan_in_parts(
             lambda c, x: ({"a": c["b"], "b": c["a"] * c["b"]}, x), pair, jnp.ones(XS), parallel=True
         )
 
@@ -698,7 +704,7 @@ def test_side_effects_are_refused() -> None:
         return h * x, h
 
     with pytest.raises(ValueError, match="cannot run this scan, because the step has side effects"):
-        hoisted_scan.scan(step, jnp.ones(ROW), jnp.ones(XS), parallel=True)
+        hoisted_scan.scan_in_parts(step, jnp.ones(ROW), jnp.ones(XS), parallel=True)
 
 
 def test_a_carry_that_starts_equal_on_all_shards_is_refused() -> None:
@@ -709,7 +715,7 @@ def test_a_carry_that_starts_equal_on_all_shards_is_refused() -> None:
         def step(h: jax.Array, x: jax.Array) -> Any:
             return h / 2 + x, None
 
-        return hoisted_scan.scan(step, jnp.zeros(ROW), xs, parallel=True)[0]
+        return hoisted_scan.scan_in_parts(step, jnp.zeros(ROW), xs, parallel=True)[0]
 
     with pytest.raises(ValueError, match=r"a step changes the axes of jax\.shard_map over which"):
         run(jnp.ones(XS))
@@ -823,5 +829,5 @@ def test_the_gradient_by_a_slope_of_zero(reverse) -> None:
 
     decay = jnp.array([[0.0, 0.5, 0.3, 0.0]])
     arrays = (decay, draw(0, *ROW) + 2, draw(1, *XS).at[0].set(0.0).at[-1, 1].set(0.0))
-    parallel = functools.partial(hoisted_scan.scan, parallel=True)
+    parallel = functools.partial(hoisted_scan.scan_in_parts, parallel=True)
     assert_close(jax.grad(loss)(arrays, parallel), jax.grad(loss)(arrays, jax.lax.scan))

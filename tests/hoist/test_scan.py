@@ -209,9 +209,8 @@ def test_a_step_is_cut_by_what_its_equations_depend_on() -> None:
         return h, jnp.cos(h) * x
 
     program = flatten(jax.make_jaxpr(step)(ROW, ROW))
-    parts = three_parts.cut_step(program.equations, [0], program.outputs[:1])
-    assert [[each.name for each in part] for part in parts] == [
-        ["exp"],
-        ["sin", "add", "tanh"],
-        ["cos", "mul"],
-    ]
+    before, others = three_parts.split_by_carry(program.equations, [0])
+    after = three_parts.only_for_ys(program.equations, [0], program.outputs[:1])
+    assert [each.name for each in before] == ["exp"]
+    assert [each.name for each in others] == ["sin", "add", "tanh", "cos", "mul"]
+    assert [each.name for each in after] == ["cos", "mul"]

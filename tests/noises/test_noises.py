@@ -77,6 +77,37 @@ def test_float64_and_complex(name: str, float64: None) -> None:
         assert MAKE[name]().expected(value, jnp.zeros(SHAPE, dtype)).dtype == dtype
 
 
+COMPLEX: dict[str, Any] = {  # what `apply` and `expected` give, with a number of 0.3
+    "Zoneout": lambda mask, x, old: (np.where(mask, x, old), 0.3 * old + 0.7 * x),
+    "GaussianNoise": lambda mask, x, old: (x + 0.3 * mask, x),
+    "ConcreteDropout": lambda u, x, old: (
+        x * (1 + np.exp(0.3)) / (1 + np.exp((0.3 + np.log(u / (1 - u))) / 0.1)),
+        x,
+    ),
+}
+
+
+@noises
+def test_both_parts_of_a_complex_value(name: str, float64: None) -> None:
+    """As of the state of an LRU."""
+    noise, dtype = MAKE[name](), jnp.complex128
+    value, old = (jax.random.normal(jax.random.key(seed), SHAPE, dtype) for seed in (1, 2))
+    mask = noise.draw_mask(jax.random.key(0), SHAPE, dtype)
+    got = noise.apply(mask, value, old), noise.expected(value, old)
+    for one, wanted in zip(got, COMPLEX[name](*map(np.asarray, (mask, value, old))), strict=True):
+        assert one.dtype == dtype
+        np.testing.assert_allclose(one, wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_both_parts_of_a_complex_deviate() -> None:
+    mask = np.asarray(
+        fdc.GaussianNoise(stddev=1.0).draw_mask(jax.random.key(0), SHAPE, "complex64")
+    )
+    for part in (mask.real, mask.imag):  # a variance of 1/2; the mean of its square is within
+        assert abs((part**2).mean() - 0.5) < 5 * np.sqrt(0.5 / mask.size)  # 5 standard errors
+    assert abs((mask.real * mask.imag).mean()) < 5 * 0.5 / np.sqrt(mask.size)
+
+
 @noises
 def test_a_number_is_static_and_an_array_is_data(name: str) -> None:
     number, array = MAKE[name](0.3), MAKE[name](jnp.float32(0.3))

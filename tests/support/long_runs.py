@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 import flax_dropout_cell as fdc
-from flax_dropout_cell._hoist import hoisted_scan
+from flax_dropout_cell._hoist import checkpointed_scan
 from flax_dropout_cell._sequence import dropout_scan
 from flax_dropout_cell._step.apply_noise import StepNoise
 
@@ -29,7 +29,7 @@ def watched() -> Iterator[list[float]]:
     watcher = _Watcher(largest)
     patches = [
         (jax.lax, "scan", watcher.scan),
-        (hoisted_scan, "scan", watcher.hoisted_scan),
+        (checkpointed_scan, "scan_in_parts", watcher.scan_in_parts),
         (dropout_scan, "disturb_once", watcher.disturb_once),
         (fdc, "dropout_cell", watcher.dropout_cell),
         (StepNoise, "__call__", watcher.disturb),
@@ -55,7 +55,7 @@ class _Watcher:
         self.own = False  # whether this is a long run
         self.call, self.step = StepNoise.__call__, fdc.dropout_cell
         self.run_disturb_once = dropout_scan.disturb_once
-        self.run_scan, self.run_hoisted_scan = jax.lax.scan, hoisted_scan.scan
+        self.run_scan, self.run_in_parts = jax.lax.scan, checkpointed_scan.scan_in_parts
 
         def disturb(step_noise: StepNoise, *args: Any, **kwargs: Any) -> Any:
             self.disturbed += 1
@@ -71,9 +71,9 @@ class _Watcher:
             self.disturbed = before  # for a scan around this one: it has no steps of its own
         return result
 
-    def hoisted_scan(self, f: Any, init: Any, xs: Any, **options: Any) -> Any:
+    def scan_in_parts(self, f: Any, init: Any, xs: Any, **options: Any) -> Any:
         before = self.disturbed
-        result = self.run_hoisted_scan(f, init, xs, **options)
+        result = self.run_in_parts(f, init, xs, **options)
         if self.disturbed > before and not self.own:  # it traces a step before it scans
             self.run_on(f, init, xs, options.get("length"))
             self.disturbed = before

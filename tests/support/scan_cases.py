@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_dropout_cell._hoist.hoisted_scan import scan as hoisted_scan
+from flax_dropout_cell._hoist.hoisted_scan import scan_in_parts
 
 T, B, D, H = 3, 2, 3, 4
 # Functions with a `custom_jvp` in the step, and branches that pick masks.
@@ -420,7 +420,7 @@ def a_hoisted_scan_inside(scan, wx, wh, b, h, xs):
         return h, None
 
     def step(h, x):
-        h, _ = hoisted_scan(inner, jnp.tanh(x @ wx + h @ wh), jnp.stack([b, 2 * b]))
+        h, _ = scan_in_parts(inner, jnp.tanh(x @ wx + h @ wh), jnp.stack([b, 2 * b]))
         return h, h
 
     return scan(step, h, xs)

@@ -36,7 +36,7 @@ from quick_prng import quick_key
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell._hoist import three_parts
-from flax_dropout_cell._hoist.hoisted_scan import scan
+from flax_dropout_cell._hoist.hoisted_scan import scan_in_parts as scan
 from flax_dropout_cell.linen import DropoutCell
 
 DEVICES = 8
