@@ -328,7 +328,8 @@ def main() -> int:
         from checkpoints import CheckpointError
 
         failures = (CheckpointError,)
-    first, losses, state, evaluation, status = jax.process_index() == 0, np.zeros(0), None, None, 0
+    first, status = jax.process_index() == 0, 0
+    losses, state, evaluation = np.zeros(0), None, None
     if first:
         print(f"{jax.device_count()} devices, {jax.process_count()} processes", flush=True)
     try:

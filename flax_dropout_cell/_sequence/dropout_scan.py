@@ -289,8 +289,8 @@ def _draw(
     # would be the memory that checkpoints save.
     if not ahead or (plan.sequences and plan.uses_ids):
         return _Drawn(masks, of_rows, None)
-    options: dict[str, Any] = {"dropout": dropout, "start": start, "rows": rows}
-    return _Drawn(masks, of_rows, draw_ahead(values_of, rng, steps, **options))
+    of_steps = draw_ahead(values_of, rng, steps, dropout=dropout, start=start, rows=rows)
+    return _Drawn(masks, of_rows, of_steps)
 
 
 def _check_uncut(start: Any, brought: Masks | None, own: Masks) -> None:

@@ -133,8 +133,10 @@ def draw_sites(
     """
 
     def draw(site: Site) -> PyTree:
-        options: dict[str, Any] = {"brought": brought, "per_row_only": per_row_only}
-        return draw_site(site, dropout, site.of(values), rng, rows, **options)
+        value = site.of(values)
+        return draw_site(
+            site, dropout, value, rng, rows, brought=brought, per_row_only=per_row_only
+        )
 
     with jax.named_scope("draw_masks"):
         return make_masks({site: draw(site) for site in sites_of(values)})
