@@ -299,7 +299,10 @@ def check_flags(parser: Parser, options: argparse.Namespace, config: Config) -> 
 def check_out(parser: Parser, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
         path.open("a").close()
+        if not existed:
+            path.unlink(missing_ok=True)  # Another process may have been here.
     except OSError as error:
         parser.error(f"--out must be a file to write to, got {path}: {error.strerror}")
 

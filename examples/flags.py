@@ -36,6 +36,12 @@ def positive(text: str) -> float:
     return float(text)
 
 
+def not_negative(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return float(text)
+
+
 def keep_prob(text: str) -> float:
     try:
         fdc.Dropout(keep_prob=float(text))
@@ -44,7 +50,7 @@ def keep_prob(text: str) -> float:
     return float(text)
 
 
-TYPES = {"keep_prob": keep_prob, "learning_rate": positive, "price": positive, "seed": seed}
+TYPES = {"keep_prob": keep_prob, "learning_rate": positive, "price": not_negative, "seed": seed}
 """The type of a flag, by its name; all other flags are counts."""
 
 

@@ -324,7 +324,8 @@ def report(config: Config, out: Path, curves: dict[str, list[Learned]]) -> None:
     for name, curve in curves.items():
         final = sum(learned.mean_return for learned in curve[-10:]) / len(curve[-10:])
         error = max(learned.ratio_error for learned in curve)
-        print(f"{name:16} return (dropout on) {final:6.3f}", end="   ")
+        label = "return (dropout on)" if "dropout" in name else "return"
+        print(f"{name:20} {label:19} {final:6.3f}", end="   ")
         print(f"first ratios off from 1 by at most {error:.1e}")
         returns = [learned.mean_return for learned in curve]
         results.append({"model": name, "return": final, "ratio_error": error, "curve": returns})

@@ -49,6 +49,7 @@ def zaremba2014(
 
     Raises:
       ValueError: if a probability is not in [0, 1].
+      TypeError: if one is not a number or an array.
 
     Example:
       >>> import flax_dropout_cell as fdc
@@ -95,6 +96,7 @@ def gal2016(
 
     Raises:
       ValueError: if a probability is not in [0, 1].
+      TypeError: if one is not a number or an array.
 
     Example:
       >>> import flax_dropout_cell as fdc
@@ -144,6 +146,7 @@ def semeniuta2016(
 
     Raises:
       ValueError: if a probability is not in [0, 1].
+      TypeError: if one is not a number or an array.
 
     Example:
       >>> import flax_dropout_cell as fdc
@@ -187,6 +190,7 @@ def krueger2016(
 
     Raises:
       ValueError: if a probability is not in [0, 1].
+      TypeError: if one is not a number or an array.
 
     Example:
       >>> import flax_dropout_cell as fdc
@@ -223,6 +227,7 @@ def merity2017(
 
     Raises:
       ValueError: if a probability is not in [0, 1].
+      TypeError: if one is not a number or an array.
 
     Example:
       >>> import flax_dropout_cell as fdc

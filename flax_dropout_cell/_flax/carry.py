@@ -69,8 +69,8 @@ class DropoutCarry(_Fields):
       masks: the variational masks of this sequence; None in evaluation.
       rng: the key and step of the per-step masks; None if there are none.
       arrays: the arrays that the masks were drawn with, such as a scheduled keep_prob.
-      fingerprint: the spec that the masks were drawn for, as text. Orbax does not save it: restore
-        into a carry of the same spec, since a mask of another is not noticed.
+      fingerprint: the spec that the masks were drawn for, as text. Orbax does not save it, so
+        restore into a carry of the same spec: masks of another would not be noticed.
     """
 
     __slots__ = ()

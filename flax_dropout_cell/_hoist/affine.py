@@ -99,6 +99,11 @@ def plan_stages(
     return stages
 
 
+def has_recurrence(stages: list[Stage]) -> bool:
+    """Whether a carry is a linear recurrence, and not only passed on or stepped through."""
+    return any(stage.kind == "affine" for stage in stages)
+
+
 class Path(NamedTuple):
     """The fate of one carry in a step.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from .._compat import eval_jaxpr
-from .affine import Obstacle
+from .affine import Obstacle, has_recurrence
 from .linear_recurrence import find_stages, scan_in_parallel
 from .run_loop import run_cut
 from .traced_scan import Step, TracedScan, trace_scan
@@ -121,7 +121,7 @@ def _run_in_parallel(
             f"step."
         )
     # A scan without a recurrence is a map: its user may loop to save memory.
-    if not parallel and not any(stage.kind == "affine" for stage in stages):
+    if not parallel and not has_recurrence(stages):
         return None
     return scan_in_parallel(
         traced.program,

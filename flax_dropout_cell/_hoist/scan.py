@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from .affine import Obstacle
+from .affine import Obstacle, has_recurrence
 from .flat_jaxpr import Equation, Program
 from .hoisted_scan import say_obstacle, scan_in_parts
 from .linear_recurrence import find_stages
@@ -157,6 +157,8 @@ def explain_traced(traced: TracedScan, init: PyTree, steps: int | None = None) -
     obstacle = None
     if isinstance(stages, Obstacle):
         obstacle = say_obstacle(stages, traced.carry, init)
+    elif not has_recurrence(stages):
+        obstacle = "no float of the carry depends on the one before"
     if traced.plain is not None:
         return ScanExplanation(traced.plain, obstacle=obstacle)
     plan = traced.plan(traced.constants)

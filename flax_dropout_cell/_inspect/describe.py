@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._hoist.scan import ScanExplanation, explain_traced, say_plain
-from .._hoist.traced_scan import Step, trace_scan
+from .._hoist.traced_scan import trace_scan
+from .._sequence.step_masks import draw_ahead
 from .._spec.match_leaves import match_leaves
 from .._spec.prefixes import dtype_of, shape_of
 from .._spec.recurrent_dropout import (
@@ -19,12 +20,13 @@ from .._spec.recurrent_dropout import (
     Site,
     SiteValues,
     active_noises,
+    fill_in,
     sites_of,
 )
 from .._spec.state_noise import resolve_state_noise
-from .._step.call_cell import Cell, call_cell, eval_shape, sites_of_cell, trace_cell
+from .._step.call_cell import Cell, eval_shape, sites_of_cell, trace_cell
 from .._step.checks import check_dropout
-from .._step.draw_masks import draw_masks, draw_site, inside_names
+from .._step.draw_masks import draw_masks, draw_site, inside_names, site_values
 from .._step.dropout_cell import dropout_cell
 from ..cells.known import family_of
 from ..noises.protocol import Noise, is_array, needs_previous
@@ -66,7 +68,7 @@ class Description:
       free_sites: the sites inside the cell that have none.
       plain: why `dropout_scan` runs the cell and its noise in `jax.lax.scan` as they are, or
         None. See `explain_scan`.
-      before: the cell's equations that run before the loop, for all steps at once.
+      before: the equations of both that run before the loop, for all steps at once.
       after: those that run after it.
       is_linear: whether the carry is a linear recurrence, with its noise.
     """
@@ -116,8 +118,8 @@ def describe(
       A `Description`, which prints as a table.
 
     Raises:
-      ValueError: as in `draw_masks`.
-      TypeError: as in `draw_masks`.
+      ValueError: as in `draw_masks` and `dropout_cell`.
+      TypeError: as in `draw_masks` and `dropout_cell`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -148,49 +150,47 @@ def describe(
         undisturbed += others
     # A second trace, in which no site has noise: the cell names all of its sites in it.
     free = set(sites_of_cell(cell, params, carry, x)).difference(inside)
-    bare, disturbed_scan = _explain(params, carry, x, cell, dropout)
-    is_cut = disturbed_scan.plain is None
+    scan = _explain(params, carry, x, cell, dropout)
     return Description(
         tuple(places),
         tuple(undisturbed),
         tuple(sorted(free)),
-        disturbed_scan.plain,
-        bare.before if is_cut else (),
-        bare.outputs if is_cut else (),
-        disturbed_scan.obstacle is None,
+        scan.plain,
+        scan.before,
+        scan.outputs,
+        scan.obstacle is None,
     )
 
 
 def _explain(
     params: PyTree, carry: PyTree, x: PyTree, cell: Cell, dropout: RecurrentDropout
-) -> tuple[ScanExplanation, ScanExplanation]:
-    """Explains the scan over the cell without noise, and with it."""
+) -> ScanExplanation:
+    """Explains the scan over the cell and its noise, if it is of few steps."""
     options: dict[str, Any] = {"cell": cell, "dropout": dropout}
     explained: list[ScanExplanation] = []
 
     def run(params: PyTree, carry: PyTree, x: PyTree) -> None:
         rng = jax.random.key(0)  # any key will do: nothing is drawn
-        masks = draw_masks(params, carry, x, rng, **options)
+        once = draw_masks(params, carry, x, rng, **options)
+        values_of = functools.partial(site_values, params, carry, x, cell)
+        ahead = draw_ahead(values_of, rng, 1, dropout=dropout, start=0, rows=None)
 
-        def disturbed(carry: PyTree, at: tuple[jax.Array, PyTree]) -> tuple[PyTree, PyTree]:
-            step, x = at
-            return dropout_cell(params, carry, x, rng, step=step, masks=masks, **options)
+        def step(carry: PyTree, at: Any) -> tuple[PyTree, PyTree]:
+            index, x, of_step = at
+            masks = once if of_step is None else fill_in(once, of_step)
+            return dropout_cell(params, carry, x, rng, step=index, masks=masks, **options)
 
         xs = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x)
-        steps = jnp.zeros(1, jnp.uint32)
-        explained.append(_explain_step(functools.partial(call_cell, cell, params), carry, xs))
-        explained.append(_explain_step(disturbed, carry, (steps, xs)))
+        at = jnp.zeros(1, jnp.uint32), xs, ahead
+        traced = trace_scan(step, carry, at, functools.partial(jax.lax.scan, length=1))
+        explained.append(
+            ScanExplanation(traced, obstacle=traced)
+            if isinstance(traced, str)
+            else explain_traced(traced, carry)
+        )
 
     eval_shape(run, params, carry, x)
-    bare, with_noise = explained
-    return bare, with_noise
-
-
-def _explain_step(step: Step, carry: PyTree, xs: PyTree) -> ScanExplanation:
-    traced = trace_scan(step, carry, xs, functools.partial(jax.lax.scan, length=1))
-    if isinstance(traced, str):
-        return ScanExplanation(traced, obstacle=traced)
-    return explain_traced(traced, carry)
+    return explained[0]
 
 
 def _look_at(site: Site, dropout: RecurrentDropout, value: PyTree) -> tuple[list[Place], list[str]]:

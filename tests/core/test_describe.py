@@ -389,8 +389,57 @@ def test_it_tells_of_the_noise_in_the_scan(host: str) -> None:
     described, _ = host_of_linear(host, fdc.RecurrentDropout(output=Clipped(keep_prob=0.5)))
     assert "custom_vjp" in described.plain and described.before == described.after == ()
 
+    shifted = fdc.RecurrentDropout(output=FRESH)
+    cell: Any = lambda params, h, x: (x, h)  # noqa: E731
+    row = jnp.zeros((ROWS, 4))
+    assert not fdc.describe(None, row, row, cell=cell, dropout=shifted).is_linear
+
     squashed = Squashed(keep_prob=0.5, scale=False)
     described, run = host_of_linear(host, fdc.RecurrentDropout(inside={"hidden": squashed}))
     assert described.plain is None and not described.is_linear
     with pytest.raises(ValueError, match="tanh"):
         run()
+
+
+@pytest.mark.parametrize(
+    ("noise", "is_ahead"),
+    [
+        (fdc.Dropout(keep_prob=0.7), True),
+        (fdc.Dropout(keep_prob=0.7, variational=True), True),
+        (fdc.Dropout(keep_prob=0.5), False),  # one bit a unit is drawn in the loop
+        (fdc.GaussianNoise(stddev=0.1), False),
+    ],
+)
+def test_it_tells_if_noise_keeps_a_product_in_the_loop(noise: Any, is_ahead: bool) -> None:
+    """The product reads the disturbed input: it cannot run before the input's mask is drawn."""
+    size, spec = 128, fdc.RecurrentDropout(input=noise)
+    params, h = fdc.init_gru(jax.random.key(0), size, size), jnp.zeros((1, size))
+    options: Any = {"cell": fdc.gru_cell, "dropout": spec}
+    told = repr(fdc.describe(params, h, h, **options))
+    assert ("before the loop: dot_general" in told) == is_ahead
+
+    def run(xs: jax.Array) -> Any:
+        return fdc.dropout_scan(params, h, xs, jax.random.key(1), **options)
+
+    program = jax.make_jaxpr(run)(jnp.ones((5, 1, size)))
+    assert ("dot_general" in names_outside_loops(program.jaxpr)) == is_ahead
+
+
+def names_outside_loops(jaxpr: Any) -> set[str]:
+    names = set()
+    for eqn in jaxpr.eqns:
+        names.add(eqn.primitive.name)
+        for parameter in eqn.params.values() if eqn.primitive.name != "scan" else ():
+            inner = getattr(parameter, "jaxpr", parameter)
+            names |= names_outside_loops(inner) if hasattr(inner, "eqns") else set()
+    return names
+
+
+def test_mistakes_that_a_step_would_tell() -> None:
+    params, h, x = fdc.init_gru(jax.random.key(0), 3, 8), jnp.zeros((4, 8)), jnp.ones((4, 3))
+    spec = fdc.RecurrentDropout(inside={"candidate": fdc.Zoneout(prob=0.1)})
+    with pytest.raises(ValueError, match="pass one at 'hidden'"):
+        fdc.describe(params, h, x, cell=fdc.gru_cell, dropout=spec)
+    spec = fdc.RecurrentDropout(state=FROZEN)
+    with pytest.raises(ValueError, match="all rows would share its mask"):
+        fdc.describe(None, h[:1], x, cell=lambda params, h, x: (h + x[:, :1], h), dropout=spec)

@@ -151,9 +151,7 @@ def test_interrupted_it_writes_what_was_learned(
         ("memory", [-1.5]),
     ]
     captured = capsys.readouterr()
-    assert re.search(
-        r"^no memory +return \(dropout on\) -0.625 .* at most 1.0e-07$", captured.out, re.MULTILINE
-    )
+    assert re.search(r"^no memory +return +-0.625 .* at most 1.0e-07$", captured.out, re.MULTILINE)
     assert captured.err == "interrupted; this is what was learned until then:\n"
     assert (tmp_path / "new/recurrent_ppo.png").read_bytes().startswith(PNG_SIGNATURE)
 

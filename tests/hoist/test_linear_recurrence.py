@@ -460,13 +460,18 @@ def test_a_scan_without_a_recurrence_loops(monkeypatch) -> None:
     """As `jax.lax.map` does, to hold one step's values at a time."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
-    def primitives(**options: Any) -> str:
-        def run(xs: jax.Array) -> Any:
-            return hoisted_scan.scan_in_parts(lambda c, x: (c, jnp.tanh(x)), (), xs, **options)
+    def loops(step: Any, carry: Any, **options: Any) -> bool:
+        run = functools.partial(hoisted_scan.scan_in_parts, step, carry, **options)
+        return "scan[" in str(jax.make_jaxpr(run)(jnp.ones((T, H))))
 
-        return str(jax.make_jaxpr(run)(jnp.ones((T, H))))
-
-    assert "scan[" in primitives() and "scan[" not in primitives(parallel=True)
+    for step, carry in (
+        (lambda c, x: (c, jnp.tanh(x)), ()),
+        (lambda h, x: (x, jnp.tanh(h)), jnp.ones(H)),
+    ):
+        assert loops(step, carry) and not loops(step, carry, parallel=True)
+    assert loops(lambda i, x: (i + 1, x * i.astype(x.dtype)), 0)
+    pair = jnp.ones(H), jnp.ones(H)
+    assert is_parallel(lambda c, x: ((c[0] * x, x), c[1]), pair, jnp.ones((T, H)))
 
 
 # Which carries are linear recurrences ------------------------------------------------------------

@@ -198,6 +198,21 @@ def test_in_a_sequence_with_ids_and_resets(name: str, variational: bool) -> None
     np.testing.assert_allclose(last, h, **close)
 
 
+@noises
+def test_equal_numbers_of_rows_with_ids_draw_as_a_scalar(name: str) -> None:
+    xs, ids = jnp.zeros((6, 3, 8)), jnp.array([7, 2, 2**20])
+
+    def run(number: jax.Array) -> Any:
+        spec = fdc.RecurrentDropout(state=MAKE[name](number))
+        return fdc.dropout_scan(
+            jnp.ones(()), jnp.ones((3, 8)), xs, KEY, cell=cell, dropout=spec, sequence_ids=ids
+        )
+
+    jax.tree.map(
+        np.testing.assert_array_equal, run(jnp.full(8, 0.3)), run(jnp.asarray(0.3, jnp.float32))
+    )
+
+
 @pytest.mark.parametrize("host", ["layer", "wrapper", "NNX layer", "NNX wrapper"])
 def test_flax_hosts(host: str) -> None:
     """The gradient of a stddev for each unit of the input, by a sum with deviates by hand."""

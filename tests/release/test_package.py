@@ -152,6 +152,19 @@ SIGNATURES = {
     "state_keep_prob=1.0, variational_recurrent=False, input_size=None, dtype=None, seed=None, "
     "dropout_state_filter_visitor=None",
     "linen.Embed": "num_embeddings, features, keep_prob",
+    "nnx.RNN.__init__": "self, cell, dropout, deterministic=False, *, time_major=False, "
+    "return_carry=False, reverse=False, keep_order=False, unroll=1, checkpoint_every=None, "
+    "parallel=None, rngs=None",
+    "nnx.DropoutCell.__init__": "self, cell, dropout, deterministic=False, *, rngs=None",
+    "nnx.RNNCellDropoutWrapper.__init__": "self, cell, input_keep_prob=1.0, output_keep_prob=1.0, "
+    "state_keep_prob=1.0, variational_recurrent=False, input_size=None, dtype=None, seed=None, "
+    "dropout_state_filter_visitor=None, broadcast_dims=(), deterministic=False, *, rngs=None",
+    "describe": "params, carry, x, *, cell, dropout",
+    "explain_scan": "step, init, xs=None, length=None",
+    "Dropout": "*, keep_prob, variational=False, broadcast_dims=(), scale=True",
+    "Zoneout": "*, prob, variational=False, broadcast_dims=()",
+    "GaussianNoise": "*, stddev, variational=False, broadcast_dims=()",
+    "ConcreteDropout": "*, logit, temperature=0.1, variational=False, broadcast_dims=()",
 }
 
 
