@@ -191,6 +191,5 @@ def test_the_stored_run() -> None:
     ends = [
         f"{name.replace(', ', ' with ')} {each['return']:.2f}" for name, each in results.items()
     ]
-    assert f"rollouts, with dropout on while acting: {', '.join(ends)}." in " ".join(
-        PAGE.read_text().split()
-    )
+    told = f"rollouts: {', '.join(ends)} (with dropout on while acting)."
+    assert told in " ".join(PAGE.read_text().split())
