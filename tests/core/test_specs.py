@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.training import train_state
 
 import flax_dropout_cell as fdc
 
@@ -143,6 +144,39 @@ def test_equinox_and_optax_take_a_spec_in_a_field() -> None:
         weights: Any = model
         updates, _ = optimizer.update(weights, optimizer.init(weights))
         assert jax.tree.structure(updates) == jax.tree.structure(model)
+
+
+def test_a_train_state_carries_a_schedule() -> None:
+    """In a field of Flax's `TrainState`, whose step compiles once."""
+
+    class State(train_state.TrainState):
+        dropout: fdc.RecurrentDropout
+
+    def apply(params: Any, dropout: fdc.RecurrentDropout, rng: jax.Array) -> jax.Array:
+        emit = lambda params, carry, x: (carry, params["w"] * x)  # noqa: E731
+        return fdc.dropout_cell(params, None, jnp.ones(4000), rng, cell=emit, dropout=dropout)[1]
+
+    @jax.jit
+    def train_step(state: State, rng: jax.Array) -> tuple[State, jax.Array]:
+        traces.append(rng)
+        y, vjp = jax.vjp(lambda params: state.apply_fn(params, state.dropout, rng), state.params)
+        (gradients,) = vjp(jnp.ones_like(y))
+        noise = fdc.Dropout(keep_prob=state.dropout.input.keep_prob - 0.25)
+        dropout = fdc.RecurrentDropout(input=noise)
+        return state.apply_gradients(grads=gradients, dropout=dropout), y
+
+    traces: list[jax.Array] = []
+    dropout = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=jnp.float32(0.75)))
+    state = State.create(
+        apply_fn=apply, params={"w": jnp.float32(1.0)}, tx=optax.sgd(0.0), dropout=dropout
+    )
+    for keep_prob, rng in zip((0.75, 0.5, 0.25), jax.random.split(RNG, 3), strict=True):
+        state, y = train_step(state, rng)
+        y = np.asarray(y)
+        kept = y != 0
+        np.testing.assert_allclose(y[kept], 1 / keep_prob, rtol=1e-6)
+        assert abs(kept.mean() - keep_prob) < 5 * np.sqrt(keep_prob * (1 - keep_prob) / kept.size)
+    assert len(traces) == 1
 
 
 def test_replacing_a_number_by_an_array_and_back() -> None:
