@@ -82,7 +82,7 @@ def how_to_vary(name: str, axes: str) -> str:
 def jaxpr_of(equation: Any, debug_info: Any) -> Jaxpr:
     """A jaxpr of one equation, whose arguments are the equation's variables."""
     variables = [atom for atom in equation.invars if not isinstance(atom, Literal)]
-    # Those of a whole function, but jax_enable_checks counts them.
+    # The names are those of the whole function; jax_enable_checks wants one for each variable.
     debug_info = debug_info._replace(
         arg_names=(None,) * len(variables), result_paths=(None,) * len(equation.outvars)
     )

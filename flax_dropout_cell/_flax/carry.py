@@ -121,21 +121,19 @@ def run_wrapped_step(
       The next carry, and the output.
     """
     check_carry(carry)
-    draws = not deterministic and (carry.masks is not None or bool(active_noises(dropout)))
-    if draws and carry.masks is None:
-        raise ValueError("the carry was made in evaluation and has no masks: call redraw_masks.")
-    spec = dropout
-    if draws:
-        check_fingerprint(carry.fingerprint, dropout)
-        if carry.arrays is not None:  # those of all sites, so before one is left out
-            spec = with_fixed_arrays(dropout, [_first(array) for array in carry.arrays])
-    if not disturb_params:
-        spec = dataclasses.replace(spec, params=None)
-    if not draws:
+    if deterministic or (carry.masks is None and not active_noises(dropout)):
+        spec = dropout if disturb_params else _without_weights(dropout)
         cell_carry, y = dropout_cell(params, carry.cell_carry, x, None, cell=cell, dropout=spec)
         return carry._replace(cell_carry=cell_carry), y
-    masks = carry.masks
-    assert masks is not None
+    if carry.masks is None:
+        raise ValueError("the carry was made in evaluation and has no masks: call redraw_masks.")
+    check_fingerprint(carry.fingerprint, dropout)
+    spec, masks = dropout, carry.masks
+    if carry.arrays is not None:
+        # Before the weights are left out, since the arrays are those of all sites.
+        spec = with_fixed_arrays(dropout, [_first(array) for array in carry.arrays])
+    if not disturb_params:
+        spec = _without_weights(spec)
     weights = jax.tree.map(_first, masks.params) if disturb_params else None
     masks = masks._replace(params=weights)
     rng, step, next_rng = None, None, carry.rng
@@ -151,6 +149,10 @@ def run_wrapped_step(
         params, carry.cell_carry, x, rng, cell=cell, dropout=spec, masks=masks, step=step
     )
     return carry._replace(cell_carry=cell_carry, rng=next_rng), y
+
+
+def _without_weights(dropout: RecurrentDropout) -> RecurrentDropout:
+    return dataclasses.replace(dropout, params=None)
 
 
 def check_carry(carry: Any) -> None:

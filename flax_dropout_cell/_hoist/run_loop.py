@@ -47,7 +47,7 @@ def run_loop(
     )
     run_at_all_steps(cut.ahead, steps=traced.steps)
     ys = outputs[len(traced.carry) :]
-    # What is known at all steps, or made after the loop, does not come out of it.
+    # Values that are known at all steps, or made after the loop, do not come out of it.
     made_after = {value for equation in cut.after for value in equation.outputs}
     stacked = (sources | cut.kept | set(ys)) - sequences.keys() - made_after
     made = {value for equation in cut.loop for value in equation.outputs}

@@ -66,24 +66,22 @@ def trace_scan(
     if isinstance(found, str):
         return found
     closed, structure = found
-    consts, carry, xs = len(closed.consts), *map(jax.tree.leaves, (carry, xs))
-    steps = xs[0].shape[0] if xs else loop.keywords["length"]
-    constants, of_carry = range(consts), range(consts, consts + len(carry))
-    of_xs = range(of_carry.stop, of_carry.stop + len(xs))
+    carry, xs = jax.tree.leaves(carry), jax.tree.leaves(xs)
+    first, second = len(closed.consts), len(closed.consts) + len(carry)
     # Inside of the step too: an LRU's x and y are real, and its h is not.
     made = (variable for eqn in all_equations(closed.jaxpr) for variable in eqn.outvars)
     is_complex = any(jnp.issubdtype(it.aval.dtype, jnp.complexfloating) for it in made)
     return TracedScan(
-        closed,
-        structure,
-        flatten(closed),
-        constants,
-        of_carry,
-        of_xs,
-        steps,
-        is_complex,
-        loop,
-        _why_plain(closed),
+        closed=closed,
+        structure=structure,
+        program=flatten(closed),
+        constants=range(first),
+        carry=range(first, second),
+        xs=range(second, second + len(xs)),
+        steps=xs[0].shape[0] if xs else loop.keywords["length"],
+        is_complex=is_complex,
+        loop=loop,
+        plain=_why_plain(closed),
     )
 
 

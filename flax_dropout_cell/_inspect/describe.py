@@ -165,7 +165,7 @@ def describe(
 def _explain(
     params: PyTree, carry: PyTree, x: PyTree, cell: Cell, dropout: RecurrentDropout
 ) -> ScanExplanation:
-    """Explains the scan over the cell and its noise, if it is of few steps."""
+    """Explains the scan over a cell with its noise; a long one may draw more masks in the loop."""
     options: dict[str, Any] = {"cell": cell, "dropout": dropout}
     explained: list[ScanExplanation] = []
 

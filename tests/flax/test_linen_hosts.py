@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from added_noise import Added
 from flax import serialization
 from flax.core import freeze
 from linen_cells import UNITS, Delegating, MadeInCompact, MadeInSetup, Residual
@@ -452,24 +453,6 @@ class TestCarriesOfOtherSpecs:
         rnn = nn.RNN(DropoutCell(nn.SimpleCell(H), fdc.RecurrentDropout(**noise)))
         with pytest.raises(ValueError, match=r"sliced.*\n?.*RNN with sequence_ids"):
             train(rnn, variables, XS[2:], initial_carry=part)
-
-
-@dataclasses.dataclass(frozen=True)
-class Added:
-    """Noise that is drawn in the dtype of the value, and refuses any other."""
-
-    variational: bool = True
-
-    def draw_mask(self, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return jax.random.normal(rng, shape, dtype)
-
-    def apply(self, mask: jax.Array, value: jax.Array, previous: Any) -> jax.Array:
-        del previous
-        return value + mask
-
-    def expected(self, value: jax.Array, previous: Any) -> jax.Array:
-        del previous
-        return value
 
 
 class TestTypesOfInputs:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint
 import pytest
+from added_noise import Added
 from asserts import assert_same
 from flax import nnx
 from hand_masks import site_key
@@ -108,24 +109,6 @@ def test_arrays_of_a_running_sequence(framework: str, lengths: Any) -> None:
         assert_same(first[site], second[site])
     _, fresh = run(spec(0.25), xs)
     assert scales(fresh) == {"params": 4, "input": 4, "inside": 8, "output": 4}
-
-
-@dataclasses.dataclass(frozen=True)
-class Added:
-    """Noise that is drawn in the dtype of the value, and refuses any other."""
-
-    variational: bool = True
-
-    def draw_mask(self, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return jax.random.normal(rng, shape, dtype)
-
-    def apply(self, mask: jax.Array, value: jax.Array, previous: Any) -> jax.Array:
-        del previous
-        return value + mask
-
-    def expected(self, value: jax.Array, previous: Any) -> jax.Array:
-        del previous
-        return value
 
 
 @frameworks

@@ -122,7 +122,6 @@ SIGNATURES = {
     "dropout_scan": "params, carry, xs, rng, *, cell, dropout, masks=None, seq_lengths=None, "
     "valid=None, resets=None, reset_carry=None, sequence_ids=None, reverse=False, start=0, "
     "unroll=1, checkpoint_every=None, parallel=None",
-    "scan": "step, init, xs=None, length=None, reverse=False, unroll=1",
     "mc_samples": "predict, rng, num_samples, *, chunk_size=None",
     "mc_entropies": "probabilities",
     "embedding_dropout": "table, ids, rng, *, keep_prob, per_example=False",
@@ -132,11 +131,6 @@ SIGNATURES = {
     "concrete_regularization": "logit, kernel, *, length_scale, num_examples",
     "at_paths": "noise, *patterns",
     "recurrent_kernels": "noise",
-    "recipes.zaremba2014": "*, input_keep_prob, output_keep_prob=1.0",
-    "recipes.gal2016": "*, input_keep_prob, recurrent_keep_prob, output_keep_prob=1.0, tied=True",
-    "recipes.semeniuta2016": "*, candidate_keep_prob, input_keep_prob=1.0, output_keep_prob=1.0",
-    "recipes.krueger2016": "*, cell_prob=0.5, hidden_prob=0.05",
-    "recipes.merity2017": "*, weight_keep_prob=0.5, input_keep_prob=1.0",
     "linen.RNN": "cell, dropout, deterministic=False, time_major=False, return_carry=False, "
     "reverse=False, keep_order=False, unroll=1, checkpoint_every=None, parallel=None",
     "linen.RNN.__call__": "self, inputs, *, initial_carry=None, init_key=None, seq_lengths=None, "

@@ -118,31 +118,21 @@ def test_where_each_recipe_puts_its_noises() -> None:
     assert not merity.inside
 
 
-@pytest.mark.parametrize(
-    ("build", "name"),
-    [
-        (recipes.zaremba2014, "input_keep_prob"),
-        (recipes.zaremba2014, "output_keep_prob"),
-        (recipes.gal2016, "input_keep_prob"),
-        (recipes.gal2016, "recurrent_keep_prob"),
-        (recipes.gal2016, "output_keep_prob"),
-        (recipes.semeniuta2016, "candidate_keep_prob"),
-        (recipes.semeniuta2016, "input_keep_prob"),
-        (recipes.semeniuta2016, "output_keep_prob"),
-        (recipes.krueger2016, "cell_prob"),
-        (recipes.krueger2016, "hidden_prob"),
-        (recipes.merity2017, "weight_keep_prob"),
-        (recipes.merity2017, "input_keep_prob"),
-    ],
-)
+RECIPES = [value for name, value in vars(recipes).items() if name[-4:].isdigit()]
+NUMBERS = [
+    (build, name)
+    for build in RECIPES
+    for name in inspect.signature(build).parameters
+    if name.endswith("prob")
+]
+
+
+@pytest.mark.parametrize(("build", "name"), NUMBERS)
 def test_an_error_has_the_recipes_name_for_a_number(build: Any, name: str) -> None:
     needed = inspect.signature(build).parameters.values()
     options = {it.name: 0.5 for it in needed if it.default is inspect.Parameter.empty}
     with pytest.raises(ValueError, match=f"^{name} must be between 0 and 1, got 80"):
         build(**options | {name: 80})
-
-
-RECIPES = [value for name, value in vars(recipes).items() if name[-4:].isdigit()]
 
 
 SIGNATURES = {
