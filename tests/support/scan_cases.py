@@ -129,6 +129,18 @@ def a_product_with_a_scalar(scan, w, h, xs):
     return scan(step, h, xs)
 
 
+@case(kernel=(3, 4, 8), h=(2, 3, 4), xs=(T, 2, 3, 4))
+def a_convolution_that_groups_rows(scan, kernel, h, xs):
+    def step(h, x):
+        z = jax.lax.conv_general_dilated(
+            h, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), batch_group_count=2
+        )
+        h = jnp.tanh(jnp.concatenate(jnp.split(z, 2, -1)) + x)
+        return h, h
+
+    return scan(step, h, xs)
+
+
 # Masks, keys and lengths -------------------------------------------------------------------------
 
 
