@@ -1,7 +1,7 @@
 """Recurrent dropout with no framework: a cell is a function, its weights are a dict of arrays.
 
 An LSTM forecasts the next value of noisy waves. It has few to learn from, and without dropout
-it learns their noise by heart: the loss on new waves rises while the training loss falls.
+it memorizes their noise: the loss on new waves rises while the training loss falls.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 An LSTM reads 44 years of the yearly sunspot numbers (statsmodels ships them: 1700 to 2008) and
 forecasts the next 11 years, each as a normal distribution. It has few years to learn from. Without
-dropout it learns them by heart, and its bands are far too narrow for the years that it has not
+dropout it memorizes them, and its bands are far too narrow for the years that it has not
 seen. With variational dropout (Gal and Ghahramani 2016, arXiv:1512.05287), a forecast is many
 forecasts, each under masks of its own, and the bands are their quantiles.
 
