@@ -174,11 +174,12 @@ def krueger2016(
     At each step a unit of c keeps its old value with probability `cell_prob`, and a unit of h
     with probability `hidden_prob`. The output gate reads the new c before zoneout; the h that is
     emitted is the h that is carried on. Evaluation mixes old and new values by these
-    probabilities. The defaults are those of the paper's character models; for permuted MNIST it
-    uses 0.15 for both.
+    probabilities. The defaults are those of the paper's character models.
 
-    Not in the spec: the recurrent batch normalization of the paper's best MNIST result, and the
-    output dropout of some of its models. A GRU has one state, its h:
+    Not in the spec: the one mask for c and h of the paper's permuted MNIST, where both
+    probabilities are 0.15 (here their masks are independent); the recurrent batch normalization of
+    its best result there; and the dropout between layers of its word model, as in `zaremba2014`,
+    with 0.25 for c and 0.025 for h. A GRU has one state, its h:
     `RecurrentDropout(inside={"hidden": Zoneout(prob=..)})`.
 
     Args:
@@ -212,7 +213,8 @@ def merity2017(
     DropConnect on the recurrent kernels, `M U / keep_prob`: M has an element for each weight, and
     is the same for all rows and steps of a call. Each layer's input has one mask per sequence and
     row (their locked dropout, section 4.2). The default is the paper's for Penn Treebank and
-    WikiText-2. The paper's `input_keep_prob` is 0.6 for the first layer and 0.75 for the others.
+    WikiText-2. For Penn Treebank the paper keeps 0.6 of the first layer's input and 0.7 of the
+    others'; the authors' later code keeps 0.75 of the others'.
 
     Not in the spec: the locked dropout on the last layer's output (0.6 kept there), dropout of
     whole word types (`embedding_dropout`, 0.9 kept), AR and TAR

@@ -23,7 +23,7 @@ class GaussianNoise(NamedNoise):
 
     The mask is the standard normal deviate. At `params` with `variational=True` it is weight noise,
     one draw per sequence (Graves 2011, *Practical Variational Inference for Neural Networks*;
-    Graves 2013, arXiv:1308.0850, section 4.2, with stddev 0.075). In evaluation the value comes
+    Graves 2013, arXiv:1308.0850, section 3.1, with stddev 0.075). In evaluation the value comes
     back as it is.
 
     Args:

@@ -92,7 +92,7 @@ def test_what_the_page_says_of_inan_small() -> None:
     assert stored["best_epoch"] == stored["epochs"] and "still learns in its last epoch" in page
     worse = stored["mc_test_perplexity"] - stored["test_perplexity"]
     assert f"the average over samples is worse by {worse:.1f}" in page
-    assert stored["test_perplexity"] < 87.3
+    assert stored["test_perplexity"] < 85.1
 
 
 def test_what_the_page_says_of_monte_carlo(monkeypatch: pytest.MonkeyPatch) -> None:
