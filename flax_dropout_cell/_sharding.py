@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ._compat import ShapedArray, vary_over, varying_axes
+from ._compat import ShapedArray, how_to_vary, vary_over, varying_axes
 
 
 def explicit_sharding(leaf: Any) -> NamedSharding | None:
@@ -92,6 +92,27 @@ def draw_like(leaf: Any, draw: Callable[..., jax.Array], *args: Any) -> jax.Arra
     placed = _sharding_of(drawn.shape, leaf)
     sharded = jax.sharding.auto_axes(run, axes=axes, out_sharding=placed)(arrays)
     return cast(jax.Array, sharded)
+
+
+def check_shards_differ(what: str, value: Any, drawn_from: Any, otherwise: str = "") -> None:
+    """Raises if the shards of `jax.shard_map` would draw the same mask for different values.
+
+    Args:
+      what: names the value, for the error.
+      value: the array that the mask is for, or its type.
+      drawn_from: a pytree of all arrays that the mask is drawn from, such as the key.
+      otherwise: another way out than a key for each shard.
+    """
+    sources = map(jax.typeof, jax.tree.leaves(drawn_from))
+    missing = sorted(varying_axes(type_of(value)).difference(*map(varying_axes, sources)))
+    if missing:
+        axes = repr(missing[0] if len(missing) == 1 else tuple(missing))
+        raise ValueError(
+            f"{what} differs between the shards of {axes} in jax.shard_map, and the key does not, "
+            f"so all shards would draw the same mask. Write "
+            f"rng = jax.random.fold_in(rng, jax.lax.axis_index({axes})){otherwise}. If the values "
+            f"are in fact equal on all of them, write rng = {how_to_vary('rng', axes)}."
+        )
 
 
 def type_of(leaf: Any) -> Any:

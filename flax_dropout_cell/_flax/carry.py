@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._messages import short_repr, with_article
 from .._random.keys import as_rng
 from .._spec.recurrent_dropout import (
     Masks,
@@ -158,7 +159,8 @@ def _without_weights(dropout: RecurrentDropout) -> RecurrentDropout:
 def check_carry(carry: Any) -> None:
     """Raises if a carry is not a wrapper's."""
     if not isinstance(carry, DropoutCarry):
-        got = f"{type(carry).__name__}: start with initialize_carry or redraw_masks"
+        got = short_repr(carry) if hasattr(carry, "shape") else with_article(type(carry).__name__)
+        got = f"{got}: start with initialize_carry or redraw_masks"
         raise TypeError(f"the carry must be a DropoutCarry, got {got}.")
 
 

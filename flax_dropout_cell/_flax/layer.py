@@ -14,9 +14,15 @@ from .._sequence.dropout_scan import at_a_step, dropout_scan
 from .._sequence.padding import check_lengths
 from .._sharding import place_rows
 from .._spec.prefixes import as_ints
-from .._spec.recurrent_dropout import PyTree, RecurrentDropout, active_noises, draws_at_each_step
-from .call import call_or_default
+from .._spec.recurrent_dropout import (
+    PyTree,
+    RecurrentDropout,
+    active_noises,
+    draws_at_each_step,
+    draws_once,
+)
 from .carry import DropoutCarry
+from .deterministic import evaluates
 from .framework import Framework
 from .initial_carry import naming_carry
 
@@ -89,25 +95,33 @@ class Settings(NamedTuple):
         return cls(**own | {name: value for name, value in call.items() if value is not None})
 
 
-def check_one_step(layer: Any, start: Any, layout: Layout, carry: PyTree, rng: Any) -> None:
-    """Raises if a loop of calls of one step each would have the same per-step masks at all steps.
+def check_one_step(
+    layer: Any, start: Any, layout: Layout, carry: PyTree, *, key_given: bool, own_stream: bool
+) -> None:
+    """Raises if a loop of calls of one step each would have masks of the wrong lifetime.
 
-    Such a loop passes the carry on and gives each call the sequence's key: only `start` then says
-    which step it is.
+    Such a loop passes the carry on. If it gives each call the sequence's key, only `start` says
+    which step it is. If the layer draws from a stream of its own, each call has another key.
     """
-    loops = layout.steps == 1 and carry is not None and isinstance(rng, jax.Array)
-    if loops and start is None and draws_at_each_step(layer.dropout):
+    if layout.steps != 1 or carry is None or start is not None:
+        return
+    if key_given and draws_at_each_step(layer.dropout):
         raise ValueError(
             "a call of one step that goes on from initial_carry needs start=, the index of the "
             "step: with one key, per-step masks would be the same at all steps. With a new key at "
             "each step pass start=0."
         )
+    if own_stream and draws_once(layer.dropout):
+        raise ValueError(
+            "a call of one step that goes on from initial_carry would have new variational masks, "
+            "because the layer's own stream has a new key for each call. Pass the sequence's key "
+            "as rngs, and start=, the index of the step. For new masks at each step pass start=0."
+        )
 
 
 def needs_key(layer: Any, deterministic: bool | None) -> bool:
     """Whether a call of a layer draws: it trains, and some noise does something."""
-    evaluates = call_or_default(deterministic, layer.deterministic)
-    return not evaluates and bool(active_noises(layer.dropout))
+    return not evaluates(deterministic, layer.deterministic) and bool(active_noises(layer.dropout))
 
 
 def refuse_state(cell: Any, what: str) -> TypeError:
@@ -285,7 +299,7 @@ def _trace_layer(layer: Any, framework: Framework, inputs: Any, time_major: bool
     cell = layer.cell
 
     def time_first(inputs: Any) -> Any:
-        leads = call_or_default(time_major, layer.time_major)
+        leads = Settings.of(layer, time_major=time_major).time_major
         return read_layout(inputs, framework.num_feature_axes(cell), leads).xs
 
     xs = jax.eval_shape(time_first, inputs)

@@ -9,6 +9,7 @@ import numpy as np
 from .._random.keep_masks import Number
 from .._spec.prefixes import is_deferred, is_prefix_leaf
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout
+from ..noises import ConcreteDropout, GaussianNoise
 from ..noises.protocol import Noise, is_array
 
 
@@ -84,7 +85,7 @@ def in_words(value: Any) -> str:
 
 
 def fixed_arrays(dropout: RecurrentDropout) -> list[Any]:
-    """The arrays that variational noises hold: their masks are drawn, and scaled, with these."""
+    """The arrays that variational noises hold, if their masks are drawn, and scaled, with these."""
     entries = jax.tree.leaves(dropout, is_leaf=is_prefix_leaf)
     return [leaf for entry in entries if _is_fixed(entry) for leaf in _arrays(entry)]
 
@@ -103,6 +104,10 @@ def with_fixed_arrays(dropout: RecurrentDropout, arrays: list[Any]) -> Recurrent
 
 def _is_fixed(entry: Any) -> bool:
     noise = entry.noise if is_deferred(entry) else entry
+    # These two draw deviates that do not depend on their numbers. Fixed, a learned number would
+    # have no gradient in any window but the first.
+    if type(noise) in (ConcreteDropout, GaussianNoise):
+        return False
     return isinstance(noise, Noise) and bool(noise.variational)
 
 

@@ -139,12 +139,12 @@ def dropout_scan(
     rng = as_rng(rng)
     steps = count_steps(xs)
     check_start(start, steps)
-    padding = find_valid(seq_lengths, valid, steps)
-    if padding is not None:
+    valid = find_valid(seq_lengths, valid, steps)
+    if valid is not None:
         for name, tree in (("carry", carry), ("xs", at_a_step(xs))):
-            check_rows(name, tree, padding.shape[1:], "the padding")
-        check_inputs_have_rows(cell, params, carry, at_a_step(xs), padding.shape[1:])
-    plan = _plan(carry, steps, resets, reset_carry, sequence_ids, padding, start, reverse=reverse)
+            check_rows(name, tree, valid.shape[1:], "the padding")
+        check_inputs_have_rows(cell, params, carry, at_a_step(xs), valid.shape[1:])
+    plan = _plan(carry, steps, resets, reset_carry, sequence_ids, valid, start, reverse=reverse)
     dropout = resolve_state_noise(dropout, carry, family_of(cell))
     drawn = _draw(
         functools.partial(site_values, params, carry, at_a_step(xs), cell),
@@ -164,13 +164,12 @@ def dropout_scan(
             weights,
             step_noise,
             start,
-            None if padding is None else stand_ins(xs, padding),
+            None if valid is None else stand_ins(xs, valid),
             plan.reset_carry,
             drawn.of_rows,
-            plan.uses_ids,
         ),
         plan.begin(carry, drawn.of_rows),
-        StepInput(jnp.arange(steps, dtype=jnp.uint32), xs, padding, plan.sequences, drawn.of_steps),
+        StepInput(jnp.arange(steps, dtype=jnp.uint32), xs, valid, plan.sequences, drawn.of_steps),
         steps=steps,
         reverse=reverse,
         unroll=unroll,
@@ -228,7 +227,7 @@ def _plan(
     resets: Any,
     reset_carry: PyTree,
     ids: Any,
-    padding: jax.Array | None,
+    valid: jax.Array | None,
     start: Any,
     *,
     reverse: bool,
@@ -237,7 +236,7 @@ def _plan(
         if reset_carry is not None:
             raise ValueError("reset_carry was given without resets, which say where it goes.")
         return _Plan(None, as_rows(ids), None)
-    sequences = plan_sequences(resets, ids, padding, steps, start, reverse=reverse)
+    sequences = plan_sequences(resets, ids, valid, steps, start, reverse=reverse)
     check_rows("carry", carry, sequences.is_first_step.shape[1:], "resets")
     reset_carry = check_reset_carry(reset_carry, carry)
     if steps == 0:  # no row is in any sequence

@@ -1,6 +1,5 @@
 """Several sequences in one scan: resets of the carry, and new masks for a row that resets."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -161,7 +160,7 @@ def _map_masks(pick: Callable[[Any, Any], Any], own: Masks, masks: Masks) -> Mas
     def at(site: Site) -> PyTree:
         mine, whole = site.of(own), site.of(masks)
         if mine is None:
-            return jax.tree.map(functools.partial(pick, None), whole)
+            return pick(None, whole)
         return jax.tree.map(pick, mine, whole, is_leaf=lambda node: node is None)
 
     return make_masks({site: at(site) for site in sites_of(masks)})

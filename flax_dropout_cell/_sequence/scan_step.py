@@ -61,7 +61,6 @@ class SequenceStep:
       stand_ins: the inputs that replace padding.
       reset_carry: the carry of a new sequence.
       row_masks: the masks of rows that change sequences; None if none do.
-      uses_ids: whether rows draw by ids.
     """
 
     cell: Cell
@@ -71,7 +70,6 @@ class SequenceStep:
     stand_ins: PyTree
     reset_carry: PyTree
     row_masks: RowMasks | None
-    uses_ids: bool
 
     def __call__(self, running: ScanCarry, at: StepInput) -> tuple[ScanCarry, PyTree]:
         """Runs the step; rows that begin a sequence get its carry and masks first."""
@@ -84,7 +82,7 @@ class SequenceStep:
         if self.row_masks is not None and running.rows is not None:
             masks = self.row_masks.redraw(masks, running.rows, at.sequences.rows)
             step_noise = dataclasses.replace(step_noise, masks=self.row_masks.merge_shared(masks))
-        if self.uses_ids:
+        if step_noise.rows is not None:  # rows have ids
             step_noise = dataclasses.replace(step_noise, rows=at.sequences.rows)
         carry, y = self._run_valid(carry, at, step_noise)
         return ScanCarry(carry, masks, at.sequences.rows), y

@@ -2,8 +2,8 @@
 
 An LSTM's c, a GRU's h and the h of the linear cells are leaky sums: the old value is multiplied by
 a gate and carried on. Dropout divides a kept unit by keep_prob, and on a leaky sum it does so
-again at every step: after 100 steps at 0.8, a kept unit is 5e9 times too large. So every entry
-point raises an error.
+again at every step: after 100 steps at 0.8, a kept unit is 5e9 times too large. So it is an error,
+unless it is asked for by name: `state=(noise, None)` for an LSTM's c is applied.
 """
 
 import dataclasses

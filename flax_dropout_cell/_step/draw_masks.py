@@ -13,9 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._compat import how_to_vary, varying_axes
 from .._random.keys import as_rng, fold_in, is_threefry, leaf_rng
-from .._sharding import draw_like
+from .._sharding import check_shards_differ, draw_like
 from .._spec.match_leaves import Leaf, match_leaves
 from .._spec.prefixes import broadcasts, dtype_of
 from .._spec.recurrent_dropout import (
@@ -33,7 +32,7 @@ from .._spec.recurrent_dropout import (
 )
 from .._spec.state_noise import resolve_state_noise
 from ..cells.known import family_of
-from ..noises.protocol import Noise
+from ..noises.protocol import Noise, shared_dims
 from .call_cell import Cell, trace_cell
 from .checks import as_rows, check_dropout
 from .row_keys import Rows
@@ -187,7 +186,8 @@ def draw_leaf(site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: Rows | 
     if rows is not None and not _by_row(site, noise, leaf, rows):
         rows = None
     if site == PARAMS or draws_by_row(site, noise, shape, 1):
-        _check_shards_differ(site, leaf, rng, rows)
+        otherwise = ", or give sequence_ids=, the numbers of the rows in the whole batch"
+        check_shards_differ(f"dropout.{site}: the value", leaf, (rng, rows), otherwise)
 
     def draw(noise: Noise, rng: jax.Array, rows: Rows | None) -> jax.Array:
         if rows is None:
@@ -203,21 +203,6 @@ def draw_leaf(site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: Rows | 
     return mask
 
 
-def _check_shards_differ(site: Site, leaf: Any, rng: jax.Array, rows: Rows | None) -> None:
-    """Raises if the shards of `jax.shard_map` would draw the same mask for different values."""
-    drawn_from = (jax.typeof(source) for source in jax.tree.leaves((rng, rows)))
-    missing = sorted(varying_axes(leaf).difference(*map(varying_axes, drawn_from)))
-    if missing:
-        axes = repr(missing[0] if len(missing) == 1 else tuple(missing))
-        raise ValueError(
-            f"dropout.{site}: the value differs between the shards of {axes} in jax.shard_map, and "
-            f"the key does not, so all shards would draw the same mask. Write "
-            f"rng = jax.random.fold_in(rng, jax.lax.axis_index({axes})), or give sequence_ids=, "
-            f"the numbers of the rows in the whole batch. If the values are in fact equal on all "
-            f"of them, write rng = {how_to_vary('rng', axes)}."
-        )
-
-
 def _by_row(site: Site, noise: Noise, leaf: Any, rows: Rows) -> bool:
     shape = tuple(np.shape(leaf))
     if site != PARAMS and shape[: len(rows.batch)] != rows.batch:
@@ -230,10 +215,7 @@ def _by_row(site: Site, noise: Noise, leaf: Any, rows: Rows) -> bool:
 
 def draws_by_row(site: Site, noise: Noise, shape: tuple[int, ...], batch_ndim: int) -> bool:
     """Whether each row has a mask of its own; weights, and masks shared over the batch, do not."""
-    dims = getattr(noise, "broadcast_dims", ())
-    if not shape:  # a scalar, of which `draw_mask` refuses any dim
-        return site != PARAMS
-    return site != PARAMS and not any(dim % len(shape) < batch_ndim for dim in dims)
+    return site != PARAMS and not any(dim < batch_ndim for dim in shared_dims(noise, shape))
 
 
 def draw_rows(
@@ -241,9 +223,9 @@ def draw_rows(
 ) -> jax.Array:
     """Draws each row's mask from the row's own key."""
     batch_ndim = len(rows.batch)
-    dims = getattr(noise, "broadcast_dims", ())
-    if dims:  # counted for the whole batch; a row has no batch dims
-        inner = tuple(dim % len(shape) - batch_ndim for dim in dims)
+    dims = shared_dims(noise, shape)
+    if dims:  # a row has no batch dims
+        inner = tuple(dim - batch_ndim for dim in dims)
         noise = dataclasses.replace(noise, broadcast_dims=inner)  # type: ignore[type-var]
 
     def draw_row(row: Rows) -> jax.Array:

@@ -9,6 +9,7 @@ from .._messages import must_be
 from .._random.keep_masks import drop_prob_in_24_bits
 from .._random.keys import EMBEDDING, as_rng, fold_in, is_threefry
 from .._random.threefry import threefry_2x32
+from .._sharding import check_shards_differ
 from .._step.checks import check_count
 from ..noises import Dropout
 from ..noises.arguments import check_fits, check_probability
@@ -43,8 +44,8 @@ def embedding_dropout(
       `[*ids.shape, *features]`, in the table's dtype.
 
     Raises:
-      ValueError: if `keep_prob` is a number outside [0, 1], or `per_example` is True and `ids` is
-        a scalar.
+      ValueError: if `keep_prob` is a number outside [0, 1]; or if `per_example` is True, and `ids`
+        is a scalar, or the shards of `jax.shard_map` share a key.
       TypeError: if `table` is not floating-point, `ids` are not integers, or `rng` is not a key.
 
     Example:
@@ -67,6 +68,8 @@ def embedding_dropout(
     rows = jnp.take(table, ids, axis=0)
     if rng is None or noise.is_identity:
         return rows
+    if per_example:
+        check_shards_differ("embedding_dropout: the array of ids", ids, rng)
     with jax.named_scope("embedding_dropout"):
         types = jnp.where(ids < 0, ids + table.shape[0], ids).astype(jnp.uint32)
         drop = drop_prob_in_24_bits(keep_prob)

@@ -1,5 +1,6 @@
 """The LRU: its equations, its weights, and its sites inside."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -75,12 +76,13 @@ def init_lru(
     # In float32, because exponents and logarithms near a radius of 1 cancel in half precision.
     wide = wide_dtype(dtype)
     radii, phases, b, c, d = jax.random.split(rng, 5)
-    tiny = float(jnp.finfo(wide).tiny)  # the logarithm of 0 is not finite
-    squares = jax.random.uniform(radii, (features,), wide, minval=tiny)
-    squares = squares * (max_radius**2 - min_radius**2) + min_radius**2
-    nu = -jnp.log(squares) / 2
-    theta = max_phase * jax.random.uniform(phases, (features,), wide, minval=tiny)
-    gamma = jnp.sqrt(-jnp.expm1(-2 * nu))
+    uniform = functools.partial(jax.random.uniform, minval=2.0**-24)  # log(0) is not finite
+    # 1 - |lambda|**2, because near a radius of 1 the square itself would round to 1.
+    least, most = 1 - max_radius**2, 1 - min_radius**2
+    gap = least + (most - least) * (1 - uniform(radii, (features,), wide))
+    nu = -jnp.log1p(-gap) / 2
+    theta = max_phase * uniform(phases, (features,), wide)
+    gamma = jnp.sqrt(gap)
 
     def normal(rng: jax.Array, shape: tuple[int, int], variance: float) -> jax.Array:
         return jax.random.normal(rng, shape, wide) * math.sqrt(variance)

@@ -15,6 +15,7 @@ from .._flax.cell_weights import (
     wrong_variables,
     wrong_weights,
 )
+from .._messages import with_article
 from ..cells.disturb import undisturbed
 from ..cells.gates import Disturb
 from ..cells.gru import GRUParams, gru_step
@@ -104,6 +105,7 @@ class GRUCell(nnx.GRUCell):
         **options: Any,
     ) -> None:
         super().__init__(in_features, hidden_features, rngs=rngs, **options)
+        self.use_recurrent_bias = use_recurrent_bias
         # Data even if it is None, so that an array may take its place later.
         self.recurrent_bias: Any = nnx.data(None)
         if use_recurrent_bias:
@@ -133,6 +135,11 @@ class GRUCell(nnx.GRUCell):
 
 def _promote(dense: nnx.Linear, x: jax.Array) -> Any:
     """The input and a layer's weights in the dtype of the computation."""
+    if type(dense).__call__ is not nnx.Linear.__call__:
+        raise TypeError(
+            f"the cell reads the weights of an nnx.Linear and does not call it, so it cannot hold "
+            f"{with_article(type(dense).__name__)}. Use Flax's own cell, without sites inside."
+        )
     bias = None if dense.bias is None else dense.bias[...]
     return dense.promote_dtype((x, dense.kernel[...], bias), dtype=dense.dtype)
 

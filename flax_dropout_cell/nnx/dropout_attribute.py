@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.tree_util import keystr, tree_flatten_with_path
 
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout
 from .._step.checks import check_dropout
@@ -49,19 +50,26 @@ class DropoutAttribute:
     @property
     def dropout(self) -> RecurrentDropout:
         """The noise at each site; it may be replaced at any time, inside `nnx.jit` too."""
-        arrays = iter(self._noise_arrays)
-        return jax.tree.map(
-            lambda leaf: next(arrays)[...] if leaf is ... else leaf, self.noises.tree
+        arrays = self._noise_arrays
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: arrays[_name(path)][...] if leaf is ... else leaf, self.noises.tree
         )
 
     @dropout.setter
     def dropout(self, dropout: RecurrentDropout) -> None:
         check_dropout(dropout)
-        leaves, structure = jax.tree.flatten(dropout, is_leaf=_is_array)
-        kept = [... if _is_array(leaf) else leaf for leaf in leaves]
+        leaves, structure = tree_flatten_with_path(dropout, is_leaf=_is_array)
+        kept = [... if _is_array(leaf) else leaf for _, leaf in leaves]
         self.noises = Static(jax.tree.unflatten(structure, kept))
-        # Variables, for Flax cannot update a bare array inside of a list.
-        self._noise_arrays = nnx.data([_as_variable(leaf) for leaf in leaves if _is_array(leaf)])
+        # By their paths, so that the numbers of another spec do not load at the wrong site.
+        # Variables, for Flax cannot update a bare array inside of a dict.
+        self._noise_arrays = nnx.data(
+            {_name(path): _as_variable(leaf) for path, leaf in leaves if _is_array(leaf)}
+        )
+
+
+def _name(path: Any) -> str:
+    return keystr(path, simple=True, separator="/")
 
 
 def _is_array(leaf: Any) -> bool:

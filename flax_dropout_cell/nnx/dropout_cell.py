@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from .._flax.call import call_or_default
 from .._flax.carry import DropoutCarry
 from .._flax.compat import static
+from .._flax.deterministic import check_deterministic, evaluates
 from .._flax.wrapper import CellWrapper
 from .._random.keys import cell_rng, nested_rng
 from .._spec.prefixes import shape_of
@@ -27,8 +27,9 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
     def __init__(self, cell: nnx.RNNCellBase, deterministic: bool, rngs: RngSource) -> None:
         NNX_FRAMEWORK.check_cell(cell)
         self.cell = cell
-        self.deterministic = deterministic
-        self.rngs: nnx.RngStream | None = fork_stream(rngs)
+        self.deterministic = check_deterministic(deterministic)
+        # Not `rngs`: a bare cell may keep a stream there, and its state is loaded into this module.
+        self.dropout_stream: nnx.RngStream | None = fork_stream(rngs)
 
     if not TYPE_CHECKING:
 
@@ -52,7 +53,7 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         if rng is not None:
             return rng
         wrappers = sum(isinstance(node, Wrapper) for node in _chain(self.cell))
-        return nested_rng(self._key(None, self.rngs), wrappers)
+        return nested_rng(self._key(None, self.dropout_stream), wrappers)
 
     def _key(self, rngs: Any, own: nnx.RngStream | None) -> jax.Array:
         return dropout_key(type(self).__name__, rngs, own, takes="rngs=key to redraw_masks")
@@ -126,7 +127,7 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         # In evaluation nothing is drawn, so the stream is not counted on. A wrapper inside may
         # train even if this one does not.
         wrappers = (node for node in _chain(self) if isinstance(node, Wrapper))
-        trains = any(not call_or_default(deterministic, node.deterministic) for node in wrappers)
+        trains = any(not evaluates(deterministic, node.deterministic) for node in wrappers)
         rng = self._key(rngs, None) if rngs is not None and trains else None
         if isinstance(self.cell, Wrapper):
             inner = None if rng is None else cell_rng(rng)

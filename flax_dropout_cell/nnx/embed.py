@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .._flax.call import call_or_default
 from .._flax.compat import static
+from .._flax.deterministic import check_deterministic, evaluates
 from .._training.embedding import check_embed, embedding_dropout
 from ..noises.arguments import check_probability
 from ..noises.dropout import Dropout
@@ -57,7 +57,7 @@ class Embed(nnx.Embed):
         super().__init__(num_embeddings, features, rngs=rngs, **options)
         self.keep_prob = keep_prob
         self.per_example = per_example
-        self.deterministic = deterministic
+        self.deterministic = check_deterministic(deterministic)
         # A missing stream is not an error yet, because evaluation does not need one.
         self.rngs: nnx.RngStream | None
         self.rngs = rngs["dropout"].fork() if has_dropout(rngs) else nnx.data(None)
@@ -94,7 +94,7 @@ class Embed(nnx.Embed):
         """
         if self.num_embeddings == 1:  # as nnx.Embed has it: any id is the only type
             inputs = jnp.zeros_like(inputs)
-        evaluate = call_or_default(deterministic, self.deterministic)
+        evaluate = evaluates(deterministic, self.deterministic)
         evaluate = evaluate or Dropout(keep_prob=self.keep_prob).is_identity
         rows = embedding_dropout(
             self.embedding[...],

@@ -137,6 +137,7 @@ class LRUCell(LinearCell):
         max_phase: float = 2 * math.pi,
         rngs: nnx.Rngs,
     ) -> None:
+        self.min_radius, self.max_radius, self.max_phase = min_radius, max_radius, max_phase
         options = {"min_radius": min_radius, "max_radius": max_radius, "max_phase": max_phase}
         super().__init__(
             in_features,

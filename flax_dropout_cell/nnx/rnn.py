@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from flax import nnx
 
+from .._flax.deterministic import check_deterministic
 from .._flax.layer import (
     Settings,
     check_one_step,
@@ -20,7 +21,14 @@ from .._inspect.describe import Description
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout
 from .dropout_attribute import DropoutAttribute
 from .framework import NNX_FRAMEWORK
-from .streams import RngSource, as_source, carry_stream, dropout_key, fork_stream
+from .streams import (
+    RngSource,
+    as_source,
+    carry_stream,
+    dropout_key,
+    fork_stream,
+    is_for_carries,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +105,7 @@ class RNN(DropoutAttribute, nnx.Module):
         check_bare(NNX_FRAMEWORK, cell)
         self.cell = cell
         self.dropout = dropout
-        self.deterministic = deterministic
+        self.deterministic = check_deterministic(deterministic)
         self.time_major = time_major
         self.return_carry = return_carry
         self.reverse = reverse
@@ -198,7 +206,10 @@ class RNN(DropoutAttribute, nnx.Module):
         own = self.dropout_stream
         key = dropout_key("RNN", rngs, own) if needs_key(self, deterministic) else None
         if key is not None:
-            check_one_step(self, start, layout, initial_carry, rngs)
+            given = rngs is not None and not is_for_carries(rngs)
+            check_one_step(
+                self, start, layout, initial_carry, key_given=given, own_stream=not given
+            )
         cell = NNX_FRAMEWORK.pure(self.cell)
         return run_layer(
             cell.params,

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 from flax import errors, nnx
 
 from .._messages import must_be
@@ -53,7 +54,7 @@ def dropout_key(
     if isinstance(source, nnx.Rngs) and has_dropout(source):
         source = source["dropout"]
     if isinstance(source, nnx.RngStream):
-        return _draw(name, source, takes)
+        return _draw(name, source, takes, is_own=source is own)
     # An Rngs without a stream for dropout is refused, even if the module has a stream of its own.
     key = None if isinstance(source, nnx.Rngs) else as_source(source)
     if key is None:
@@ -75,10 +76,21 @@ def as_source(rngs: Any) -> Any:
         raise TypeError(must_be("rngs", wanted, rngs)) from None
 
 
-def _draw(name: str, stream: nnx.RngStream, takes: str) -> jax.Array:
+def _draw(name: str, stream: nnx.RngStream, takes: str, *, is_own: bool) -> jax.Array:
+    keys = np.shape(stream.key[...])
+    if keys:
+        raise ValueError(
+            f"the stream of {name} holds keys of shape {keys}, as nnx.split_rngs makes them: run "
+            f"the model in nnx.vmap or nnx.scan over them."
+        )
     try:
         return stream()
     except errors.TraceContextError:
+        if not is_own:
+            raise ValueError(
+                f"{name} got rngs= that jax.jit, vmap or grad closes over, so its counter cannot "
+                f"be updated. Pass a key to the function, and make nnx.Rngs(dropout=key) in it."
+            ) from None
         raise ValueError(
             f"{name} updates the counter of its own RNG stream, which jax.jit, vmap and grad "
             f"cannot track. Use nnx.jit, nnx.vmap or nnx.grad on the model, or pass {takes}."

@@ -10,6 +10,7 @@ from flax import nnx
 
 from .._flax.carry import DropoutCarry
 from .._flax.tensorflow import arguments as tf
+from .._flax.tensorflow.configs import constructor_parameters
 from .._spec.recurrent_dropout import PyTree
 from .dropout_attribute import Static
 from .dropout_cell import Wrapper
@@ -148,11 +149,9 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
         raise ValueError(f"{type(cell).__name__} has no in_features; give input_size.")
 
     def _arguments(self, cell: Any) -> dict[str, Any]:
-        # Flax's metaclass hides a class's own signature behind (*args, **kwargs).
-        _, *parameters = inspect.signature(type(cell).__init__).parameters.values()
         return {
             parameter.name: getattr(cell, parameter.name)
-            for parameter in parameters
+            for parameter in constructor_parameters(type(cell))
             if _is_kept(cell, parameter) and getattr(cell, parameter.name) is not parameter.default
         }
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from .._messages import must_be, short_repr
+from .protocol import shared_dims
 
 
 class NamedNoise:
@@ -40,12 +41,8 @@ class NamedNoise:
 
     def mask_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a mask for a value: 1 in each of `broadcast_dims`."""
-        shared = list(shape)
-        for dim in self.broadcast_dims:
-            if not -len(shape) <= dim < len(shape):
-                raise ValueError(f"broadcast_dims has {dim}, but the value has shape {shape}.")
-            shared[dim] = 1
-        return tuple(shared)
+        shared = shared_dims(self, shape)
+        return tuple(1 if dim in shared else size for dim, size in enumerate(shape))
 
 
 def explain_missing_names(cls: Any) -> Any:

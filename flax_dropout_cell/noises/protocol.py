@@ -144,6 +144,15 @@ def mask_kind(noise: Noise) -> Any:
     return getattr(noise, "mask_kind", None)
 
 
+def shared_dims(noise: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The dims of a value over which a noise shares one mask, counted from the first."""
+    dims: tuple[int, ...] = tuple(getattr(noise, "broadcast_dims", ()))
+    for dim in dims:
+        if not -len(shape) <= dim < len(shape):
+            raise ValueError(f"broadcast_dims has {dim}, but the value has shape {shape}.")
+    return tuple(dim % len(shape) for dim in dims)
+
+
 def _flag(noise: Noise, name: str) -> bool:
     value = getattr(noise, name, False)
     # A method is true whatever it returns, so the noise would silently be skipped, or refused.

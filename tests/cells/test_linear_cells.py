@@ -186,6 +186,24 @@ def test_eigenvalues_of_an_lru_are_uniform_on_their_ring(
     np.testing.assert_allclose(np.exp(params.gamma_log), np.sqrt(1 - radii**2), rtol=1e-3)
 
 
+def test_no_eigenvalue_of_an_lru_rounds_to_one() -> None:
+    """The paper's radius for long memories, a million times: a logarithm of 0 would train to NaN.
+
+    There gamma is exact too: at this radius, squares in float32 leave it a digit or two.
+    """
+    init = functools.partial(fdc.init_lru, min_radius=0.999, max_phase=math.pi / 50)
+    params = jax.jit(init, static_argnums=(1, 2))(jax.random.key(0), 1, 1)  # small matrices
+    few = [init(jax.random.key(seed), 1, 1000) for seed in range(200)]
+    for name in ("nu_log", "theta_log", "gamma_log"):
+        drawn = np.stack([getattr(params, name) for params in few])
+        assert np.isfinite(drawn).all(), name
+    nu, gamma = (
+        np.stack([getattr(params, name) for params in few]).astype(np.float64)
+        for name in ("nu_log", "gamma_log")
+    )
+    np.testing.assert_allclose(np.exp(2 * gamma), -np.expm1(-2 * np.exp(nu)), rtol=1e-5)
+
+
 def test_matrices_of_an_lru() -> None:
     """Each part of B has variance 1 / (2 D) and of C 1 / H, so B and C have 1 / D and 2 / H."""
     features, units = 50, 200

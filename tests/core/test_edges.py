@@ -282,3 +282,16 @@ def test_a_scalar_beside_the_inputs_cannot_share_its_mask() -> None:
         fdc.dropout_cell(
             None, None, x, jax.random.key(0), cell=lambda p, c, x: (c, x[0]), dropout=spec,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("dim", [2, -3])
+@pytest.mark.parametrize("variational", [True, False])
+def test_a_dim_that_a_value_lacks_is_refused_with_ids_too(dim: int, variational: bool) -> None:
+    """It would be taken modulo the number of dims, and share another axis."""
+    noise = fdc.Dropout(keep_prob=0.5, broadcast_dims=(dim,), variational=variational)
+    options: Any = {"cell": lambda p, c, x: (c, x), "dropout": fdc.RecurrentDropout(input=noise)}
+    with pytest.raises(ValueError, match=rf"broadcast_dims has {dim}, but .* shape \(4, 3\)"):
+        fdc.dropout_scan(
+            None, None, jnp.ones((2, 4, 3)), jax.random.key(0),
+            sequence_ids=jnp.arange(4), **options,
+        )  # fmt: skip

@@ -264,7 +264,9 @@ def test_init_and_evaluation_need_no_dropout_stream() -> None:
 
 def test_a_carry_that_is_not_the_wrappers() -> None:
     bare = (jnp.zeros((B, F)),) * 2
-    with pytest.raises(TypeError, match="the carry must be a DropoutCarry, got tuple: start with"):
+    with pytest.raises(
+        TypeError, match="the carry must be a DropoutCarry, got a tuple: start with"
+    ):
         rnn_of(fdc.RecurrentDropout(input=NOISE)).apply(
             variables(), XS, initial_carry=bare, rngs={"dropout": RNG}
         )

@@ -85,3 +85,28 @@ def test_a_sequence_with_resets(by_id: bool, cuts: list[int]) -> None:
     wanted_h, wanted = scan_by_hand(by_id)
     np.testing.assert_allclose(h, wanted_h, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(np.concatenate(ys), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mask_that_is_brought_for_one_of_several_leaves_stays_at_a_reset() -> None:
+    """One mask for all steps, for a noise that draws at each step otherwise."""
+
+    def pair(params: Any, carry: Any, x: Any) -> Any:
+        first, second = carry
+        second = jnp.tanh(x + second)
+        return (first + second, second), second
+
+    noise = fdc.Dropout(keep_prob=0.5, scale=False)
+    mask = kept(key_at("state"), B)
+    (_, h), ys = fdc.dropout_scan(
+        None, (H0, H0), XS, RNG, cell=pair, dropout=fdc.RecurrentDropout(state=(None, noise)),
+        masks=fdc.Masks(state=(None, jnp.asarray(mask))), resets=RESETS,
+    )  # fmt: skip
+
+    def step(h: Any, at: Any) -> Any:
+        x, reset = at
+        y = jnp.tanh(x + jnp.where(reset[:, None], 0, h))
+        return jnp.where(mask, y, 0), y
+
+    wanted_h, wanted = jax.lax.scan(step, H0, (XS, RESETS))
+    np.testing.assert_allclose(h, wanted_h, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ys, wanted, rtol=1e-5, atol=1e-6)

@@ -123,7 +123,7 @@ def test_layers_have_masks_of_their_own(noise: fdc.Dropout) -> None:
         assert differ(one[:, 0], other[:, 0])
     for one in runs:
         assert differ(one[:, :1], one) is not noise.variational
-    assert layers.cell.rngs.count[...].tolist() == [2, 2, 2]
+    assert layers.cell.dropout_stream.count[...].tolist() == [2, 2, 2]
 
 
 def test_steps_draw_no_key() -> None:
@@ -141,7 +141,7 @@ def test_the_stream_is_forked_as_dropout_forks_it() -> None:
         stream: Any = nnx.Dropout(0.5, rngs=theirs).rngs
         cell = DropoutCell(Sum(), fdc.RecurrentDropout(), rngs=ours)
         assert next_key(cell) == stream()
-        assert cell.rngs is not None and cell.rngs.tag == stream.tag
+        assert cell.dropout_stream is not None and cell.dropout_stream.tag == stream.tag
         assert_same(*(jax.tree.leaves(nnx.state(rngs, nnx.RngCount)) for rngs in (theirs, ours)))
 
 
@@ -184,7 +184,7 @@ def test_the_stream_keeps_its_kind_of_key() -> None:
         for make_key in (jax.random.key, jax.random.PRNGKey):
             with jax.default_prng_impl(impl):
                 cell: Any = DropoutCell(Sum(), MIXED, rngs=nnx.Rngs(dropout=make_key(0)))
-            assert str(jax.random.key_impl(cell.rngs.key[...])) == impl
+            assert str(jax.random.key_impl(cell.dropout_stream.key[...])) == impl
 
 
 def test_gradients_move_the_stream_too() -> None:
@@ -379,7 +379,7 @@ def test_training_without_a_stream_says_what_to_pass(rngs: Any, noise: fdc.Dropo
     cell.eval()
     start(cell)
     cell.train()
-    cell.rngs = nnx.Rngs(0).dropout.fork()
+    cell.dropout_stream = nnx.Rngs(0).dropout.fork()
     start(cell)
 
 
@@ -398,7 +398,7 @@ def test_mistakes_at_construction() -> None:
 
 def test_mistakes_with_the_carry() -> None:
     cell: Any = probe_of(VARIATIONAL)
-    with pytest.raises(TypeError, match=r"must be a DropoutCarry, got dict: start with init"):
+    with pytest.raises(TypeError, match=r"must be a DropoutCarry, got a dict: start with init"):
         cell(start(cell.cell), jnp.ones(SHAPE))
     cell.eval()
     carry = start(cell)

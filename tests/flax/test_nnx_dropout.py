@@ -61,7 +61,7 @@ class Keeps:
         return jax.random.fold_in(stream.key[...], stream.count[...])
 
     def stream(self, module: Any) -> Any:
-        return module.dropout_stream if self.module is fdc.nnx.RNN else module.rngs
+        return module.dropout_stream
 
 
 KEEPS = {

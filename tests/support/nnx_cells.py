@@ -82,9 +82,9 @@ def start(cell: Any, features: int = UNITS) -> Any:
 
 def draws_of(cell: Any) -> int:
     """How many keys the cell's stream has given."""
-    return int(cell.rngs.count[...])
+    return int(cell.dropout_stream.count[...])
 
 
 def next_key(cell: Any) -> jax.Array:
     """The key that the cell's stream gives next."""
-    return jax.random.fold_in(cell.rngs.key[...], cell.rngs.count[...])
+    return jax.random.fold_in(cell.dropout_stream.key[...], cell.dropout_stream.count[...])

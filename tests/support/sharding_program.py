@@ -532,6 +532,36 @@ def shards_with_one_key_are_refused_in_shard_map(site: str, scheme: str, cell: s
         assert_same(in_shards(same), run(same, ones()))
 
 
+@CASES.over(per_example=(True, False))
+def words_dropped_in_shard_map(per_example: bool) -> None:
+    """Rows with masks of their own need a key for each shard; a mask of the types is for all."""
+    table, ids = jnp.ones((50, 2)), jnp.arange(BATCH * 6).reshape(BATCH, 6) % 50
+
+    def in_shards(get_key: Callable[[], jax.Array]) -> jax.Array:
+        mapped = jax.shard_map(
+            lambda ids: fdc.embedding_dropout(
+                table, ids, get_key(), keep_prob=0.5, per_example=per_example
+            ),
+            mesh=mesh_of("batch"),
+            in_specs=P("batch"),
+            out_specs=P("batch"),
+        )
+        return jax.jit(mapped)(ids)
+
+    if not per_example:
+        assert_same(in_shards(key), fdc.embedding_dropout(table, ids, key(), keep_prob=0.5))
+        return
+    try:
+        in_shards(key)
+    except ValueError as error:
+        assert "embedding_dropout: the array of ids differs between the shards of 'batch'" in str(
+            error
+        ), error
+    else:
+        raise AssertionError("rows of different shards drop the same words")
+    in_shards(lambda: jax.random.fold_in(key(), jax.lax.axis_index("batch")))
+
+
 @CASES.over(scheme=SCHEMES)
 def gathered_rows_share_masks_with_a_cast_key(scheme: str) -> None:
     """`all_gather` makes rows equal on all shards, but their type still says that they differ."""

@@ -8,7 +8,7 @@ cells. Only then is anything constructed.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -265,10 +265,19 @@ def _plan_argument(
 
 def _parameters_of(cls: type, names: TrustedNames) -> dict[str, inspect.Parameter]:
     """The parameters of a cell's constructor that a config can hold."""
-    _, *parameters = inspect.signature(cls.__init__).parameters.values()
     return {
         parameter.name: parameter
-        for parameter in parameters
+        for parameter in constructor_parameters(cls)
         if parameter.name not in names.left_out
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
+
+
+def constructor_parameters(cls: type) -> Iterator[inspect.Parameter]:
+    """The parameters of a class's constructor, and its base's if it passes `**options` on."""
+    for base in cls.__mro__:
+        # Flax's metaclass hides a class's own signature behind (*args, **kwargs).
+        _, *parameters = inspect.signature(base.__init__).parameters.values()
+        yield from parameters
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            return
