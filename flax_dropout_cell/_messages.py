@@ -19,7 +19,7 @@ def short_repr(value: Any) -> str:
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     if value is None or isinstance(value, bool | int | float | str | np.generic):
         return shorten(ascii(value))
-    if isinstance(value, tuple | list) and len(value) <= 8:
+    if isinstance(value, tuple | list) and not hasattr(value, "_fields") and len(value) <= 8:
         entries = ", ".join(short_repr(entry) if _is_plain(entry) else "..." for entry in value)
         return shorten(f"[{entries}]" if isinstance(value, list) else f"({entries})")
     if isinstance(shape, tuple):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from ._arguments import check_flag
 from ._spec.recurrent_dropout import RecurrentDropout
 from ._spec.weight_paths import recurrent_kernels
 from .noises import Dropout, Zoneout
@@ -109,6 +110,7 @@ def gal2016(
         recurrent_keep_prob=recurrent_keep_prob,
         output_keep_prob=output_keep_prob,
     )
+    check_flag("tied", tied)
     reads_x = Dropout(keep_prob=input_keep_prob, variational=True)
     reads_h = Dropout(keep_prob=recurrent_keep_prob, variational=True)
     inside: dict[str, Any] = {"recurrent": reads_h}

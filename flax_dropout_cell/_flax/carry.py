@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._messages import short_repr, with_article
 from .._random.keys import as_rng
@@ -129,6 +130,7 @@ def run_wrapped_step(
     if carry.masks is None:
         raise ValueError("the carry was made in evaluation and has no masks: call redraw_masks.")
     check_fingerprint(carry.fingerprint, dropout)
+    _check_whole(carry, x)
     spec, masks = dropout, carry.masks
     if carry.arrays is not None:
         # Before the weights are left out, since the arrays are those of all sites.
@@ -164,12 +166,20 @@ def check_carry(carry: Any) -> None:
         raise TypeError(f"the carry must be a DropoutCarry, got {got}.")
 
 
-def _first(leaf: jax.Array) -> jax.Array:
-    if leaf.shape[0] == 0:
+def _check_whole(carry: DropoutCarry, x: PyTree) -> None:
+    """Raises if a carry is a part of another, or several that were joined."""
+    assert carry.masks is not None
+    shared = jax.tree.leaves((carry.masks.params, carry.rng, carry.arrays))
+    # 1, or the batch if a host has indexed it: see `StepRng`.
+    sizes = {1, *(size for leaf in jax.tree.leaves(x) for size in np.shape(leaf)[:1])}
+    if any(leaf.shape[0] not in sizes for leaf in shared):
         raise ValueError(
-            "a DropoutCarry was sliced, but its rows share a key and the masks of weights. For "
-            "parts of a batch use the layer RNN with sequence_ids."
+            "a DropoutCarry was sliced or joined with another, but its rows share a key and the "
+            "masks of weights. For parts of a batch use the layer RNN with sequence_ids."
         )
+
+
+def _first(leaf: jax.Array) -> jax.Array:
     return leaf[0]
 
 

@@ -1,12 +1,14 @@
 """Shared by the cells of linen and NNX: dtypes, and checks of weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..cells import LRUParams, MinGRUParams, MinLSTMParams, RGLRUParams
+from ..cells.checks import check_kernels, check_vectors
 
 LinearParams = LRUParams | MinGRUParams | MinLSTMParams | RGLRUParams
 
@@ -29,11 +31,13 @@ def complex_dtype(dtype: Any) -> Any:
     return jnp.complex128 if jnp.finfo(dtype).bits > 32 else jnp.complex64
 
 
-def check_params(params: Any, shapes: Any, cell: Any) -> None:
-    """Raises if weights are not those of the cell, whose weights have these `shapes`."""
-    if type(params) is not type(shapes):
-        raise wrong_weights(cell, type(shapes), params)
-    for name, leaf, like in zip(params._fields, params, shapes, strict=True):
+def check_params(params: Any, shapes: Callable[[int], Any], cell: Any) -> None:
+    """Raises if weights are not those of the cell; `shapes` takes the number of input features."""
+    kind = type(shapes(1))
+    if type(params) is not kind:
+        raise wrong_weights(cell, kind, params)
+    in_features = np.shape(params.input_kernel)[:1]
+    for name, leaf, like in zip(params._fields, params, shapes(*in_features or (1,)), strict=True):
         if leaf.shape != like.shape:
             wanted = f"{list(like.shape)} for this {type(cell).__name__}"
             raise ValueError(f"{name} must be {wanted}, got {list(leaf.shape)}.")
@@ -62,8 +66,20 @@ def has_no_weights(cell: Any) -> TypeError:
     )
 
 
-def params_of(variables: Mapping[str, Any], like: Any, cell: Any) -> Any:
-    """Variables as the core's weights, of the same names as `like`."""
+def params_of(variables: Mapping[str, Any], shapes: Callable[[int], Any], cell: Any) -> Any:
+    """Variables as the core's weights, which `shapes` gives for a number of input features."""
+    like = shapes(1)
     if set(like._fields) != set(variables):
         raise wrong_variables(cell, like._fields, variables)
-    return type(like)(**variables)
+    params = type(like)(**variables)
+    check_params(params, shapes, cell)
+    return params
+
+
+def check_gated(function: str, params: Any, gates: int) -> int:
+    """The features of an LSTM's or a GRU's weights; raises if their shapes do not fit."""
+    features = check_kernels(function, params, gates)
+    check_vectors(function, params, bias=gates * features)
+    if getattr(params, "recurrent_bias", None) is not None:
+        check_vectors(function, params, recurrent_bias=features)
+    return features

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._arguments import as_ints, check_flag
 from .._inspect.describe import Description, describe
 from .._inspect.plot_masks import draw_strips, plot_strips
 from .._messages import short_tree_repr
 from .._sequence.dropout_scan import at_a_step, dropout_scan
 from .._sequence.padding import check_lengths
 from .._sharding import place_rows
-from .._spec.prefixes import as_ints
 from .._spec.recurrent_dropout import (
     PyTree,
     RecurrentDropout,
@@ -92,7 +92,10 @@ class Settings(NamedTuple):
     def of(cls, layer: Any, **call: Any) -> "Settings":
         """The layer's own, with those that a call gives."""
         own = {name: getattr(layer, name) for name in cls._fields}
-        return cls(**own | {name: value for name, value in call.items() if value is not None})
+        chosen = own | {name: value for name, value in call.items() if value is not None}
+        for name in ("time_major", "return_carry", "reverse", "keep_order"):
+            chosen[name] = check_flag(name, chosen[name])
+        return cls(**chosen)
 
 
 def check_one_step(
@@ -117,6 +120,13 @@ def check_one_step(
             "because the layer's own stream has a new key for each call. Pass the sequence's key "
             "as rngs, and start=, the index of the step. For new masks at each step pass start=0."
         )
+
+
+def check_bare_carries(**carries: PyTree) -> None:
+    """Raises if a carry is a wrapper's: a layer has no place for its masks."""
+    for name, carry in carries.items():
+        if isinstance(carry, DropoutCarry):
+            raise TypeError(f"{name} is a DropoutCarry: give {name}=carry.cell_carry.")
 
 
 def needs_key(layer: Any, deterministic: bool | None) -> bool:
@@ -198,7 +208,6 @@ def run_layer(
     Returns:
       The outputs, or `(carry, outputs)`, as the stock layer has it.
     """
-    _check_carry(carry)
     lengths = _check_lengths(seq_lengths, layout)
     valid = _time_first("valid", valid, layout, settings, timed=True)
     resets = _time_first("resets", resets, layout, settings, timed=True)
@@ -309,11 +318,6 @@ def _trace_layer(layer: Any, framework: Framework, inputs: Any, time_major: bool
     batch_ndim = max(leaf.ndim for leaf in jax.tree.leaves(xs)) - 1
     batch_ndim -= framework.num_feature_axes(cell)
     return _Traced(params, carry, xs, framework.traceable(cell), dropout, batch_ndim)
-
-
-def _check_carry(carry: PyTree) -> None:
-    if isinstance(carry, DropoutCarry):
-        raise TypeError("initial_carry is a DropoutCarry: give initial_carry=carry.cell_carry.")
 
 
 def _check_lengths(seq_lengths: Any, layout: Layout) -> jax.Array | None:

@@ -9,7 +9,7 @@ import numpy as np
 from .keys import as_typed
 from .words import draw_words
 
-Number = int | float | np.number
+Number = int | float | np.integer | np.floating
 """A value that is known on the host, so it can be checked and can pick an algorithm."""
 
 

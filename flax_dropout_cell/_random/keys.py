@@ -12,7 +12,7 @@ A draw's key depends on the sequence's key, the step, the site and the leaf, and
 
 import functools
 import hashlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def step_rng(rng: jax.Array, step: int | np.integer | jax.Array) -> jax.Array:
     return fold_in(rng, jnp.asarray(step).astype(jnp.uint32))
 
 
-def as_rng(rng: Any) -> jax.Array | None:
+def as_rng(rng: Any, name: str = "rng") -> jax.Array | None:
     """Checks a key and gives it a type; None stays None.
 
     Call it outside of `jit`: a raw key inside a jitted function no longer knows the default PRNG.
@@ -73,19 +73,29 @@ def as_rng(rng: Any) -> jax.Array | None:
     """
     if rng is None:
         return None
-    dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        is_key = shape == ()
+    wanted = f"one key, such as jax.random.key(0){', or None' if name == 'rng' else ''}"
+    if not isinstance(rng, jax.Array | np.ndarray):
+        raise TypeError(must_be(name, wanted, rng))
+    if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        is_key = rng.shape == ()
     else:
-        is_key = dtype == jnp.uint32 and shape in ((2,), (4,))
+        is_key = rng.dtype == jnp.uint32 and rng.shape in ((2,), (4,))
     if not is_key:
-        raise TypeError(must_be("rng", "one key, such as jax.random.key(0), or None", rng))
-    return as_typed(rng)
+        raise TypeError(must_be(name, wanted, rng))
+    return as_typed(cast(jax.Array, rng))
 
 
 def as_typed(rng: jax.Array) -> jax.Array:
-    """Types a raw key."""
-    return rng if is_typed(rng) else jax.random.wrap_key_data(rng)
+    """Types a raw key, as one of the default PRNG."""
+    if is_typed(rng):
+        return rng
+    words = jax.random.key_data(jax.random.key(0)).shape
+    if rng.shape[-1:] != words:
+        raise TypeError(
+            f"a raw key has {words[0]} words with {jax.config.jax_default_prng_impl}, the default "
+            f"PRNG, got {rng.shape[-1]}: write jax.random.wrap_key_data(key, impl=..)."
+        )
+    return jax.random.wrap_key_data(rng)
 
 
 def is_typed(rng: jax.Array) -> bool:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from .._arguments import check_count, check_flag
 from .._hoist.checkpointed_scan import scan_in_chunks
 from .._hoist.traced_scan import type_at_a_step
-from .._messages import short_repr
+from .._messages import must_be, short_repr
 from .._random.keys import as_rng
 from .._sharding import place_like
 from .._spec.prefixes import zip_prefix
@@ -26,7 +27,7 @@ from .._spec.recurrent_dropout import (
 from .._spec.state_noise import resolve_state_noise
 from .._step.apply_noise import StepNoise
 from .._step.call_cell import Cell
-from .._step.checks import as_rows, check_count, check_dropout, check_masks, check_start
+from .._step.checks import as_rows, check_dropout, check_masks, check_start
 from .._step.draw_masks import draw_sites, site_values
 from .._step.row_keys import Rows, rows_by_start
 from ..cells.known import family_of
@@ -35,6 +36,8 @@ from .resets import BEFORE, RowMasks, Sequences, check_reset_carry, plan_sequenc
 from .scan_step import ScanCarry, SequenceStep, StepInput, disturb_once
 from .shared_inputs import check_inputs_have_rows
 from .step_masks import draw_ahead
+
+_LISTED = 4  # more arrays of the inputs than this are not listed in an error
 
 
 def dropout_scan(
@@ -136,13 +139,18 @@ def dropout_scan(
     check_masks(masks, dropout)
     if checkpoint_every is not None:
         checkpoint_every = check_count("checkpoint_every", checkpoint_every)
+    reverse = check_flag("reverse", reverse)
+    if parallel is not None:
+        parallel = check_flag("parallel", parallel)
+    check_unroll(unroll)
     rng = as_rng(rng)
     steps = count_steps(xs)
     check_start(start, steps)
     valid = find_valid(seq_lengths, valid, steps)
     if valid is not None:
+        padded_by = "valid" if seq_lengths is None else "seq_lengths"
         for name, tree in (("carry", carry), ("xs", at_a_step(xs))):
-            check_rows(name, tree, valid.shape[1:], "the padding")
+            check_rows(name, tree, valid.shape[1:], padded_by)
         check_inputs_have_rows(cell, params, carry, at_a_step(xs), valid.shape[1:])
     plan = _plan(carry, steps, resets, reset_carry, sequence_ids, valid, start, reverse=reverse)
     dropout = resolve_state_noise(dropout, carry, family_of(cell))
@@ -235,7 +243,10 @@ def _plan(
     if resets is None:
         if reset_carry is not None:
             raise ValueError("reset_carry was given without resets, which say where it goes.")
-        return _Plan(None, as_rows(ids), None)
+        rows = as_rows(ids)
+        if rows is not None:
+            check_rows("carry", carry, rows.batch, "sequence_ids")
+        return _Plan(None, rows, None)
     sequences = plan_sequences(resets, ids, valid, steps, start, reverse=reverse)
     check_rows("carry", carry, sequences.is_first_step.shape[1:], "resets")
     reset_carry = check_reset_carry(reset_carry, carry)
@@ -310,6 +321,12 @@ def _check_uncut(start: Any, brought: Masks | None, own: Masks) -> None:
             )
 
 
+def check_unroll(unroll: Any) -> None:
+    """Raises if `unroll` is not one of `jax.lax.scan`."""
+    if not isinstance(unroll, int | np.integer | np.bool_) or unroll < 0:
+        raise TypeError(must_be("unroll", "an int of at least 0, or a bool", unroll))
+
+
 def at_a_step(xs: PyTree) -> PyTree:
     """The shapes and dtypes of the inputs at a step."""
     return jax.tree.map(type_at_a_step, xs)
@@ -332,6 +349,7 @@ def count_steps(xs: PyTree) -> int:
         raise ValueError("xs has no arrays; give the inputs as arrays [time, ...].")
     lengths = {shape[:1] for shape in shapes.values()}
     if len(lengths) > 1 or lengths == {()}:
-        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        listed = ", ".join(f"{name} {shape}" for name, shape in [*shapes.items()][:_LISTED])
+        listed += ", ..." if len(shapes) > _LISTED else ""
         raise ValueError(f"the arrays of xs must share their leading axis, time; got {listed}.")
     return lengths.pop()[0]

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._arguments import check_count
+
 
 def episode_ids(
     ids: jax.typing.ArrayLike, done: jax.typing.ArrayLike, *, num_rows: int | None = None
@@ -31,7 +33,8 @@ def episode_ids(
 
     Raises:
       TypeError: if `ids` are not ints of at least 32 bits, or `done` are not bools.
-      ValueError: if the shapes differ, or NumPy ids do not fit in JAX's ints of 32 bits.
+      ValueError: if the shapes differ, NumPy ids do not fit in JAX's ints of 32 bits, or `num_rows`
+        is less than the rows of `done`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -43,8 +46,15 @@ def episode_ids(
     """
     ids, done = _as_jax_ids(ids), jnp.asarray(done)
     _check(ids, done)
+    if num_rows is None:
+        num_rows = done.size
+    elif check_count("num_rows", num_rows) < done.size:
+        raise ValueError(
+            f"num_rows must be at least {done.size}, the rows of done, got {num_rows}: rows would "
+            f"get ids of each other."
+        )
     # By the number of rows, so that rows never meet: row i has the ids i, i + n, i + 2n.
-    return jnp.where(done, ids + (done.size if num_rows is None else num_rows), ids)
+    return jnp.where(done, ids + num_rows, ids)
 
 
 def _as_jax_ids(ids: Any) -> jax.Array:

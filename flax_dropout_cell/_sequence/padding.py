@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from .._arguments import as_ints
 from .._messages import short_repr
 from .._sharding import place_like
-from .._spec.prefixes import PyTree, as_ints
+from .._spec.prefixes import PyTree
 
 
 def find_valid(seq_lengths: Any, valid: Any, steps: int) -> jax.Array | None:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from .._arguments import as_ints
 from .._sharding import broadcast_like
-from .._spec.prefixes import as_ints, broadcasts, structure_str, weaken_like
+from .._spec.prefixes import broadcasts, structure_str, weaken_like
 from .._spec.recurrent_dropout import Masks, PyTree, Site, make_masks, sites_of
 from .._step.row_keys import Rows, rows_by_id, rows_by_start
 from .padding import check_bools, keep_rows, select_rows

@@ -100,16 +100,6 @@ def weaken_like(value: jax.Array, leaf: Any) -> jax.Array:
     return as_weakly_typed(value) if is_weak else value
 
 
-def as_ints(name: str, value: Any) -> jax.Array | np.ndarray:
-    """Ints as an array, which stays in NumPy if it lies there: JAX would cut it to 32 bits."""
-    leaves = jax.tree.leaves(value)  # a list of ints too
-    on_host = all(isinstance(leaf, int | np.ndarray | np.generic) for leaf in leaves)
-    array = np.asarray(value) if on_host else jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must be ints, got {array.dtype}.")
-    return array
-
-
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     """Whether one shape broadcasts to another without changing it."""
     return len(shape) <= len(to) and all(

@@ -82,7 +82,13 @@ class RecurrentDropout:
             raise TypeError("dropout.inside must be a dict such as {'candidate': noise}.")
         for site in sites_of(self):
             for entry in jax.tree.leaves(site.of(self), is_leaf=is_prefix_leaf):
-                if entry is not None and not is_deferred(entry):
+                if is_deferred(entry):
+                    if entry is not site.of(self):
+                        raise ValueError(
+                            f"at_paths and recurrent_kernels must be the whole of dropout.{site}, "
+                            f"got one inside of a structure: give it all paths, or write noises."
+                        )
+                elif entry is not None:
                     check_noise(f"dropout.{site}", entry)
 
     def __bool__(self) -> bool:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._messages import short_repr
 from .._sharding import place_like
 from .._spec.match_leaves import Leaf, match_leaves
 from .._spec.prefixes import structure_str, weaken_like
@@ -136,6 +137,9 @@ def _check_rows(noise: Noise, mask: Any, value: jax.Array, old: Any) -> None:
 
 def _check_kind(site: Site, noise: Noise, method: str, leaf: jax.Array, result: Any) -> Any:
     """The result in the leaf's type; raises if its shape or dtype is another."""
+    if not hasattr(result, "shape"):
+        gave = f"dropout.{site}: {type(noise).__name__}.{method} gave {short_repr(result)}"
+        raise TypeError(f"{gave}; it must return an array.")
     got, wanted = jax.typeof(result), jax.typeof(leaf)
     if (got.shape, got.dtype) != (wanted.shape, wanted.dtype):
         raise TypeError(

@@ -138,7 +138,7 @@ def _check_kept(carry: PyTree, new_carry: PyTree) -> None:
 
 def _check_cell(cell: Any) -> None:
     """Raises if the cell is not a function of (params, carry, x), such as a Flax module."""
-    if isinstance(cell, type) or hasattr(cell, "initialize_carry"):
+    if isinstance(cell, type) or hasattr(cell, "initialize_carry") or not callable(cell):
         raise TypeError(
             f"cell must be a function cell(params, carry, x), got {short_repr(cell)}: write "
             f"nn.LSTMCell(64).apply, or use fdc.linen.RNN or fdc.nnx.RNN around the module."

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._arguments import as_ints
 from .._messages import must_be
-from .._spec.prefixes import as_ints
 from .._spec.recurrent_dropout import Masks, RecurrentDropout, sites_of
 from .row_keys import Rows, rows_by_id
 
@@ -25,6 +25,8 @@ def check_masks(masks: Any, dropout: RecurrentDropout) -> None:
         return
     if not isinstance(masks, Masks):
         raise TypeError(must_be("masks", "Masks, as draw_masks gives them", masks))
+    if not isinstance(masks.inside, dict | None):
+        raise TypeError(must_be("masks.inside", "a dict of masks by site, or None", masks.inside))
     for site in sites_of(masks):
         if site.inside and jax.tree.leaves(site.of(masks)) and site.of(dropout) is None:
             raise ValueError(f"masks.{site} has a mask where dropout.{site} has no noise.")
@@ -32,30 +34,24 @@ def check_masks(masks: Any, dropout: RecurrentDropout) -> None:
 
 def check_step(name: str, step: Any) -> None:
     """Raises if `step` is not the index of a step."""
-    if isinstance(step, bool) or not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+    known = isinstance(step, int | np.integer | np.ndarray) and not isinstance(step, bool)
+    if not known and not isinstance(step, jax.Array):
+        raise TypeError(must_be(name, "an int", step))
+    if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
         raise TypeError(must_be(name, "an int", step))
     if np.shape(step) != ():
         raise ValueError(f"{name} must be a scalar, got shape {np.shape(step)}.")
     # Sites have the keys from 2**31 on. Traced steps are trusted.
-    if isinstance(step, int | np.integer) and not 0 <= step < 2**31:
+    if known and not 0 <= step < 2**31:
         raise ValueError(f"{name} must be at least 0 and below 2**31, got {step}.")
 
 
 def check_start(start: Any, steps: int) -> None:
     """Raises if a scan of `steps` steps cannot begin at `start`."""
     check_step("start", start)
-    is_known = isinstance(start, int | np.integer) and isinstance(steps, int)
+    is_known = isinstance(start, int | np.integer | np.ndarray) and isinstance(steps, int)
     if is_known and start + steps > 2**31:
         raise ValueError(f"start + time must be at most 2**31, got {start} + {steps}.")
-
-
-def check_count(name: str, count: Any) -> int:
-    """The count as an int; raises if it is not an int of at least 1."""
-    is_int = isinstance(count, int | np.integer) and not isinstance(count, bool)
-    if not is_int or count < 1:
-        error = ValueError if is_int else TypeError
-        raise error(must_be(name, "an int of at least 1", count))
-    return int(count)
 
 
 def as_rows(sequence_ids: Any) -> Rows | None:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._messages import short_repr
 from .._random.keys import as_rng, fold_in, is_threefry, leaf_rng
 from .._sharding import check_shards_differ, draw_like
 from .._spec.match_leaves import Leaf, match_leaves
@@ -195,6 +196,9 @@ def draw_leaf(site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: Rows | 
         return draw_rows(noise, rng, shape, dtype, rows)
 
     mask = draw_like(leaf, draw, noise, rng, rows)
+    if not hasattr(mask, "shape"):
+        method = f"dropout.{site}: {type(noise).__name__}.draw_mask"
+        raise TypeError(f"{method} gave {short_repr(mask)}; it must return an array.")
     if not broadcasts(np.shape(mask), shape):
         raise ValueError(
             f"dropout.{site}: {type(noise).__name__}.draw_mask gave the shape {np.shape(mask)}, "

@@ -1,16 +1,18 @@
 """Word-level embedding dropout: a dropped word is dropped wherever it occurs."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from .._arguments import check_count, check_flag
 from .._messages import must_be
 from .._random.keep_masks import drop_prob_in_24_bits
 from .._random.keys import EMBEDDING, as_rng, fold_in, is_threefry
 from .._random.threefry import threefry_2x32
 from .._sharding import check_shards_differ
-from .._step.checks import check_count
 from ..noises import Dropout
 from ..noises.arguments import check_fits, check_probability
 
@@ -59,7 +61,9 @@ def embedding_dropout(
     """
     noise = Dropout(keep_prob=keep_prob)
     check_fits("keep_prob", keep_prob, ())
+    check_flag("per_example", per_example)
     rng = as_rng(rng)
+    _check_range(table, ids)
     table, ids = jnp.asarray(table), jnp.asarray(ids)
     _check_lookup(table, ids, per_example)
     # A narrow dtype cannot count from the end of a long table.
@@ -115,6 +119,16 @@ def _check_lookup(table: jax.Array, ids: jax.Array, per_example: bool) -> None:
         raise TypeError(must_be("ids", "integers", ids))
     if per_example and ids.ndim == 0:
         raise ValueError("with per_example, ids must be [batch, ...], got a scalar.")
+
+
+def _check_range(table: Any, ids: Any) -> None:
+    """Raises if an id on the host is not in the table: JAX would read NaN there."""
+    size = np.shape(table)[:1]
+    if isinstance(ids, np.ndarray | np.integer) and np.issubdtype(ids.dtype, np.integer) and size:
+        wrong = ids[(ids < -size[0]) | (ids >= size[0])]
+        if np.size(wrong):
+            got = np.ravel(wrong)[0]
+            raise ValueError(f"ids must be from {-size[0]} to {size[0] - 1}, got {got}.")
 
 
 def check_embed(num_embeddings: int, features: int, keep_prob: float | jax.Array) -> None:

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._arguments import check_count
 from .._compat import is_traced
 from .._dtypes import wide_dtype
 from .._messages import must_be
 from .._random.keys import as_rng, fold_in, is_threefry
-from .._step.checks import check_count
 
 PyTree = Any
 

@@ -1,29 +1,19 @@
-"""Shared by the cells: the products of gates, initial weights, and checks of shapes."""
+"""Shared by the cells: the products of gates, and initial weights."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .._dtypes import wide_dtype
+from .checks import check_init
 from .disturb import active
 
 Disturb = Callable[..., Any]
 """`disturb(site, value, previous=None) -> value`."""
 
 Activation = Callable[[jax.Array], jax.Array]
-
-
-class Kernels(Protocol):
-    """The two kernels of an LSTM's or a GRU's weights."""
-
-    @property
-    def input_kernel(self) -> jax.Array: ...
-
-    @property
-    def recurrent_kernel(self) -> jax.Array: ...
 
 
 def gates_matmul(
@@ -55,35 +45,10 @@ def init_kernels(
     rng: jax.Array, in_features: int, features: int, gates: int, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Flax's initial weights: LeCun normal for inputs, an orthogonal matrix per gate for h."""
+    check_init(rng, in_features, features, dtype)
     lecun, orthogonal = jax.nn.initializers.lecun_normal(), jax.nn.initializers.orthogonal()
     keys = jax.random.split(rng, 2 * gates)
     wide = wide_dtype(dtype)  # because there is no QR in half precision
     inputs = [lecun(key, (in_features, features), dtype) for key in keys[:gates]]
     recurrent = [orthogonal(key, (features, features), wide) for key in keys[gates:]]
     return jnp.concatenate(inputs, -1), jnp.concatenate(recurrent, -1).astype(dtype)
-
-
-def check_shapes(cell: str, params: Kernels, h: jax.Array, x: jax.Array, gates: int) -> None:
-    """Raises if the shapes of weights, carry and input do not fit together."""
-    recurrent = list(np.shape(params.recurrent_kernel))
-    if len(recurrent) != 2 or recurrent[1] != gates * recurrent[0]:
-        wanted = f"[features, {gates} * features]"
-        raise ValueError(f"{cell} takes a recurrent_kernel {wanted}, got {recurrent}.")
-    check_input(cell, params.input_kernel, gates, recurrent[0], h, x)
-
-
-def check_input(
-    cell: str, input_kernel: jax.Array, gates: int, features: int, h: jax.Array, x: jax.Array
-) -> None:
-    """Raises if a cell's carry h and its input do not fit each other, or the input's kernel."""
-    if not hasattr(h, "shape"):
-        raise TypeError(f"{cell} carries h alone, an array, got {type(h).__name__}.")
-    kernel, got = list(np.shape(input_kernel)), f"{cell} got x {list(np.shape(x))}"
-    if len(kernel) != 2 or kernel[1] != gates * features:
-        wanted = f"[in_features, {gates} * {features}]"
-        raise ValueError(f"{cell} takes an input_kernel {wanted}, got {kernel}.")
-    if list(np.shape(x)[-1:]) != kernel[:1]:
-        raise ValueError(f"{got}, but its input_kernel {kernel} reads {kernel[0]} features.")
-    wanted = [*np.shape(x)[:-1], features]
-    if list(np.shape(h)) != wanted:
-        raise ValueError(f"{got} and h {list(np.shape(h))}; h must be {wanted}.")

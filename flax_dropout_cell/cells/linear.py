@@ -10,10 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .checks import check_init, check_input, check_kernels, check_vectors, check_weights
 from .family import CellSite
 from .gates import Disturb, row
 
 LINEAR_SITES = (CellSite("candidate"), CellSite("hidden", carried=True, leaky=True))
+
+
+def check_gates(cell: str, kind: type, params: Any, h: Any, x: Any, gates: int) -> int:
+    """The features of a cell that reads its gates with one kernel; raises if shapes do not fit."""
+    check_weights(cell, kind, params)
+    features = check_kernels(cell, params, gates)
+    check_input(cell, params.input_kernel, features, h, x)
+    check_vectors(cell, params, bias=gates * features)
+    return features
 
 
 def read_gates(x: jax.Array, kernel: jax.Array, bias: jax.Array, gates: int) -> list[jax.Array]:
@@ -32,6 +42,7 @@ def init_gates(
     rng: jax.Array, in_features: int, features: int, gates: int, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """LeCun normal kernels, side by side, and a bias of zeros."""
+    check_init(rng, in_features, features, dtype)
     lecun, keys = jax.nn.initializers.lecun_normal(), jax.random.split(rng, gates)
     kernels = [lecun(key, (in_features, features), dtype) for key in keys]
     return jnp.concatenate(kernels, axis=-1), jnp.zeros(gates * features, dtype)

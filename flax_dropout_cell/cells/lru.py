@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from .._dtypes import wide_dtype
+from .checks import check_init, check_input, check_kernels, check_vectors, check_weights
 from .disturb import undisturbed
 from .family import Family
-from .gates import Disturb, check_input, row
+from .gates import Disturb, row
 from .linear import LINEAR_SITES, update
 
 
@@ -73,6 +74,13 @@ def init_lru(
       >>> params.nu_log.shape, params.input_kernel.shape, params.output_kernel.shape
       ((8,), (3, 16), (16, 8))
     """
+    check_init(rng, in_features, features, dtype)
+    if not 0 <= min_radius <= max_radius <= 1:
+        raise ValueError(
+            f"an LRU needs 0 <= min_radius <= max_radius <= 1, got {min_radius} and {max_radius}."
+        )
+    if not 0 < max_phase < math.inf:
+        raise ValueError(f"max_phase must be above 0, got {max_phase}.")
     # In float32, because exponents and logarithms near a radius of 1 cancel in half precision.
     wide = wide_dtype(dtype)
     radii, phases, b, c, d = jax.random.split(rng, 5)
@@ -136,9 +144,10 @@ def lru_cell(
       >>> h.dtype, y.dtype, y.shape
       (dtype('complex64'), dtype('float32'), (4, 8))
     """
-    check_input("lru_cell", params.input_kernel, 2, params.nu_log.shape[0], carry, x)
-    if not jnp.issubdtype(carry.dtype, jnp.complexfloating):
-        raise TypeError(f"lru_cell carries a complex h, such as complex64, got {carry.dtype}.")
+    check_weights("lru_cell", LRUParams, params)
+    features = check_kernels("lru_cell", params, 2)
+    check_input("lru_cell", params.input_kernel, features, carry, x, jnp.complexfloating)
+    check_vectors("lru_cell", params, nu_log=features, theta_log=features, gamma_log=features)
     real = jnp.finfo(carry.dtype).dtype
     nu_log, theta_log, gamma_log = (leaf.astype(real) for leaf in params[:3])
     real_part, imag_part = jnp.split(x @ params.input_kernel, 2, axis=-1)

@@ -6,17 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .checks import check_carried, check_input, check_kernels, check_vectors, check_weights
 from .disturb import active, undisturbed
 from .family import CellSite, Family
-from .gates import (
-    Activation,
-    Disturb,
-    add_bias,
-    check_shapes,
-    gates_matmul,
-    init_kernels,
-    row,
-)
+from .gates import Activation, Disturb, add_bias, gates_matmul, init_kernels, row
 
 
 class LSTMParams(NamedTuple):
@@ -127,8 +120,12 @@ def lstm_step(
     activation_fn: Activation,
 ) -> tuple[Any, jax.Array]:
     """`lstm_cell` with any activations, as Flax's cells have them."""
+    check_weights("lstm_cell", LSTMParams, params)
     c, h = _check_carry(carry)
-    check_shapes("lstm_cell", params, h, x, 4)
+    features = check_kernels("lstm_cell", params, 4)
+    check_input("lstm_cell", params.input_kernel, features, h, x)
+    check_vectors("lstm_cell", params, bias=4 * features)
+    check_carried("lstm_cell", "c", c)
     i, f, g, o = _read(params, x, h.astype(x.dtype), disturb)
     g = disturb("candidate", activation_fn(g))
     # A scan needs a carry that keeps its dtype, even if weights and inputs are narrower.

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from .disturb import undisturbed
 from .family import Family
-from .gates import Disturb, check_input
-from .linear import LINEAR_SITES, init_gates, read_gates, update
+from .gates import Disturb
+from .linear import LINEAR_SITES, check_gates, init_gates, read_gates, update
 
 
 class MinGRUParams(NamedTuple):
@@ -83,7 +83,7 @@ def min_gru_cell(
       >>> y.shape
       (4, 8)
     """
-    check_input("min_gru_cell", params.input_kernel, 2, params.bias.shape[0] // 2, carry, x)
+    check_gates("min_gru_cell", MinGRUParams, params, carry, x, 2)
     z, n = read_gates(x, params.input_kernel, params.bias, 2)
     n = disturb("candidate", n)
     z = jax.nn.sigmoid(z)  # of x alone: the scan computes it for all steps before it solves for h

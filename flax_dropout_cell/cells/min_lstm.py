@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from .disturb import undisturbed
 from .family import Family
-from .gates import Disturb, check_input
-from .linear import LINEAR_SITES, init_gates, read_gates, update
+from .gates import Disturb
+from .linear import LINEAR_SITES, check_gates, init_gates, read_gates, update
 
 
 class MinLSTMParams(NamedTuple):
@@ -83,7 +83,7 @@ def min_lstm_cell(
       >>> y.shape
       (4, 8)
     """
-    check_input("min_lstm_cell", params.input_kernel, 3, params.bias.shape[0] // 3, carry, x)
+    check_gates("min_lstm_cell", MinLSTMParams, params, carry, x, 3)
     f, i, n = read_gates(x, params.input_kernel, params.bias, 3)
     n = disturb("candidate", n)
     # f / (f + i) is the sigmoid of log f - log i, which does not divide 0 by 0 if both underflow.

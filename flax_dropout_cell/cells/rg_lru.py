@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from .._dtypes import wide_dtype
+from .checks import check_init, check_vectors
 from .disturb import undisturbed
 from .family import Family
-from .gates import Disturb, check_input, row
-from .linear import LINEAR_SITES, init_gates, read_gates, update
+from .gates import Disturb, row
+from .linear import LINEAR_SITES, check_gates, init_gates, read_gates, update
 
 _POWER = 8.0
 """c of the paper: how far a closed recurrence gate, r = 0, is from an open one, a**(c r)."""
@@ -54,6 +55,7 @@ def init_rg_lru(
       >>> params.input_kernel.shape, params.decay_logit.shape
       ((3, 24), (8,))
     """
+    check_init(rng, in_features, features, dtype)
     gates_rng, decay_rng = jax.random.split(rng)
     wide = wide_dtype(dtype)
     decays = jax.random.uniform(decay_rng, (features,), wide, minval=0.9, maxval=0.999)
@@ -97,7 +99,8 @@ def rg_lru_cell(
       >>> y.shape
       (4, 8)
     """
-    check_input("rg_lru_cell", params.input_kernel, 3, params.decay_logit.shape[0], carry, x)
+    features = check_gates("rg_lru_cell", RGLRUParams, params, carry, x, 3)
+    check_vectors("rg_lru_cell", params, decay_logit=features)
     r, i, n = read_gates(x, params.input_kernel, params.bias, 3)
     candidate = disturb("candidate", jax.nn.sigmoid(i) * n)
     decay, weight = _decay(params.decay_logit, r)

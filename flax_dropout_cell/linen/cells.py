@@ -11,6 +11,7 @@ from flax.typing import Dtype, Initializer
 
 from .._flax.cell_weights import (
     LinearParams,
+    check_gated,
     check_params,
     has_no_weights,
     params_of,
@@ -185,15 +186,15 @@ def cell_params(params: Params, cell: nn.RNNCellBase) -> dict[str, Any]:
       (3, 8)
     """
     if isinstance(cell, LinearCell):
-        check_params(params, cell.shapes(params.input_kernel.shape[0]), cell)
+        check_params(params, cell.shapes, cell)
         return {"params": params._asdict()}
     wanted = _kind(cell)
     if not isinstance(params, wanted):
         raise wrong_weights(cell, wanted, params)
-    features = params.recurrent_kernel.shape[0]
+    gates = "ifgo" if wanted is LSTMParams else "rzn"
+    features = check_gated("cell_params", params, len(gates))
     if features != cell.features:
         raise ValueError(f"the cell has {cell.features} features, but the weights {features}.")
-    gates = "ifgo" if wanted is LSTMParams else "rzn"
     inputs = jnp.split(params.input_kernel, len(gates), -1)
     recurrent = jnp.split(params.recurrent_kernel, len(gates), -1)
     found = {f"i{gate}": {"kernel": kernel} for gate, kernel in zip(gates, inputs, strict=True)}
@@ -232,9 +233,12 @@ def core_params(variables: Mapping[str, Any], cell: nn.RNNCellBase) -> Params:
       >>> params.input_kernel.shape, params.recurrent_bias.shape
       ((3, 24), (8,))
     """
-    params = nn.unbox(variables).get("params", {})
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        got = list(variables) if isinstance(variables, Mapping) else variables
+        raise ValueError(must_be("variables", "{'params': ..}, as init gives them", got))
+    params = nn.unbox(variables)["params"]
     if isinstance(cell, LinearCell):
-        return params_of(params, cell.shapes(1), cell)
+        return params_of(params, cell.shapes, cell)
     kind = _kind(cell)
     gates = "ifgo" if kind is LSTMParams else "rzn"
     names = [side + gate for side in "ih" for gate in gates]
@@ -245,6 +249,9 @@ def core_params(variables: Mapping[str, Any], cell: nn.RNNCellBase) -> Params:
         return jnp.concatenate([params[side + gate][leaf] for gate in gates], axis=-1)
 
     kernels = join("i", "kernel"), join("h", "kernel")
+    features = kernels[1].shape[0]
+    if features != cell.features:
+        raise ValueError(f"the cell has {cell.features} features, but the variables {features}.")
     if kind is LSTMParams:
         return LSTMParams(*kernels, join("h", "bias"))
     return GRUParams(*kernels, join("i", "bias"), params["hn"]["bias"])

@@ -9,6 +9,7 @@ import jax
 from .._flax.initial_carry import naming_carry
 from .._flax.layer import (
     Settings,
+    check_bare_carries,
     check_one_step,
     describe_layer,
     needs_key,
@@ -155,6 +156,7 @@ class RNN(nn.Module):
                 "RNN was called without its weights: write rnn.apply(variables, inputs, "
                 "rngs={'dropout': key}), or call it inside another module."
             )
+        check_bare_carries(initial_carry=initial_carry, reset_carry=reset_carry)
         settings = Settings.of(
             self,
             time_major=time_major,
@@ -167,7 +169,7 @@ class RNN(nn.Module):
         layout = read_layout(inputs, LINEN.num_feature_axes(self.cell), settings.time_major)
 
         def make_carry() -> PyTree:
-            first = jax.random.key(0) if init_key is None else init_key
+            first = jax.random.key(0) if init_key is None else as_rng(init_key, "init_key")
             return layout.place(self.cell.initialize_carry(first, layout.step_shape))
 
         carry = make_carry() if initial_carry is None else initial_carry

@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from .._arguments import check_flag
 from .._flax.cell_weights import (
     LinearParams,
+    check_gated,
     check_params,
     has_no_weights,
     params_of,
     wrong_variables,
     wrong_weights,
 )
-from .._messages import with_article
+from .._messages import must_be, with_article
 from ..cells.disturb import undisturbed
 from ..cells.gates import Disturb
 from ..cells.gru import GRUParams, gru_step
@@ -105,7 +107,7 @@ class GRUCell(nnx.GRUCell):
         **options: Any,
     ) -> None:
         super().__init__(in_features, hidden_features, rngs=rngs, **options)
-        self.use_recurrent_bias = use_recurrent_bias
+        self.use_recurrent_bias = check_flag("use_recurrent_bias", use_recurrent_bias)
         # Data even if it is None, so that an array may take its place later.
         self.recurrent_bias: Any = nnx.data(None)
         if use_recurrent_bias:
@@ -169,15 +171,12 @@ def cell_params(params: Params, cell: nnx.RNNCellBase) -> dict[str, Any]:
       True
     """
     if isinstance(cell, LinearCell):
-        check_params(params, cell.weights(), cell)
+        check_params(params, lambda _: cell.weights(), cell)
         return params._asdict()
     kind = _kind(cell)
     if not isinstance(params, kind):
         raise wrong_weights(cell, kind, params)
-    got = (params.input_kernel.shape[0], params.recurrent_kernel.shape[0])
-    wanted: tuple[int, int] = (cell.in_features, cell.hidden_features)  # type: ignore[attr-defined]
-    if got != wanted:
-        raise ValueError(f"the cell has (in, hidden) features {wanted}, but the weights {got}.")
+    _check_sizes("cell_params", params, cell)
     if isinstance(params, GRUParams):
         return _gru_variables(params, cell)
     if isinstance(cell, nnx.LSTMCell):
@@ -216,21 +215,36 @@ def core_params(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> Params:
     """
     if isinstance(variables, nnx.State):
         variables = nnx.to_pure_dict(variables)
+    if not isinstance(variables, Mapping):
+        raise TypeError(must_be("variables", "nnx.state(cell), or a dict of arrays", variables))
     if isinstance(cell, LinearCell):
-        return params_of(variables, cell.weights(), cell)
-    kind = _kind(cell)
+        return params_of(variables, lambda _: cell.weights(), cell)
     try:
-        if kind is GRUParams:
-            inputs, recurrent = variables["dense_i"], variables["dense_h"]["kernel"]
-            return GRUParams(
-                inputs["kernel"], recurrent, inputs["bias"], variables.get("recurrent_bias")
-            )
-        if isinstance(cell, nnx.LSTMCell):
-            return _gates_together(variables)
-        recurrent = variables["dense_h"]
-        return LSTMParams(variables["dense_i"]["kernel"], recurrent["kernel"], recurrent["bias"])
+        params = _gates_of(variables, cell)
     except KeyError as error:
         raise wrong_variables(cell, map(str, error.args), variables) from None
+    _check_sizes("core_params", params, cell)
+    return params
+
+
+def _gates_of(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> LSTMParams | GRUParams:
+    if _kind(cell) is GRUParams:
+        inputs, recurrent = variables["dense_i"], variables["dense_h"]["kernel"]
+        bias = variables.get("recurrent_bias")
+        return GRUParams(inputs["kernel"], recurrent, inputs["bias"], bias)
+    if isinstance(cell, nnx.LSTMCell):
+        return _gates_together(variables)
+    recurrent = variables["dense_h"]
+    return LSTMParams(variables["dense_i"]["kernel"], recurrent["kernel"], recurrent["bias"])
+
+
+def _check_sizes(function: str, params: LSTMParams | GRUParams, cell: Any) -> None:
+    """Raises if weights are not of the cell's size."""
+    features = check_gated(function, params, 3 if isinstance(params, GRUParams) else 4)
+    got = (params.input_kernel.shape[0], features)
+    wanted: tuple[int, int] = (cell.in_features, cell.hidden_features)
+    if got != wanted:
+        raise ValueError(f"the cell has (in, hidden) features {wanted}, but the weights {got}.")
 
 
 _INPUTS, _RECURRENT = ("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho")

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from .._arguments import check_flag
 from .._flax.carry import DropoutCarry
 from .._flax.compat import static
-from .._flax.deterministic import check_deterministic, evaluates
+from .._flax.deterministic import evaluates
 from .._flax.wrapper import CellWrapper
 from .._random.keys import cell_rng, nested_rng
 from .._spec.prefixes import shape_of
@@ -27,7 +28,7 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
     def __init__(self, cell: nnx.RNNCellBase, deterministic: bool, rngs: RngSource) -> None:
         NNX_FRAMEWORK.check_cell(cell)
         self.cell = cell
-        self.deterministic = check_deterministic(deterministic)
+        self.deterministic = check_flag("deterministic", deterministic)
         # Not `rngs`: a bare cell may keep a stream there, and its state is loaded into this module.
         self.dropout_stream: nnx.RngStream | None = fork_stream(rngs)
 

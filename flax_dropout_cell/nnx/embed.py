@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from .._arguments import check_flag
 from .._flax.compat import static
-from .._flax.deterministic import check_deterministic, evaluates
+from .._flax.deterministic import evaluates
 from .._training.embedding import check_embed, embedding_dropout
 from ..noises.arguments import check_probability
 from ..noises.dropout import Dropout
 from ..noises.protocol import is_array
-from .streams import dropout_key, has_dropout
+from .streams import check_rngs, dropout_key, has_dropout
 
 
 class Embed(nnx.Embed):
@@ -54,10 +55,11 @@ class Embed(nnx.Embed):
         **options: Any,
     ) -> None:
         check_embed(num_embeddings, features, keep_prob)
+        check_rngs(rngs)
         super().__init__(num_embeddings, features, rngs=rngs, **options)
         self.keep_prob = keep_prob
         self.per_example = per_example
-        self.deterministic = check_deterministic(deterministic)
+        self.deterministic = check_flag("deterministic", deterministic)
         # A missing stream is not an error yet, because evaluation does not need one.
         self.rngs: nnx.RngStream | None
         self.rngs = rngs["dropout"].fork() if has_dropout(rngs) else nnx.data(None)

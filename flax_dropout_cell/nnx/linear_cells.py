@@ -13,6 +13,7 @@ from .. import cells
 from .._flax.cell_weights import complex_dtype, promote
 from ..cells.disturb import undisturbed
 from ..cells.gates import Disturb
+from .streams import check_rngs
 
 
 class LinearCell(nnx.RNNCellBase):
@@ -32,6 +33,7 @@ class LinearCell(nnx.RNNCellBase):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
+        check_rngs(rngs)
         params = self._init(rngs.params(), in_features, hidden_features, param_dtype, **options)
         self.in_features = in_features
         self.hidden_features = hidden_features

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 from flax import nnx
 
-from .._flax.deterministic import check_deterministic
+from .._arguments import check_flag
 from .._flax.layer import (
     Settings,
+    check_bare_carries,
     check_one_step,
     describe_layer,
     needs_key,
@@ -105,7 +106,7 @@ class RNN(DropoutAttribute, nnx.Module):
         check_bare(NNX_FRAMEWORK, cell)
         self.cell = cell
         self.dropout = dropout
-        self.deterministic = check_deterministic(deterministic)
+        self.deterministic = check_flag("deterministic", deterministic)
         self.time_major = time_major
         self.return_carry = return_carry
         self.reverse = reverse
@@ -187,6 +188,7 @@ class RNN(DropoutAttribute, nnx.Module):
           TypeError: if `rngs` is none of these, a dtype does not fit, or the cell draws or writes
             at each step.
         """
+        check_bare_carries(initial_carry=initial_carry, reset_carry=reset_carry)
         settings = Settings.of(
             self,
             time_major=time_major,

@@ -1,8 +1,9 @@
 """The streams that NNX modules draw their keys from."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import errors, nnx
 
@@ -69,6 +70,8 @@ def as_source(rngs: Any) -> Any:
     """A call's `rngs`, with a type if it is a raw key; raises if nothing can be drawn from it."""
     if isinstance(rngs, nnx.Rngs | nnx.RngStream):
         return rngs
+    if isinstance(rngs, jax.Array | np.ndarray) and rngs.dtype == jnp.uint32 and rngs.ndim == 1:
+        return as_rng(rngs)  # whose error knows about raw keys
     try:
         return as_rng(rngs)
     except TypeError:
@@ -108,4 +111,11 @@ def carry_stream(rngs: RngSource | jax.Array, init_key: jax.Array | None) -> nnx
         return rngs
     if init_key is None and isinstance(rngs, nnx.Rngs) and _CARRY in rngs:
         return rngs[_CARRY]
-    return nnx.RngStream(jax.random.key(0) if init_key is None else init_key, tag=_CARRY)
+    key = jax.random.key(0) if init_key is None else as_rng(init_key, "init_key")
+    return nnx.RngStream(cast(jax.Array, key), tag=_CARRY)
+
+
+def check_rngs(rngs: Any) -> None:
+    """Raises if weights cannot be drawn from `rngs`."""
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(must_be("rngs", "an Rngs such as nnx.Rngs(0)", rngs))

@@ -11,6 +11,7 @@ from flax import nnx
 from .._flax.carry import DropoutCarry
 from .._flax.tensorflow import arguments as tf
 from .._flax.tensorflow.configs import constructor_parameters
+from .._messages import must_be
 from .._spec.recurrent_dropout import PyTree
 from .dropout_attribute import Static
 from .dropout_cell import Wrapper
@@ -90,6 +91,8 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
         self.dtype = dtype
         self.seed = seed
         self.dropout_state_filter_visitor = dropout_state_filter_visitor
+        if not isinstance(broadcast_dims, Sequence):
+            raise TypeError(must_be("broadcast_dims", "a sequence of ints", broadcast_dims))
         self.broadcast_dims = tuple(broadcast_dims)
 
     @property

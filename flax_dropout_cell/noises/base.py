@@ -34,7 +34,7 @@ class NamedNoise:
         if not isinstance(self.variational, bool):
             raise TypeError(must_be("variational", "True or False", self.variational))
         dims = self.broadcast_dims
-        if not isinstance(dims, Sequence) or not all(isinstance(dim, int) for dim in dims):
+        if not isinstance(dims, Sequence) or not all(map(_is_dim, dims)):
             raise TypeError(must_be("broadcast_dims", "a sequence of ints such as (0,)", dims))
         # A tuple, because the field is part of a hash.
         object.__setattr__(self, "broadcast_dims", tuple(dims))
@@ -43,6 +43,10 @@ class NamedNoise:
         """The shape of a mask for a value: 1 in each of `broadcast_dims`."""
         shared = shared_dims(self, shape)
         return tuple(1 if dim in shared else size for dim, size in enumerate(shape))
+
+
+def _is_dim(dim: Any) -> bool:
+    return isinstance(dim, int) and not isinstance(dim, bool)
 
 
 def explain_missing_names(cls: Any) -> Any:

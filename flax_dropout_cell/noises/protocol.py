@@ -79,6 +79,9 @@ def register_noise(cls: NoiseClass) -> NoiseClass:
     Returns:
       The class itself.
 
+    Raises:
+      TypeError: if `cls` is not a frozen dataclass.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> import flax_dropout_cell as fdc
@@ -87,6 +90,11 @@ def register_noise(cls: NoiseClass) -> NoiseClass:
       >>> jax.tree.leaves(fdc.Dropout(keep_prob=jnp.float32(0.8)))
       [Array(0.8, dtype=float32)]
     """
+    if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise TypeError(
+            f"register_noise takes a frozen dataclass: write @dataclasses.dataclass(frozen=True) "
+            f"between it and {cls.__name__}."
+        )
     names = tuple(field.name for field in dataclasses.fields(cls))
 
     def split(noise: Any) -> tuple[tuple[str, ...], Any]:

@@ -265,7 +265,43 @@ MISTAKES = {
         r"has the weights ii, if, ig, io, hi, hf, hg, ho; these variables hold ii",
     ),
     "linen, the params themselves": (
-        lambda: fdc.linen.core_params({"ii": {}}, nn.LSTMCell(8)), ValueError, "hold none",
+        lambda: fdc.linen.core_params({"ii": {}}, nn.LSTMCell(8)), ValueError,
+        r"variables must be \{'params': ..\}, as init gives them, got \['ii'\]",
+    ),
+    "linen, a kernel transposed": (
+        lambda: fdc.linen.cell_params(
+            lstm()._replace(input_kernel=lstm().input_kernel.T), nn.LSTMCell(8)
+        ),
+        ValueError, r"takes an input_kernel \[in_features, 4 \* 8\], got \[32, 3\]",
+    ),
+    "linen, a bias of one": (
+        lambda: fdc.linen.cell_params(lstm()._replace(bias=jnp.ones(1)), nn.LSTMCell(8)),
+        ValueError, r"takes a bias \[32\], got \[1\]",
+    ),
+    "linen, variables of another size": (
+        lambda: fdc.linen.core_params(
+            fdc.linen.cell_params(lstm(), nn.LSTMCell(8)), nn.LSTMCell(9)
+        ),
+        ValueError, "the cell has 9 features, but the variables 8",
+    ),
+    "linen, a linear cell's kernel of another size": (
+        lambda: fdc.linen.core_params(
+            {"params": {"input_kernel": jnp.ones((3, 5)), "bias": jnp.ones(16)}},
+            fdc.linen.MinGRUCell(8),
+        ),
+        ValueError, r"input_kernel must be \[3, 16\] for this MinGRUCell, got \[3, 5\]",
+    ),
+    "NNX, a bias of one": (
+        lambda: fdc.nnx.cell_params(lstm()._replace(bias=jnp.ones(1)), nnx_lstm()),
+        ValueError, r"takes a bias \[32\], got \[1\]",
+    ),
+    "NNX, variables of another size": (
+        lambda: fdc.nnx.core_params(fdc.nnx.cell_params(lstm(), nnx_lstm()), nnx_lstm(9)),
+        ValueError, r"features \(3, 9\), but the weights \(3, 8\)",
+    ),
+    "NNX, the cell itself": (
+        lambda: fdc.nnx.core_params(nnx_lstm(), nnx_lstm()), TypeError,
+        r"variables must be nnx.state\(cell\), or a dict of arrays, got an LSTMCell",
     ),
     "NNX, of another kind": (
         lambda: fdc.nnx.cell_params(lstm(), nnx.GRUCell(3, 8, rngs=nnx.Rngs(0))), TypeError,

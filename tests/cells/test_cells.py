@@ -268,6 +268,40 @@ MISTAKES = {
         "gru", lambda p, h, x: (p._replace(recurrent_kernel=p[1].T), h, x), ValueError,
         r"recurrent_kernel \[features, 3 \* features\], got \[24, 8\]",
     ),
+    "ints as the input": (
+        "gru", lambda p, h, x: (p, h, x.astype(int)), TypeError,
+        r"takes a floating-point x, got int32: write x.astype\(jnp.float32\)",
+    ),
+    "bools as the input": ("lstm", lambda p, s, x: (p, s, x > 0), TypeError, "got bool: write"),
+    "a list as the input": (
+        "gru", lambda p, h, x: (p, h, x.tolist()), TypeError, "takes x as one array, got"
+    ),
+    "ints as h": (
+        "gru", lambda p, h, x: (p, h.astype(int), x), TypeError,
+        "carries a floating-point h, such as float32, got int32",
+    ),
+    "ints as c": (
+        "lstm", lambda p, s, x: (p, (s.c.astype(int), s.h), x), TypeError, "floating-point c"
+    ),
+    "weights of another cell": (
+        "gru", lambda p, h, x: (fdc.LSTMParams(*p[:3]), h, x), TypeError,
+        "gru_cell takes GRUParams, got an LSTMParams",
+    ),
+    "variables of Flax": (
+        "lstm", lambda p, s, x: ({"params": p}, s, x), TypeError,
+        r"takes LSTMParams, got a dict; .*write fdc.linen.core_params\(variables, cell\)",
+    ),
+    "a bias of one": (
+        "lstm", lambda p, s, x: (p._replace(bias=jnp.ones(1)), s, x), ValueError,
+        r"takes a bias \[32\], got \[1\]",
+    ),
+    "no bias": (
+        "lstm", lambda p, s, x: (p._replace(bias=None), s, x), ValueError, r"\[32\], got None"
+    ),
+    "a second bias of one": (
+        "gru", lambda p, h, x: (p._replace(recurrent_bias=jnp.ones(1)), h, x), ValueError,
+        r"takes a recurrent_bias \[8\], got \[1\]",
+    ),
     "an input kernel transposed": (
         "lstm", lambda p, s, x: (p._replace(input_kernel=p[0].T), s, x), ValueError,
         r"an input_kernel \[in_features, 4 \* 8\], got \[32, 3\]",

@@ -192,7 +192,6 @@ def test_no_eigenvalue_of_an_lru_rounds_to_one() -> None:
     There gamma is exact too: at this radius, squares in float32 leave it a digit or two.
     """
     init = functools.partial(fdc.init_lru, min_radius=0.999, max_phase=math.pi / 50)
-    params = jax.jit(init, static_argnums=(1, 2))(jax.random.key(0), 1, 1)  # small matrices
     few = [init(jax.random.key(seed), 1, 1000) for seed in range(200)]
     for name in ("nu_log", "theta_log", "gamma_log"):
         drawn = np.stack([getattr(params, name) for params in few])
@@ -309,7 +308,25 @@ MISTAKES = {
     ),
     "a kernel transposed": (
         "min_gru", lambda p, h, x: (p._replace(input_kernel=p[0].T), h, x), ValueError,
-        r"input_kernel \[in_features, 2 \* 8\], got \[16, 3\]",
+        r"input_kernel \[in_features, 2 \* features\], got \[16, 3\]",
+    ),
+    "ints as the input": (
+        "lru", lambda p, h, x: (p, h, x.astype(int)), TypeError, "takes a floating-point x, got int"
+    ),
+    "ints as h": (
+        "min_gru", lambda p, h, x: (p, h.astype(int), x), TypeError, "a floating-point h, such as"
+    ),
+    "weights of another cell": (
+        "min_lstm", lambda p, h, x: (fdc.RGLRUParams(*p, p.bias[:8]), h, x), TypeError,
+        "min_lstm_cell takes MinLSTMParams, got a",
+    ),
+    "a bias of one": (
+        "rg_lru", lambda p, h, x: (p._replace(bias=jnp.ones(1)), h, x), ValueError,
+        r"takes a bias \[24\], got \[1\]",
+    ),
+    "a gamma of one": (
+        "lru", lambda p, h, x: (p._replace(gamma_log=jnp.ones(1)), h, x), ValueError,
+        r"takes a gamma_log \[8\], got \[1\]",
     ),
     "a real state": (
         "lru", lambda p, h, x: (p, h.real, x), TypeError, "such as complex64, got float32"

@@ -211,7 +211,7 @@ def test_keep_prob_out_of_range(bad) -> None:
             lambda: scan(seq_lengths=jnp.ones(B + 1, int)),
             ValueError,
             r"carry\[0\] is float32\[2, 3\] at a step, which does not start with the batch dims of "
-            r"the padding, \(3,\)",
+            r"seq_lengths, \(3,\)",
         ),
         (
             lambda: scan(fdc.RecurrentDropout(input=FROZEN), rng=None, masks=fdc.Masks()),

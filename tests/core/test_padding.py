@@ -259,7 +259,7 @@ def test_no_steps(options, reverse) -> None:
         ({"seq_lengths": np.ones(B)}, TypeError, "must be ints, got float64"),
         ({"valid": LENGTHS}, TypeError, r"valid must be bools \[time, \*batch\], got int32"),
         ({"valid": PREFIX.T}, ValueError, "valid must .* 6 steps"),
-        ({"valid": PREFIX[:, :2]}, ValueError, r"carry .*batch dims of the padding, \(2,\)"),
+        ({"valid": PREFIX[:, :2]}, ValueError, r"carry .*batch dims of valid, \(2,\)"),
         ({"valid": PREFIX, "seq_lengths": LENGTHS}, ValueError, "seq_lengths or valid, not both"),
         ({"valid": PREFIX, "resets": PREFIX[:, :2]}, ValueError, "resets"),
     ],

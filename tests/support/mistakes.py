@@ -98,7 +98,7 @@ MISTAKES = {
     "Wrappers in Flax's own RNN": [
         "fdc.linen.RNN(fdc.linen.DropoutCell(nn.LSTMCell(8), spec), spec)",
         "wrapped(spec, initial_carry=(h, h))",
-        "wrapped(spec, initial_carry=wrapped(frozen, return_carry=True)[0])  # from another wrapper",
+        "wrapped(spec, initial_carry=wrapped(frozen, return_carry=True)[0])  # of another",
     ],
     "NNX": [
         "fdc.nnx.RNN(nn.LSTMCell(8), spec)",

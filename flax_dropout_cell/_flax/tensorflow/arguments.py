@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..._arguments import check_flag
 from ..._messages import must_be, short_repr, shorten, with_article
 from ..._spec.recurrent_dropout import PyTree, RecurrentDropout
 from ...noises.arguments import check_probability
@@ -202,15 +203,16 @@ def check_arguments(
         check_probability(name, keep_prob)
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer | None):
         raise TypeError(must_be("seed", "an int or None", seed))
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(must_be("seed", "an int of 64 bits", seed))
 
 
 def keep_prob_noise(
     keep_prob: Any, variational: bool, broadcast_dims: Sequence[int]
 ) -> Dropout | None:
     """The `Dropout` for a keep_prob; None if it is the number 1."""
-    noise = Dropout(
-        keep_prob=keep_prob, variational=bool(variational), broadcast_dims=broadcast_dims
-    )
+    variational = check_flag("variational_recurrent", variational)
+    noise = Dropout(keep_prob=keep_prob, variational=variational, broadcast_dims=broadcast_dims)
     return None if noise.is_identity else noise
 
 
