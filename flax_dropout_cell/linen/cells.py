@@ -18,6 +18,7 @@ from .._flax.cell_weights import (
     wrong_variables,
     wrong_weights,
 )
+from .._messages import must_be
 from ..cells.disturb import undisturbed
 from ..cells.gates import Disturb
 from ..cells.gru import GRUParams, gru_step
