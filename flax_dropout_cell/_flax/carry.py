@@ -15,12 +15,15 @@ import numpy as np
 from .._messages import short_repr, with_article
 from .._random.keys import as_rng
 from .._spec.recurrent_dropout import (
+    PARAMS,
+    STATE,
     Masks,
     PyTree,
     RecurrentDropout,
     SiteValues,
     active_noises,
     draws_at_each_step,
+    sites_of,
 )
 from .._step.call_cell import Cell
 from .._step.draw_masks import draw_sites
@@ -131,6 +134,7 @@ def run_wrapped_step(
         raise ValueError("the carry was made in evaluation and has no masks: call redraw_masks.")
     check_fingerprint(carry.fingerprint, dropout)
     _check_whole(carry, x)
+    _check_batch(carry.masks, dropout, x)
     spec, masks = dropout, carry.masks
     if carry.arrays is not None:
         # Before the weights are left out, since the arrays are those of all sites.
@@ -177,6 +181,25 @@ def _check_whole(carry: DropoutCarry, x: PyTree) -> None:
             "a DropoutCarry was sliced or joined with another, but its rows share a key and the "
             "masks of weights. For parts of a batch use the layer RNN with sequence_ids."
         )
+
+
+def _check_batch(masks: Masks, dropout: RecurrentDropout, x: PyTree) -> None:
+    """Raises if masks of one row would be shared by all rows of a batch."""
+    batched = [np.shape(leaf) for leaf in jax.tree.leaves(x) if np.ndim(leaf) >= 2]
+    if all(shape[0] == 1 for shape in batched):
+        return
+    for site in sites_of(masks):
+        # Weights have no rows, and at `state` a step compares the mask with the carry.
+        if site in (PARAMS, STATE):
+            continue
+        if any(getattr(noise, "broadcast_dims", ()) for noise in active_noises(site.of(dropout))):
+            continue
+        for mask in jax.tree.leaves(site.of(masks)):
+            if mask.ndim >= 2 and mask.shape[0] == 1:
+                raise ValueError(
+                    f"the carry's mask at {site} was drawn for a batch of 1, and the inputs are "
+                    f"{batched[0]}: all rows would share it. Call redraw_masks for this batch."
+                )
 
 
 def _first(leaf: jax.Array) -> jax.Array:

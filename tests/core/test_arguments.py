@@ -240,3 +240,18 @@ def test_a_joined_carry_is_refused() -> None:
     joined: Any = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
     with pytest.raises(ValueError, match="a DropoutCarry was sliced or joined with another"):
         wrapper.apply(params, joined, jnp.ones((2 * B, F)))
+
+
+@pytest.mark.parametrize("site", ["input", "output"])
+def test_masks_of_one_row_are_not_shared_by_a_batch(site: str) -> None:
+    wrapper = fdc.linen.DropoutCell(nn.GRUCell(F), fdc.RecurrentDropout(**{site: FROZEN}))
+    params = nn.GRUCell(F).init(KEY, H, XS[0])
+    for carry in (
+        wrapper.initialize_carry(KEY, (1, F)),
+        wrapper.redraw_masks(H[:1], XS[0, :1], KEY),
+    ):
+        with pytest.raises(ValueError, match=f"mask at {site} was drawn for a batch of 1"):
+            wrapper.apply(params, carry, XS[0])
+    shared = dataclasses.replace(FROZEN, broadcast_dims=(0,))
+    meant = fdc.linen.DropoutCell(nn.GRUCell(F), fdc.RecurrentDropout(**{site: shared}))
+    meant.apply(params, meant.initialize_carry(KEY, (B, F)), XS[0])
