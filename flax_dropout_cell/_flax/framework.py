@@ -101,7 +101,9 @@ class Framework(abc.ABC):
 
     # These are the same for all, unless a framework differs from Flax.
 
-    def place(self, dropout: RecurrentDropout, cell: Any, carry: PyTree) -> RecurrentDropout:
+    def resolve_noise(
+        self, dropout: RecurrentDropout, cell: Any, carry: PyTree
+    ) -> RecurrentDropout:
         """Resolves one noise for the whole state; raises if the cell cannot take a noise."""
         self._check_sites(dropout, cell)
         return resolve_state_noise(dropout, carry, self.family(cell), in_module=True)

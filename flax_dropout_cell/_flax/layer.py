@@ -314,7 +314,7 @@ def _trace_layer(layer: Any, framework: Framework, inputs: Any, time_major: bool
     xs = jax.eval_shape(time_first, inputs)
     carry = framework.carry_shapes(cell, jax.tree.map(lambda leaf: leaf.shape[1:], xs))
     params = framework.params_shapes(cell, carry, at_a_step(xs))
-    dropout = framework.place(layer.dropout, cell, carry)
+    dropout = framework.resolve_noise(layer.dropout, cell, carry)
     batch_ndim = max(leaf.ndim for leaf in jax.tree.leaves(xs)) - 1
     batch_ndim -= framework.num_feature_axes(cell)
     return _Traced(params, carry, xs, framework.traceable(cell), dropout, batch_ndim)

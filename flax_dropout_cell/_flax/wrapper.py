@@ -148,16 +148,16 @@ class CellWrapper:
         state = jax.tree.map(shape_of, cell_carry)
         return SiteValues(params=params, input=x, state=state, output=y, inside=inside)
 
-    def _place(self, dropout: RecurrentDropout, cell_carry: PyTree) -> RecurrentDropout:
+    def _resolve_noise(self, dropout: RecurrentDropout, cell_carry: PyTree) -> RecurrentDropout:
         """Resolves the noise at `state` for the carry of the cell."""
         if isinstance(self.cell, CellWrapper):
             if isinstance(cell_carry, DropoutCarry):
                 cell_carry = cell_carry.cell_carry
-            placed = self.cell._place(dropout, cell_carry)
+            placed = self.cell._resolve_noise(dropout, cell_carry)
             if placed.state is None:
                 return placed
             return dataclasses.replace(placed, state=DropoutCarry(placed.state, None, None))
-        return self._framework.place(dropout, self.cell, cell_carry)
+        return self._framework.resolve_noise(dropout, self.cell, cell_carry)
 
 
 def check_bare(framework: Framework, cell: Any) -> None:

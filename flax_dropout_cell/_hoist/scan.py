@@ -64,37 +64,37 @@ class ScanExplanation(NamedTuple):
     """The parts in which `scan` runs a step; it prints as a table.
 
     Attributes:
-      plain: why the step runs in `jax.lax.scan` as it is, or None.
+      why_plain: why the step runs in `jax.lax.scan` as it is, or None.
       once: equations on values that are the same at all steps, which run once.
       before: equations that run before the loop, for all steps at once.
       loop: equations that run in the loop.
-      outputs: equations that run after the loop, for all steps at once, as only ys need them.
-      after: weights whose gradients are computed after the backward loop.
-      accumulated: weights whose gradients are added up in it, and why.
+      after: equations that run after the loop, for all steps at once, as only ys need them.
+      gradients_after: weights whose gradients are computed after the backward loop.
+      gradients_in_loop: weights whose gradients are added up in it, and why.
       obstacle: why the carry is not a linear recurrence, `a * carry + b` element by element; None
         if it is one, which runs without a loop on a GPU or TPU, or with `parallel=True`.
     """
 
-    plain: str | None
+    why_plain: str | None
     once: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
     loop: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
-    accumulated: tuple[str, ...] = ()
+    gradients_after: tuple[str, ...] = ()
+    gradients_in_loop: tuple[str, ...] = ()
     obstacle: str | None = None
 
     def __str__(self) -> str:
-        if self.plain is not None:
+        if self.why_plain is not None:
             parallel = ", unless it runs in parallel: the carry is a linear recurrence"
-            return say_plain(self.plain) + ("" if self.obstacle else parallel)
+            return say_plain(self.why_plain) + ("" if self.obstacle else parallel)
         rows = {
             "once": self.once,
             "before the loop": self.before,
             "in the loop": self.loop,
-            "after the loop": self.outputs,
-            "gradients after the loop": self.after,
-            "gradients in the loop": self.accumulated,
+            "after the loop": self.after,
+            "gradients after the loop": self.gradients_after,
+            "gradients in the loop": self.gradients_in_loop,
             "a linear recurrence": (f"no: {self.obstacle}" if self.obstacle else "yes",),
         }
         lines = []

@@ -20,15 +20,15 @@ from .._spec.recurrent_dropout import (
     Site,
     SiteValues,
     active_noises,
+    draws_at_each_step,
+    draws_once,
     fill_in,
     sites_of,
 )
-from .._spec.state_noise import resolve_state_noise
 from .._step.call_cell import Cell, eval_shape, sites_of_cell, trace_cell
-from .._step.checks import check_dropout
-from .._step.draw_masks import draw_masks, draw_site, inside_names, site_values
+from .._step.checks import resolve
+from .._step.draw_masks import Drawn, draw_masks, draw_site, inside_names, site_values
 from .._step.dropout_cell import dropout_cell
-from ..cells.known import family_of
 from ..noises.protocol import Noise, is_array, needs_previous
 
 _HEAD = ("site", "value", "noise", "drawn", "mask", "shared over")
@@ -66,7 +66,7 @@ class Description:
       places: the arrays that have noise.
       undisturbed: the arrays around the cell that have none.
       free_sites: the sites inside the cell that have none.
-      plain: why `dropout_scan` runs the cell and its noise in `jax.lax.scan` as they are, or
+      why_plain: why `dropout_scan` runs the cell and its noise in `jax.lax.scan` as they are, or
         None. See `explain_scan`.
       before: the equations of both that run before the loop, for all steps at once.
       after: those that run after it.
@@ -76,7 +76,7 @@ class Description:
     places: tuple[Place, ...]
     undisturbed: tuple[str, ...]
     free_sites: tuple[str, ...]
-    plain: str | None = None
+    why_plain: str | None = None
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     is_linear: bool = False
@@ -88,8 +88,8 @@ class Description:
             f"free sites inside the cell: {', '.join(self.free_sites) or 'none'}",
             *(_UNZONED for place in self.places if _is_zoned_h(place)),
         ]
-        if self.plain is not None:
-            lines.append(say_plain(self.plain))
+        if self.why_plain is not None:
+            lines.append(say_plain(self.why_plain))
         if self.before:
             lines.append(f"before the loop: {', '.join(self.before)}")
         if self.after:
@@ -138,8 +138,7 @@ def describe(
       free sites inside the cell: candidate, hidden, input_per_gate, memory, recurrent,
       recurrent_per_gate
     """
-    check_dropout(dropout)
-    dropout = resolve_state_noise(dropout, carry, family_of(cell))
+    dropout = resolve(dropout, carry, cell)
     y, inside = trace_cell(cell, params, carry, x, inside_names(dropout))
     values = SiteValues(params=params, input=x, state=carry, output=y, inside=inside)
     places: list[Place] = []
@@ -155,9 +154,9 @@ def describe(
         tuple(places),
         tuple(undisturbed),
         tuple(sorted(free)),
-        scan.plain,
+        scan.why_plain,
         scan.before,
-        scan.outputs,
+        scan.after,
         scan.obstacle is None,
     )
 
@@ -198,7 +197,8 @@ def _look_at(site: Site, dropout: RecurrentDropout, value: PyTree) -> tuple[list
     if site.inside and not active_noises(site.of(dropout)):
         return [], []
     leaves, _ = match_leaves(site, dropout, None, value)
-    masks = [_mask_shapes(site, dropout, value, at_step) for at_step in (False, True)]
+    kinds = (draws_once, draws_at_each_step)
+    masks = [_mask_shapes(site, dropout, value, is_drawn) for is_drawn in kinds]
     places, others = [], []
     for leaf, once, at_step in zip(leaves, *masks, strict=True):
         mask = at_step if once is None else once
@@ -212,12 +212,12 @@ def _look_at(site: Site, dropout: RecurrentDropout, value: PyTree) -> tuple[list
 
 
 def _mask_shapes(
-    site: Site, dropout: RecurrentDropout, value: PyTree, at_step: bool
+    site: Site, dropout: RecurrentDropout, value: PyTree, is_drawn: Drawn
 ) -> list[jax.ShapeDtypeStruct | None]:
     """The shapes of the masks that are drawn for each leaf of a site."""
 
     def draw(rng: jax.Array) -> PyTree:
-        return draw_site(site, dropout, value, rng, at_step=at_step)
+        return draw_site(site, dropout, value, rng, is_drawn=is_drawn)
 
     masks = jax.eval_shape(draw, jax.random.key(0))  # any key will do: nothing is drawn
     if masks is None:

@@ -9,24 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from .._random.keys import as_rng, step_rng
-from .._sequence.dropout_scan import count_steps
+from .._random.keys import as_rng
+from .._sequence.dropout_scan import at_a_step, count_steps
+from .._sequence.step_masks import draw_all_steps
 from .._spec.match_leaves import match_leaves
-from .._spec.prefixes import dtype_of
 from .._spec.recurrent_dropout import (
     PARAMS,
+    Masks,
     PyTree,
     RecurrentDropout,
     Site,
-    SiteValues,
     active_noises,
     sites_of,
 )
-from .._spec.state_noise import resolve_state_noise
-from .._step.call_cell import Cell, trace_cell
-from .._step.checks import check_dropout, check_start
-from .._step.draw_masks import draw_site, inside_names
-from ..cells.known import family_of
+from .._step.call_cell import Cell
+from .._step.checks import check_start, resolve
+from .._step.draw_masks import draw_sites, site_values
 from ..noises.protocol import Noise, needs_previous
 from .describe import written
 
@@ -193,23 +191,25 @@ def draw_strips(
 
     Without `batch_ndim`, the batch is the dims that the inputs and the carry share.
     """
-    check_dropout(dropout)
+    dropout = resolve(dropout, carry, cell)
     key = as_rng(rng)
     if key is None:
         raise ValueError("plot_masks needs a key such as jax.random.key(0), got rng=None.")
-    dropout = resolve_state_noise(dropout, carry, family_of(cell))
     steps = count_steps(xs)
     check_start(start, steps)
-    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], dtype_of(leaf)), xs)
-    y, inside = trace_cell(cell, params, carry, x, inside_names(dropout))
-    values = SiteValues(params=params, input=x, state=carry, output=y, inside=inside)
+    x = at_a_step(xs)
+    values = site_values(
+        params, carry, x, cell, dropout, lambda prefix: bool(active_noises(prefix))
+    )
+    masks = {
+        "once": draw_sites(dropout, values, key),
+        "each step": draw_all_steps(dropout, values, key, steps, start, None),
+    }
     batch_ndim = _batch_ndim(x, carry) if batch_ndim is None else batch_ndim
     strips: Strips = {}
     for site in sites_of(dropout):
         if active_noises(site.of(dropout)):
-            strips |= _strips_at(
-                site, dropout, site.of(values), key, range(start, start + steps), row, batch_ndim
-            )
+            strips |= _strips_at(site, dropout, site.of(values), masks, steps, row, batch_ndim)
     return strips
 
 
@@ -224,29 +224,23 @@ def _strips_at(
     site: Site,
     dropout: RecurrentDropout,
     value: PyTree,
-    key: jax.Array,
-    steps: range,
+    masks: dict[str, Masks],
+    steps: int,
     row: int,
     batch_ndim: int,
 ) -> Strips:
     """The strips of a site: variational masks are one column again and again."""
-
-    def draw(step: jax.Array) -> PyTree:
-        return draw_site(site, dropout, value, step_rng(key, step), at_step=True)
-
-    once = draw_site(site, dropout, value, key)
-    # Under lax.map, for JAX's rbg gives all rows of a vmap the bits of the first key.
-    fresh = jax.lax.map(draw, jnp.arange(steps.start, steps.stop, dtype=jnp.uint32))
+    once, fresh = site.of(masks["once"]), site.of(masks["each step"])
     strips: Strips = {}
     noises = [leaf.noise for leaf in match_leaves(site, dropout, None, value)[0]]
     for index, (path, leaf) in enumerate(tree_leaves_with_path(value)):
-        mask, masks = _leaf_of(once, index), _leaf_of(fresh, index)
+        mask, drawn = _leaf_of(once, index), _leaf_of(fresh, index)
         if mask is not None:
-            masks = jnp.broadcast_to(mask, (len(steps), *np.shape(mask)))
+            drawn = jnp.broadcast_to(mask, (steps, *np.shape(mask)))
         noise = noises[index]
-        if masks is not None and noise is not None:
-            shape = (len(steps), *np.shape(leaf))
-            whole = np.broadcast_to(_with_ndim(np.asarray(masks), len(shape)), shape)
+        if drawn is not None and noise is not None:
+            shape = (steps, *np.shape(leaf))
+            whole = np.broadcast_to(_with_ndim(np.asarray(drawn), len(shape)), shape)
             axis = f"weight {list(np.shape(leaf))}" if site == PARAMS else "unit"
             strip = Strip(_units(site, whole, row, batch_ndim), noise, axis)
             strips[f"{site}{keystr(path)}"] = strip

@@ -24,8 +24,8 @@ from .threefry import threefry_2x32
 # Steps stay below the first site, so a mask for the sequence never shares a key with one for a
 # step. The order is part of the random stream.
 _FIRST_SITE = 2**31
-# Words are drawn from this key itself, or per example from it with the row folded in; a cell draws
-# from keys that are folded from it.
+# Two uses of one constant, which never meet: word types draw from this key itself or with a row
+# folded in, and a wrapped cell only from keys that are folded from it.
 EMBEDDING = CELL = np.uint32(2**32 - 1)
 _SITES = ("params", "input", "state", "output", "inside")
 _NESTED = 7  # the last slot

@@ -24,13 +24,11 @@ from .._spec.recurrent_dropout import (
     fill_in,
     sites_of,
 )
-from .._spec.state_noise import resolve_state_noise
 from .._step.apply_noise import StepNoise
 from .._step.call_cell import Cell
-from .._step.checks import as_rows, check_dropout, check_masks, check_start
+from .._step.checks import as_rows, check_masks, check_start, resolve
 from .._step.draw_masks import draw_sites, site_values
-from .._step.row_keys import Rows, rows_by_start
-from ..cells.known import family_of
+from .._step.rows import Rows, rows_by_start
 from .padding import check_rows, find_valid, stand_ins
 from .resets import BEFORE, RowMasks, Sequences, check_reset_carry, plan_sequences
 from .scan_step import ScanCarry, SequenceStep, StepInput, disturb_once
@@ -135,7 +133,7 @@ def dropout_scan(
       >>> h.shape, ys.shape
       ((4, 8), (20, 4, 8))
     """
-    check_dropout(dropout)
+    dropout = resolve(dropout, carry, cell)
     check_masks(masks, dropout)
     if checkpoint_every is not None:
         checkpoint_every = check_count("checkpoint_every", checkpoint_every)
@@ -153,7 +151,6 @@ def dropout_scan(
             check_rows(name, tree, valid.shape[1:], padded_by)
         check_inputs_have_rows(cell, params, carry, at_a_step(xs), valid.shape[1:])
     plan = _plan(carry, steps, resets, reset_carry, sequence_ids, valid, start, reverse=reverse)
-    dropout = resolve_state_noise(dropout, carry, family_of(cell))
     drawn = _draw(
         functools.partial(site_values, params, carry, at_a_step(xs), cell),
         masks,

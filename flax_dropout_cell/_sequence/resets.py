@@ -12,7 +12,7 @@ from .._arguments import as_ints
 from .._sharding import broadcast_like
 from .._spec.prefixes import broadcasts, structure_str, weaken_like
 from .._spec.recurrent_dropout import Masks, PyTree, Site, make_masks, sites_of
-from .._step.row_keys import Rows, rows_by_id, rows_by_start
+from .._step.rows import Rows, rows_by_id, rows_by_start
 from .padding import check_bools, keep_rows, select_rows
 
 # Stands for a first step before the scan's own. No step is as large.

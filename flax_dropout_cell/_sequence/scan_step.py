@@ -12,7 +12,7 @@ from .._spec.recurrent_dropout import PARAMS, Masks, PyTree, draws_at_each_step,
 from .._step.apply_noise import StepNoise
 from .._step.call_cell import Cell
 from .._step.dropout_cell import run_step
-from .._step.row_keys import Rows
+from .._step.rows import Rows
 from .padding import check_rows, keep_rows
 from .resets import RowMasks, Sequences, reset_carry_rows
 
@@ -113,7 +113,7 @@ class SequenceStep:
             step_noise = dataclasses.replace(step_noise, rng=step_rng(rng, step))
         # Weights with noise that is drawn once come disturbed, from `disturb_once`.
         if draws_at_each_step(dropout.params) and not step_noise.evaluates:
-            weights = step_noise(PARAMS, weights, where=lambda leaf: not is_once(leaf))
+            weights = step_noise(PARAMS, weights, where=lambda leaf: not is_known_before_loop(leaf))
         return run_step(weights, carry, x, self.cell, step_noise, scanned=True)
 
 
@@ -123,11 +123,11 @@ def disturb_once(step_noise: StepNoise, params: PyTree) -> PyTree:
     def where(leaf: Leaf) -> bool:
         # A variational noise without a mask must raise here, because no step would notice.
         variational = leaf.noise is not None and leaf.noise.variational
-        return step_noise.evaluates or is_once(leaf) or variational
+        return step_noise.evaluates or is_known_before_loop(leaf) or variational
 
     return step_noise(PARAMS, params, where=where)
 
 
-def is_once(leaf: Leaf) -> bool:
+def is_known_before_loop(leaf: Leaf) -> bool:
     """Whether a weight's mask is the same at all steps."""
     return leaf.noise is None or leaf.mask is not None

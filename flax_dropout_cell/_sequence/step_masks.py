@@ -18,15 +18,11 @@ from .._spec.recurrent_dropout import (
     SiteValues,
     active_noises,
     draws_at_each_step,
-    make_masks,
-    sites_of,
 )
-from .._spec.state_noise import resolve_state_noise
 from .._step.call_cell import Cell
-from .._step.checks import as_rows, check_dropout, check_start, check_step
-from .._step.draw_masks import draw_site, site_values
-from .._step.row_keys import Rows
-from ..cells.known import family_of
+from .._step.checks import as_rows, check_start, check_step, resolve
+from .._step.draw_masks import draw_sites, site_values
+from .._step.rows import Rows
 from ..noises.base import NamedNoise
 
 # Masks of more steps than fit stay in the loop. Long sequences and wide cells gain little from
@@ -84,17 +80,16 @@ def draw_step_masks(
       >>> masks.output.shape, masks.state
       ((20, 4, 8), None)
     """
-    check_dropout(dropout)
+    dropout = resolve(dropout, carry, cell)
     check_step("num_steps", num_steps)
     check_start(start, num_steps)
     key = as_rng(rng)
-    dropout = resolve_state_noise(dropout, carry, family_of(cell))
     if key is None:
         if active_noises(dropout):
             raise ValueError("draw_step_masks needs a key such as jax.random.key(0), got rng=None.")
         return Masks()
     values = site_values(params, carry, x, cell, dropout, draws_at_each_step)
-    return _draw(dropout, values, key, num_steps, start, as_rows(sequence_ids))
+    return draw_all_steps(dropout, values, key, num_steps, start, as_rows(sequence_ids))
 
 
 def draw_ahead(
@@ -134,7 +129,7 @@ def draw_ahead(
     values = values_of(ahead, draws_at_each_step)
 
     def draw() -> Masks:
-        return _draw(ahead, values, rng, steps, start, rows)
+        return draw_all_steps(ahead, values, rng, steps, start, rows)
 
     shapes = [mask.shape for mask in jax.tree.leaves(jax.eval_shape(draw))]
     if not all(isinstance(size, int) for shape in shapes for size in shape):
@@ -153,7 +148,7 @@ def _probability_of(entry: Any) -> str | None:
     return vars(type(entry)).get("probability") if isinstance(entry, NamedNoise) else None
 
 
-def _draw(
+def draw_all_steps(
     dropout: RecurrentDropout,
     values: SiteValues,
     rng: jax.Array,
@@ -165,18 +160,12 @@ def _draw(
 
     def draw(step: jax.Array) -> Masks:
         key = step_rng(rng, step)
-        return make_masks(
-            {
-                site: draw_site(site, dropout, site.of(values), key, rows, at_step=True)
-                for site in sites_of(values)
-            }
-        )
+        return draw_sites(dropout, values, key, rows, is_drawn=draws_at_each_step)
 
     drawn = [noise for noise in active_noises(dropout) if not noise.variational]
     indices = jnp.asarray(start).astype(jnp.uint32) + jnp.arange(steps, dtype=jnp.uint32)
-    with jax.named_scope("draw_step_masks"):
-        if is_threefry(rng) and all(map(_probability_of, drawn)):
-            return jax.vmap(draw)(indices)
-        # Under vmap, rbg gives all keys the bits of the first, and noises that compute with their
-        # bits may round differently.
-        return jax.lax.map(draw, indices)
+    if is_threefry(rng) and all(map(_probability_of, drawn)):
+        return jax.vmap(draw)(indices)
+    # Under vmap, rbg gives all keys the bits of the first, and noises that compute with their bits
+    # may round differently.
+    return jax.lax.map(draw, indices)

@@ -16,7 +16,7 @@ from .._spec.recurrent_dropout import STATE, Masks, PyTree, RecurrentDropout, Si
 from ..noises.protocol import Noise, is_identity, needs_previous
 from .call_cell import DisturbFn
 from .draw_masks import draw_leaf, inside_names, site_rng
-from .row_keys import Rows
+from .rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class StepNoise:
             mask = self._draw(site, index, noise, value)
         elif site == STATE:
             # Only here is a mask drawn for one value, the incoming carry, and applied to another.
-            _check_rows(noise, mask, value, old)
+            _check_mask_has_rows(noise, mask, value, old)
         mask = place_like(mask, value)
         return _check_kind(site, noise, "apply", value, noise.apply(mask, value, old))
 
@@ -123,7 +123,7 @@ def previous_leaves(site: Site, previous: PyTree, value: PyTree) -> list[Any]:
     return jax.tree.leaves(previous)
 
 
-def _check_rows(noise: Noise, mask: Any, value: jax.Array, old: Any) -> None:
+def _check_mask_has_rows(noise: Noise, mask: Any, value: jax.Array, old: Any) -> None:
     """Raises if a one-row state mask would be shared by all rows."""
     if np.shape(mask) != np.shape(old) or np.shape(old) == value.shape:
         return

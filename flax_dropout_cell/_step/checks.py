@@ -8,8 +8,10 @@ import numpy as np
 
 from .._arguments import as_ints
 from .._messages import must_be
-from .._spec.recurrent_dropout import Masks, RecurrentDropout, sites_of
-from .row_keys import Rows, rows_by_id
+from .._spec.recurrent_dropout import Masks, PyTree, RecurrentDropout, sites_of
+from .._spec.state_noise import resolve_state_noise
+from ..cells.known import family_of
+from .rows import Rows, rows_by_id
 
 
 def check_dropout(dropout: Any) -> None:
@@ -17,6 +19,12 @@ def check_dropout(dropout: Any) -> None:
     if not isinstance(dropout, RecurrentDropout):
         wanted = "a RecurrentDropout, such as RecurrentDropout(input=Dropout(keep_prob=0.8))"
         raise TypeError(must_be("dropout", wanted, dropout))
+
+
+def resolve(dropout: Any, carry: PyTree, cell: Any) -> RecurrentDropout:
+    """The spec, checked, with one noise for a whole state resolved for the cell's carry."""
+    check_dropout(dropout)
+    return resolve_state_noise(dropout, carry, family_of(cell))
 
 
 def check_masks(masks: Any, dropout: RecurrentDropout) -> None:

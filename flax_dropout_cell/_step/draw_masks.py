@@ -26,17 +26,17 @@ from .._spec.recurrent_dropout import (
     Site,
     SiteValues,
     active_noises,
-    draws_at_each_step,
     draws_once,
     make_masks,
     sites_of,
 )
-from .._spec.state_noise import resolve_state_noise
-from ..cells.known import family_of
 from ..noises.protocol import Noise, shared_dims
 from .call_cell import Cell, trace_cell
-from .checks import as_rows, check_dropout
-from .row_keys import Rows
+from .checks import as_rows, resolve
+from .rows import Rows
+
+Drawn = Callable[[PyTree], bool]
+"""`draws_once` or `draws_at_each_step`: the noises that are drawn now."""
 
 
 def draw_masks(
@@ -85,9 +85,8 @@ def draw_masks(
       >>> masks.output.shape, masks.state
       ((4, 8), None)
     """
-    check_dropout(dropout)
     key = as_rng(rng)
-    dropout = resolve_state_noise(dropout, carry, family_of(cell))
+    dropout = resolve(dropout, carry, cell)
     rows = as_rows(sequence_ids)
     if key is None:
         if active_noises(dropout):
@@ -103,7 +102,7 @@ def site_values(
     x: PyTree,
     cell: Cell,
     dropout: RecurrentDropout,
-    is_drawn: Callable[[PyTree], bool] = draws_once,
+    is_drawn: Drawn = draws_once,
 ) -> SiteValues:
     """The value at each site, or its shapes and dtypes, as far as the masks drawn need them."""
     # Params, x and the carry are at hand. Only a trace of the cell shows its y and its sites.
@@ -124,22 +123,27 @@ def draw_sites(
     rng: jax.Array,
     rows: Rows | None = None,
     *,
+    is_drawn: Drawn = draws_once,
     brought: Masks | None = None,
     per_row_only: bool = False,
 ) -> Masks:
-    """Draws the variational masks for `values`: each site's value, or its shapes and dtypes.
+    """Draws the masks for `values`: each site's value, or its shapes and dtypes.
 
-    Masks that the caller has brought are not drawn.
+    `is_drawn` tells the variational noises from the per-step ones, for which `rng` is the step's
+    key. Masks that the caller has brought are not drawn.
     """
-
-    def draw(site: Site) -> PyTree:
-        value = site.of(values)
-        return draw_site(
-            site, dropout, value, rng, rows, brought=brought, per_row_only=per_row_only
+    options: dict[str, Any] = {
+        "is_drawn": is_drawn,
+        "brought": brought,
+        "per_row_only": per_row_only,
+    }
+    with jax.named_scope("draw_masks" if is_drawn is draws_once else "draw_step_masks"):
+        return make_masks(
+            {
+                site: draw_site(site, dropout, site.of(values), rng, rows, **options)
+                for site in sites_of(values)
+            }
         )
-
-    with jax.named_scope("draw_masks"):
-        return make_masks({site: draw(site) for site in sites_of(values)})
 
 
 def draw_site(
@@ -149,16 +153,11 @@ def draw_site(
     rng: jax.Array,
     rows: Rows | None = None,
     *,
+    is_drawn: Drawn = draws_once,
     brought: Masks | None = None,
     per_row_only: bool = False,
-    at_step: bool = False,
 ) -> PyTree:
-    """Draws a site's variational masks for a value, or for its shapes and dtypes.
-
-    If `per_row_only`, it draws only masks that rows do not share. If `at_step`, it draws the
-    per-step masks instead, from a step's key.
-    """
-    is_drawn = draws_at_each_step if at_step else draws_once
+    """`draw_sites` at one site. If `per_row_only`, it draws only masks that rows do not share."""
     if not is_drawn(site.of(dropout)):
         return None
 

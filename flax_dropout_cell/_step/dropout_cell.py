@@ -12,11 +12,9 @@ from .._spec.recurrent_dropout import (
     PyTree,
     RecurrentDropout,
 )
-from .._spec.state_noise import resolve_state_noise
-from ..cells.known import family_of
 from .apply_noise import StepNoise
 from .call_cell import Cell, call_cell
-from .checks import as_rows, check_dropout, check_masks, check_step
+from .checks import as_rows, check_masks, check_step, resolve
 
 
 def dropout_cell(
@@ -77,13 +75,12 @@ def dropout_cell(
       >>> h.shape, y.shape
       ((4, 8), (4, 8))
     """
-    check_dropout(dropout)
+    dropout = resolve(dropout, carry, cell)
     check_masks(masks, dropout)
     rng = as_rng(rng)
     if step is not None:
         check_step("step", step)
         rng = None if rng is None else step_rng(rng, step)
-    dropout = resolve_state_noise(dropout, carry, family_of(cell))
     step_noise = StepNoise(dropout, masks, rng, as_rows(sequence_ids))
     return run_step(step_noise(PARAMS, params), carry, x, cell, step_noise)
 

@@ -33,10 +33,10 @@ def gates_matmul(
 def add_bias(gates: list[jax.Array], bias: jax.Array) -> list[jax.Array]:
     """Adds each gate's part of a bias `[gates * features]`."""
     rows = jnp.split(bias, len(gates))
-    return [gate + row(part, gate) for gate, part in zip(gates, rows, strict=True)]
+    return [gate + expand_bias(part, gate) for gate, part in zip(gates, rows, strict=True)]
 
 
-def row(bias: jax.Array, like: jax.Array) -> jax.Array:
+def expand_bias(bias: jax.Array, like: jax.Array) -> jax.Array:
     """A bias `[features]` with as many dims as a value, because rank promotion may be strict."""
     return bias.reshape((1,) * (like.ndim - 1) + (-1,))
 

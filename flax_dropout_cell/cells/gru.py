@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .checks import check_input, check_kernels, check_vectors, check_weights
 from .disturb import active, undisturbed
 from .family import CellSite, Family
-from .gates import Activation, Disturb, add_bias, gates_matmul, init_kernels, row
+from .gates import Activation, Disturb, add_bias, expand_bias, gates_matmul, init_kernels
 
 
 class GRUParams(NamedTuple):
@@ -118,7 +118,7 @@ def gru_step(
     read_h = disturb("recurrent", h.astype(x.dtype))
     r, z, x_n, h_n = _read(params, x, read_h, disturb)
     if params.recurrent_bias is not None:
-        h_n = h_n + row(params.recurrent_bias, h_n)
+        h_n = h_n + expand_bias(params.recurrent_bias, h_n)
     n = disturb("candidate", activation_fn(x_n + gate_fn(r) * h_n))
     # A scan needs a carry that keeps its dtype, even if weights and inputs are narrower.
     z, n = gate_fn(z).astype(h.dtype), n.astype(h.dtype)
@@ -142,9 +142,9 @@ def _read(params: GRUParams, x: jax.Array, h: jax.Array, disturb: Disturb) -> li
         jnp.split(weights, [both], axis=-1) for weights in params[:3]
     )
     gates = x @ x_kernel + h @ h_kernel
-    r, z = jnp.split(gates + row(bias, gates), 2, axis=-1)
+    r, z = jnp.split(gates + expand_bias(bias, gates), 2, axis=-1)
     x_n = x @ x_kernel_n
-    return [r, z, x_n + row(bias_n, x_n), h @ h_kernel_n]
+    return [r, z, x_n + expand_bias(bias_n, x_n), h @ h_kernel_n]
 
 
 GRU = Family(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from .checks import check_init, check_input, check_kernels, check_vectors, check_weights
 from .family import CellSite
-from .gates import Disturb, row
+from .gates import Disturb, expand_bias
 
 LINEAR_SITES = (CellSite("candidate"), CellSite("hidden", carried=True, leaky=True))
 
@@ -29,7 +29,7 @@ def check_gates(cell: str, kind: type, params: Any, h: Any, x: Any, gates: int) 
 def read_gates(x: jax.Array, kernel: jax.Array, bias: jax.Array, gates: int) -> list[jax.Array]:
     """Each gate's product with x, from one matrix product."""
     read = x @ kernel
-    return jnp.split(read + row(bias, read), gates, axis=-1)
+    return jnp.split(read + expand_bias(bias, read), gates, axis=-1)
 
 
 def update(h: jax.Array, decay: jax.Array, new: jax.Array, disturb: Disturb) -> jax.Array:

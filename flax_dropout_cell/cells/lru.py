@@ -11,7 +11,7 @@ from .._dtypes import wide_dtype
 from .checks import check_init, check_input, check_kernels, check_vectors, check_weights
 from .disturb import undisturbed
 from .family import Family
-from .gates import Disturb, row
+from .gates import Disturb, expand_bias
 from .linear import LINEAR_SITES, update
 
 
@@ -153,9 +153,9 @@ def lru_cell(
     real_part, imag_part = jnp.split(x @ params.input_kernel, 2, axis=-1)
     read = jax.lax.complex(real_part.astype(real), imag_part.astype(real))
     candidate = disturb("candidate", read)
-    gamma = row(jnp.exp(gamma_log), candidate).astype(carry.dtype)
+    gamma = expand_bias(jnp.exp(gamma_log), candidate).astype(carry.dtype)
     eigenvalues = jnp.exp(jax.lax.complex(-jnp.exp(nu_log), jnp.exp(theta_log)))
-    h = update(carry, row(eigenvalues, carry), gamma * candidate, disturb)
+    h = update(carry, expand_bias(eigenvalues, carry), gamma * candidate, disturb)
     parts = jnp.concatenate([h.real, h.imag], axis=-1).astype(x.dtype)
     return h, parts @ params.output_kernel + x @ params.skip_kernel
 

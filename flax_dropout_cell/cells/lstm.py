@@ -9,7 +9,7 @@ import numpy as np
 from .checks import check_carried, check_input, check_kernels, check_vectors, check_weights
 from .disturb import active, undisturbed
 from .family import CellSite, Family
-from .gates import Activation, Disturb, add_bias, gates_matmul, init_kernels, row
+from .gates import Activation, Disturb, add_bias, expand_bias, gates_matmul, init_kernels
 
 
 class LSTMParams(NamedTuple):
@@ -149,7 +149,7 @@ def _read(params: LSTMParams, x: jax.Array, h: jax.Array, disturb: Disturb) -> l
     # One product of [x, h] would compute the gradient of x along with that of h, even if nobody
     # wants it. One sum, bias included, gives all three weights the same cotangent to wait for.
     read = x @ params.input_kernel + h @ params.recurrent_kernel
-    return jnp.split(read + row(params.bias, read), 4, axis=-1)
+    return jnp.split(read + expand_bias(params.bias, read), 4, axis=-1)
 
 
 def _check_carry(carry: Any) -> tuple[jax.Array, jax.Array]:

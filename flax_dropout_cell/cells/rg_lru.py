@@ -9,7 +9,7 @@ from .._dtypes import wide_dtype
 from .checks import check_init, check_vectors
 from .disturb import undisturbed
 from .family import Family
-from .gates import Disturb, row
+from .gates import Disturb, expand_bias
 from .linear import LINEAR_SITES, check_gates, init_gates, read_gates, update
 
 _POWER = 8.0
@@ -112,7 +112,7 @@ def _decay(decay_logit: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`a_t` and `sqrt(1 - a_t**2)`, in float32 or wider: half precision rounds 0.999 to 1."""
     wide = wide_dtype(r.dtype)
     log_a = jax.nn.log_sigmoid(decay_logit.astype(wide))
-    log_decay = _POWER * jax.nn.sigmoid(r.astype(wide)) * row(log_a, r)
+    log_decay = _POWER * jax.nn.sigmoid(r.astype(wide)) * expand_bias(log_a, r)
     # A gate may be closed to the last bit; the slope of the square root is infinite at 0.
     rest = jnp.maximum(-jnp.expm1(2 * log_decay), jnp.finfo(wide).tiny)
     return jnp.exp(log_decay), jnp.sqrt(rest)

@@ -194,4 +194,4 @@ class DropoutCell(Wrapper):
 
     @nn.nowrap
     def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
-        return self._place(self.dropout, cell_carry)
+        return self._resolve_noise(self.dropout, cell_carry)

@@ -169,7 +169,8 @@ class RNN(nn.Module):
         layout = read_layout(inputs, LINEN.num_feature_axes(self.cell), settings.time_major)
 
         def make_carry() -> PyTree:
-            first = jax.random.key(0) if init_key is None else as_rng(init_key, "init_key")
+            first = as_rng(jax.random.key(0) if init_key is None else init_key, "init_key")
+            assert first is not None
             return layout.place(self.cell.initialize_carry(first, layout.step_shape))
 
         carry = make_carry() if initial_carry is None else initial_carry
@@ -187,7 +188,7 @@ class RNN(nn.Module):
             layout,
             key,
             cell=cell,
-            dropout=LINEN.place(self.dropout, self.cell, carry),
+            dropout=LINEN.resolve_noise(self.dropout, self.cell, carry),
             make_carry=make_carry,
             settings=settings,
             start=start,

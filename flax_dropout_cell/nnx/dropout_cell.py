@@ -210,7 +210,7 @@ class DropoutCell(DropoutAttribute, Wrapper):
         self.dropout = dropout
 
     def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
-        return self._place(self.dropout, cell_carry)
+        return self._resolve_noise(self.dropout, cell_carry)
 
 
 def _is_array(value: Any) -> bool:

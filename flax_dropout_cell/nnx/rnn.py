@@ -219,7 +219,7 @@ class RNN(DropoutAttribute, nnx.Module):
             layout,
             key,
             cell=cell,
-            dropout=NNX_FRAMEWORK.place(self.dropout, self.cell, carry),
+            dropout=NNX_FRAMEWORK.resolve_noise(self.dropout, self.cell, carry),
             make_carry=make_carry,
             settings=settings,
             start=start,

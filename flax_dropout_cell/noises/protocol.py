@@ -90,7 +90,8 @@ def register_noise(cls: NoiseClass) -> NoiseClass:
       >>> jax.tree.leaves(fdc.Dropout(keep_prob=jnp.float32(0.8)))
       [Array(0.8, dtype=float32)]
     """
-    if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    params = getattr(cls, "__dataclass_params__", None)
+    if params is None or not params.frozen:
         raise TypeError(
             f"register_noise takes a frozen dataclass: write @dataclasses.dataclass(frozen=True) "
             f"between it and {cls.__name__}."

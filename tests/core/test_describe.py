@@ -119,7 +119,7 @@ def test_a_cell_that_the_scan_leaves_alone_is_told(host: str) -> None:
     else:
         shown = fdc.nnx.RNN(NNXClippedGRU(4, UNITS, rngs=nnx.Rngs(0)), spec).describe(x)
     reason = "the step has a jax.custom_vjp, which has no forward derivative"
-    assert shown.plain == reason
+    assert shown.why_plain == reason
     assert repr(shown).endswith(f"\njax.lax.scan as it is: {reason}")
 
 
@@ -383,11 +383,11 @@ def test_it_tells_of_the_noise_in_the_scan(host: str) -> None:
             return super().apply(mask, jnp.tanh(value), previous)
 
     described, run = host_of_linear(host, fdc.RecurrentDropout(output=FRESH))
-    assert described.plain is None and described.is_linear
+    assert described.why_plain is None and described.is_linear
     run()
 
     described, _ = host_of_linear(host, fdc.RecurrentDropout(output=Clipped(keep_prob=0.5)))
-    assert "custom_vjp" in described.plain and described.before == described.after == ()
+    assert "custom_vjp" in described.why_plain and described.before == described.after == ()
 
     shifted = fdc.RecurrentDropout(output=FRESH)
     cell: Any = lambda params, h, x: (x, h)  # noqa: E731
@@ -396,7 +396,7 @@ def test_it_tells_of_the_noise_in_the_scan(host: str) -> None:
 
     squashed = Squashed(keep_prob=0.5, scale=False)
     described, run = host_of_linear(host, fdc.RecurrentDropout(inside={"hidden": squashed}))
-    assert described.plain is None and not described.is_linear
+    assert described.why_plain is None and not described.is_linear
     with pytest.raises(ValueError, match="tanh"):
         run()
 

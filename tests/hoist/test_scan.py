@@ -80,11 +80,11 @@ def test_mistakes_get_the_errors_of_jax_lax_scan(mistake) -> None:
 
 def test_the_explanation_of_few_rows() -> None:
     told = fdc.explain_scan(step_of(WIDE, 2 * WIDE), ROW, XS)
-    assert told.plain is None
+    assert told.why_plain is None
     assert told.before == ("dot_general: float32[6,1,128]",)
     assert told.loop == ("dot_general: float32[1,128]", "1 add, 1 tanh")
-    assert told.after == ("float32[128,128]",) * 2
-    assert told.accumulated == told.outputs == ()
+    assert told.gradients_after == ("float32[128,128]",) * 2
+    assert told.gradients_in_loop == told.after == ()
     assert told.obstacle == "it goes through dot_general"
 
 
@@ -101,15 +101,15 @@ def headed(width: int, h: Any) -> Any:
 def test_the_explanation_of_a_head() -> None:
     told = headed(256, ROW)
     assert told.loop == ("dot_general: float32[1,128]", "1 add, 1 tanh")
-    assert told.outputs == ("dot_general: float32[6,1,256]",)
-    assert headed(64, ROW).outputs == headed(256, ROWS).outputs == ()
+    assert told.after == ("dot_general: float32[6,1,256]",)
+    assert headed(64, ROW).after == headed(256, ROWS).after == ()
 
 
 def test_a_head_stays_in_the_loop_if_too_much_memory_would_wait_for_it(monkeypatch) -> None:
     """The loop would keep 128 numbers for each of its 129 outputs, or of its 127."""
     monkeypatch.setattr(three_parts, "KEPT_BYTES", 0)
     monkeypatch.setattr(three_parts, "AHEAD_SIZE", 0)
-    assert headed(129, ROW).outputs and not headed(127, ROW).outputs
+    assert headed(129, ROW).after and not headed(127, ROW).after
 
 
 def test_a_head_whose_weight_is_cast_at_each_step_stays_in_the_loop() -> None:
@@ -124,7 +124,7 @@ def test_a_head_whose_weight_is_cast_at_each_step_stays_in_the_loop() -> None:
 
         return fdc.explain_scan(step, ROW, XS)
 
-    assert explain(False).outputs and not explain(True).outputs
+    assert explain(False).after and not explain(True).after
 
 
 def test_a_callback_that_cannot_be_mapped_stays_in_the_loop() -> None:
@@ -140,7 +140,7 @@ def test_a_callback_that_cannot_be_mapped_stays_in_the_loop() -> None:
 
         return scan(step, ROW, XS)
 
-    assert run(fdc.explain_scan, False).outputs and not run(fdc.explain_scan, True).outputs
+    assert run(fdc.explain_scan, False).after and not run(fdc.explain_scan, True).after
     got, wanted = run(fdc.scan, True), run(jax.lax.scan, False)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, wanted)
 
@@ -163,9 +163,9 @@ def test_the_explanation_of_many_rows_and_other_uses() -> None:
         return h, h
 
     told = fdc.explain_scan(step, ROWS, jnp.ones((2, 300, 128)))
-    assert told.before == told.after == ()
+    assert told.before == told.gradients_after == ()
     assert told.once == ("1 sort",)
-    assert sorted(told.accumulated) == [
+    assert sorted(told.gradients_in_loop) == [
         "float32[128,128]: small compared with its rows",
         "float32[128,128]: small compared with its rows",
         "float32[300,128]: used in max",
@@ -196,8 +196,8 @@ REASONS = {
 @pytest.mark.parametrize(("function", "reason"), REASONS.values(), ids=REASONS)
 def test_the_explanation_of_a_step_that_is_left_alone(function, reason) -> None:
     told = fdc.explain_scan(step_of(WIDE, WIDE, function), ROW, XS)
-    assert told.plain is not None and reason in told.plain
-    assert str(told) == f"jax.lax.scan as it is: {told.plain}"
+    assert told.why_plain is not None and reason in told.why_plain
+    assert str(told) == f"jax.lax.scan as it is: {told.why_plain}"
 
 
 # The cut -----------------------------------------------------------------------------------------

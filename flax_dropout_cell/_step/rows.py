@@ -1,4 +1,4 @@
-"""Per-row keys: masks that follow a row's id, not its position in the batch."""
+"""The ids of rows: masks follow a row's id, not its position in the batch."""
 
 import math
 from typing import NamedTuple
