@@ -49,12 +49,18 @@ MASKS = ("set", "window", "sentence")
 POWERS = (1.0, 0.5, 0.0)
 
 
-def power_mean(logits: jax.Array, power: float) -> jax.Array:
-    """Logits of the samples' power mean: `[samples, ..., classes]` to `[..., classes]`."""
-    logs = jax.nn.log_softmax(logits)
-    if power == 0:
-        return logs.mean(0)
-    return jnp.log(jnp.exp(power * logs).mean(0)) / power
+AT_ONCE = 10
+"""Samples whose logits are in memory together, at most: for 100, they would not fit the caches."""
+
+
+def to_power(logs: jax.Array, power: float) -> jax.Array:
+    """Log-probabilities as the numbers whose mean is the power mean; see `from_power`."""
+    return logs if power == 0 else jnp.exp(power * logs)
+
+
+def from_power(mean: jax.Array, power: float) -> jax.Array:
+    """The power mean's log-probabilities, normalized over the classes."""
+    return jax.nn.log_softmax(mean if power == 0 else jnp.log(mean) / power)
 
 
 def number_sentences(rows: Rows, end: int) -> np.ndarray:
@@ -63,7 +69,10 @@ def number_sentences(rows: Rows, end: int) -> np.ndarray:
 
 
 def build_step(model: LanguageModel, window: int, masks: str) -> Callable[..., Any]:
-    """Reads a window with all samples: their new carries, and the loss of each word by power."""
+    """Reads a window with all samples: their new carries, and the loss of each word by power.
+
+    Keys and carries come in groups of samples, `[groups, samples, ...]`.
+    """
 
     @jax.jit
     def step(
@@ -86,10 +95,18 @@ def build_step(model: LanguageModel, window: int, masks: str) -> Callable[..., A
             )
             return logits, carry
 
-        logits, carry = jax.vmap(read)(rngs, carry)
-        targets = at.targets[..., None]
-        means = [jax.nn.log_softmax(power_mean(logits, power)) for power in POWERS]
-        nlls = [-jnp.take_along_axis(mean, targets, axis=-1)[..., 0] for mean in means]
+        def add(sums: list[jax.Array], group: Any) -> tuple[list[jax.Array], jax.Array]:
+            logits, carry = jax.vmap(read)(*group)
+            logs = jax.nn.log_softmax(logits)
+            raised = [to_power(logs, power).sum(0) for power in POWERS]
+            return [total + new for total, new in zip(sums, raised, strict=True)], carry
+
+        zeros = jnp.zeros((*at.inputs.shape, model.vocabulary_size))
+        sums, carry = jax.lax.scan(add, [zeros] * len(POWERS), (rngs, carry))
+        targets, nlls = at.targets[..., None], []
+        for total, power in zip(sums, POWERS, strict=True):
+            logs = from_power(total / rngs.size, power)
+            nlls.append(-jnp.take_along_axis(logs, targets, axis=-1)[..., 0])
         return carry, jnp.stack([jnp.sum(at.weights * nll) for nll in nlls])
 
     return step
@@ -104,9 +121,11 @@ def run_test(
     host = lay_out(corpus.test, 1, config.window)
     sentences = jnp.asarray(number_sentences(host, corpus.vocabulary.index(END_OF_SENTENCE)))
     rows = jax.device_put(host)
+    at_once = max(size for size in range(1, AT_ONCE + 1) if samples % size == 0)
     rngs = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1), samples)
+    rngs = rngs.reshape(-1, at_once)
     zeros = model.zero_carry(1)
-    carry = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (samples, *leaf.shape)), zeros)
+    carry = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*rngs.shape, *leaf.shape)), zeros)
     step, total = build_step(model, config.window, masks), np.zeros(len(POWERS))
     quiet = not sys.stderr.isatty()
     for start in tqdm(cut_evenly(host, config.window).starts, masks, disable=quiet):
