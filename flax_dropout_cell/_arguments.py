@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._compat import is_traced
 from ._messages import must_be
 
 
 def check_flag(name: str, flag: Any) -> bool:
     """The flag as a bool; raises if it is anything else, most of which Python takes for True."""
-    if isinstance(flag, bool | np.bool_):
+    traced = is_traced(flag)
+    if not traced and np.dtype(bool) == getattr(flag, "dtype", type(flag)) and np.shape(flag) == ():
         return bool(flag)
-    wanted = "True or False"
-    if isinstance(flag, jax.Array):
-        wanted = "True or False as Python has them, so a static argument of jax.jit"
-    raise TypeError(must_be(name, wanted, flag))
+    known = " when the program is traced, such as a static argument of jax.jit" if traced else ""
+    raise TypeError(must_be(name, f"True or False{known}", flag))
 
 
 def check_count(name: str, count: Any) -> int:
@@ -32,7 +32,7 @@ def as_ints(name: str, value: Any) -> jax.Array | np.ndarray:
     """Ints as an array, which stays in NumPy if it lies there: JAX would cut it to 32 bits."""
     leaves = jax.tree.leaves(value)  # a list of ints too
     on_host = all(isinstance(leaf, int | np.ndarray | np.generic) for leaf in leaves)
-    if not on_host and not all(hasattr(leaf, "dtype") for leaf in leaves):
+    if any(isinstance(leaf, str) for leaf in leaves):
         raise TypeError(must_be(name, "ints", value))
     array = np.asarray(value) if on_host else jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.integer):

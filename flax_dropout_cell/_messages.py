@@ -33,7 +33,7 @@ def short_repr(value: Any) -> str:
 
 def with_article(name: str) -> str:
     """A class's name behind `a` or `an`, as it is read: an LSTMCell, a GRUCell."""
-    spelled = name[1:2].isupper()  # letter by letter
+    spelled = name[1:2].isupper() or name.startswith("Rng")  # letter by letter
     vowels = "AEFHILMNORSX" if spelled else "AEIOaeio"
     return f"an {name}" if name[:1] in tuple(vowels) else f"a {name}"
 

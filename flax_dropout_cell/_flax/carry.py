@@ -15,15 +15,12 @@ import numpy as np
 from .._messages import short_repr, with_article
 from .._random.keys import as_rng
 from .._spec.recurrent_dropout import (
-    PARAMS,
-    STATE,
     Masks,
     PyTree,
     RecurrentDropout,
     SiteValues,
     active_noises,
     draws_at_each_step,
-    sites_of,
 )
 from .._step.call_cell import Cell
 from .._step.draw_masks import draw_sites
@@ -94,8 +91,13 @@ def start_sequence(
     if draws_at_each_step(dropout) or _for_a_dtype(masks):
         step_rng = StepRng(jax.random.key_data(key)[None], jnp.zeros((1,), jnp.int32))
     arrays = tuple(jnp.asarray(array)[None] for array in fixed_arrays(dropout))
-    inputs = tuple(str(leaf.dtype) for leaf in jax.tree.leaves(values.input))
-    fingerprint = SpecFingerprint(fingerprint_of(dropout), inputs, jax.random.key_impl(key))
+    leaves = jax.tree.leaves(values.input)
+    fingerprint = SpecFingerprint(
+        fingerprint_of(dropout),
+        inputs=tuple(str(leaf.dtype) for leaf in leaves),
+        prng=jax.random.key_impl(key),
+        shapes=tuple(tuple(leaf.shape) for leaf in leaves),
+    )
     return DropoutCarry(cell_carry, masks, step_rng, arrays or None, fingerprint)
 
 
@@ -134,7 +136,7 @@ def run_wrapped_step(
         raise ValueError("the carry was made in evaluation and has no masks: call redraw_masks.")
     check_fingerprint(carry.fingerprint, dropout)
     _check_whole(carry, x)
-    _check_batch(carry.masks, dropout, x)
+    _check_batch(carry, x)
     spec, masks = dropout, carry.masks
     if carry.arrays is not None:
         # Before the weights are left out, since the arrays are those of all sites.
@@ -175,7 +177,7 @@ def _check_whole(carry: DropoutCarry, x: PyTree) -> None:
     assert carry.masks is not None
     shared = jax.tree.leaves((carry.masks.params, carry.rng, carry.arrays))
     # 1, or the batch if a host has indexed it: see `StepRng`.
-    sizes = {1, *(size for leaf in jax.tree.leaves(x) for size in np.shape(leaf)[:1])}
+    sizes = {1, *(size for leaf in jax.tree.leaves(x) for size in np.shape(leaf)[:1])} - {0}
     if any(leaf.shape[0] not in sizes for leaf in shared):
         raise ValueError(
             "a DropoutCarry was sliced or joined with another, but its rows share a key and the "
@@ -183,23 +185,20 @@ def _check_whole(carry: DropoutCarry, x: PyTree) -> None:
         )
 
 
-def _check_batch(masks: Masks, dropout: RecurrentDropout, x: PyTree) -> None:
-    """Raises if masks of one row would be shared by all rows of a batch."""
-    batched = [np.shape(leaf) for leaf in jax.tree.leaves(x) if np.ndim(leaf) >= 2]
-    if all(shape[0] == 1 for shape in batched):
+def _check_batch(carry: DropoutCarry, x: PyTree) -> None:
+    """Raises if masks that were drawn for one row would be shared by all rows of a batch."""
+    if not isinstance(carry.fingerprint, SpecFingerprint):
         return
-    for site in sites_of(masks):
-        # Weights have no rows, and at `state` a step compares the mask with the carry.
-        if site in (PARAMS, STATE):
-            continue
-        if any(getattr(noise, "broadcast_dims", ()) for noise in active_noises(site.of(dropout))):
-            continue
-        for mask in jax.tree.leaves(site.of(masks)):
-            if mask.ndim >= 2 and mask.shape[0] == 1:
-                raise ValueError(
-                    f"the carry's mask at {site} was drawn for a batch of 1, and the inputs are "
-                    f"{batched[0]}: all rows would share it. Call redraw_masks for this batch."
-                )
+    for drawn, here in zip(
+        carry.fingerprint.shapes, map(np.shape, jax.tree.leaves(x)), strict=False
+    ):
+        if len(drawn) == len(here) and any(
+            was == 1 != now for was, now in zip(drawn, here, strict=True)
+        ):
+            raise ValueError(
+                f"the carry's masks were drawn for an input of shape {drawn}, and this one has "
+                f"{here}: its rows would share masks. Call redraw_masks for this batch."
+            )
 
 
 def _first(leaf: jax.Array) -> jax.Array:

@@ -72,8 +72,19 @@ def params_of(variables: Mapping[str, Any], shapes: Callable[[int], Any], cell: 
     if set(like._fields) != set(variables):
         raise wrong_variables(cell, like._fields, variables)
     params = type(like)(**variables)
-    check_params(params, shapes, cell)
+    check_params(without_stack(params), shapes, cell)
     return params
+
+
+def without_stack(params: Any) -> Any:
+    """The shapes of weights, of one cell if `jax.vmap` made several."""
+
+    def shape(name: str, leaf: Any) -> Any:
+        ndim = 2 if name.endswith("kernel") else 1
+        return None if leaf is None else jax.ShapeDtypeStruct(leaf.shape[-ndim:], leaf.dtype)
+
+    leaves = params._asdict().items()
+    return type(params)(**{name: shape(name, leaf) for name, leaf in leaves})
 
 
 def check_gated(function: str, params: Any, gates: int) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 from .._arguments import check_flag
 
 
-def evaluates(given: Any, own: Any) -> bool:
+def is_evaluation(given: Any, own: Any) -> bool:
     """Whether a call evaluates: by its argument, or by the module's own setting if that is None."""
     # An nnx.Rngs in its place would be true, and the dropout off for the whole training.
     return check_flag("deterministic", own if given is None else given)

@@ -19,10 +19,9 @@ from .._spec.recurrent_dropout import (
     RecurrentDropout,
     active_noises,
     draws_at_each_step,
-    draws_once,
 )
 from .carry import DropoutCarry
-from .deterministic import evaluates
+from .deterministic import is_evaluation
 from .framework import Framework
 from .initial_carry import naming_carry
 
@@ -98,27 +97,18 @@ class Settings(NamedTuple):
         return cls(**chosen)
 
 
-def check_one_step(
-    layer: Any, start: Any, layout: Layout, carry: PyTree, *, key_given: bool, own_stream: bool
-) -> None:
-    """Raises if a loop of calls of one step each would have masks of the wrong lifetime.
+def check_one_step(layer: Any, start: Any, layout: Layout, carry: PyTree, rng: Any) -> None:
+    """Raises if a loop of calls of one step each would have the same per-step masks at all steps.
 
-    Such a loop passes the carry on. If it gives each call the sequence's key, only `start` says
-    which step it is. If the layer draws from a stream of its own, each call has another key.
+    Such a loop passes the carry on and gives each call the sequence's key: only `start` then says
+    which step it is.
     """
-    if layout.steps != 1 or carry is None or start is not None:
-        return
-    if key_given and draws_at_each_step(layer.dropout):
+    loops = layout.steps == 1 and carry is not None and isinstance(rng, jax.Array)
+    if loops and start is None and draws_at_each_step(layer.dropout):
         raise ValueError(
             "a call of one step that goes on from initial_carry needs start=, the index of the "
             "step: with one key, per-step masks would be the same at all steps. With a new key at "
             "each step pass start=0."
-        )
-    if own_stream and draws_once(layer.dropout):
-        raise ValueError(
-            "a call of one step that goes on from initial_carry would have new variational masks, "
-            "because the layer's own stream has a new key for each call. Pass the sequence's key "
-            "as rngs, and start=, the index of the step. For new masks at each step pass start=0."
         )
 
 
@@ -131,7 +121,9 @@ def check_bare_carries(**carries: PyTree) -> None:
 
 def needs_key(layer: Any, deterministic: bool | None) -> bool:
     """Whether a call of a layer draws: it trains, and some noise does something."""
-    return not evaluates(deterministic, layer.deterministic) and bool(active_noises(layer.dropout))
+    return not is_evaluation(deterministic, layer.deterministic) and bool(
+        active_noises(layer.dropout)
+    )
 
 
 def refuse_state(cell: Any, what: str) -> TypeError:

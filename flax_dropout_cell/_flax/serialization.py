@@ -14,6 +14,7 @@ def _to_state(fingerprint: SpecFingerprint) -> dict[str, Any]:
         "sites": dict(fingerprint.sites),
         "inputs": list(fingerprint.inputs),
         "prng": None if fingerprint.prng is None else str(fingerprint.prng),
+        "shapes": [list(shape) for shape in fingerprint.shapes],
     }
 
 
@@ -26,6 +27,7 @@ def _from_state(fingerprint: SpecFingerprint, state: dict[str, Any]) -> SpecFing
         sites=tuple(sorted(state["sites"].items())),
         inputs=tuple(state["inputs"]),
         prng=fingerprint.prng if prng == str(fingerprint.prng) else prng,
+        shapes=tuple(map(tuple, state["shapes"])),
     )
 
 

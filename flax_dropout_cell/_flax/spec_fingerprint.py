@@ -9,8 +9,7 @@ import numpy as np
 from .._random.keep_masks import Number
 from .._spec.prefixes import is_deferred, is_prefix_leaf
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout
-from ..noises import ConcreteDropout, GaussianNoise
-from ..noises.protocol import Noise, is_array
+from ..noises.protocol import Noise, is_array, is_reparameterized
 
 
 @jax.tree_util.register_static
@@ -24,11 +23,13 @@ class SpecFingerprint:
       sites: for each site its noises in words, `*` for arrays, sorted by site.
       inputs: the dtypes of the inputs for which the masks were drawn.
       prng: the PRNG of the sequence's key.
+      shapes: the shapes of these inputs.
     """
 
     sites: tuple[tuple[str, str], ...]
     inputs: tuple[str, ...] = ()
     prng: Any = None
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 def fingerprint_of(dropout: RecurrentDropout) -> tuple[tuple[str, str], ...]:
@@ -85,7 +86,7 @@ def in_words(value: Any) -> str:
 
 
 def fixed_arrays(dropout: RecurrentDropout) -> list[Any]:
-    """The arrays that variational noises hold, if their masks are drawn, and scaled, with these."""
+    """The arrays of variational noises whose masks are drawn, and scaled, with these."""
     entries = jax.tree.leaves(dropout, is_leaf=is_prefix_leaf)
     return [leaf for entry in entries if _is_fixed(entry) for leaf in _arrays(entry)]
 
@@ -104,11 +105,8 @@ def with_fixed_arrays(dropout: RecurrentDropout, arrays: list[Any]) -> Recurrent
 
 def _is_fixed(entry: Any) -> bool:
     noise = entry.noise if is_deferred(entry) else entry
-    # These two draw deviates that do not depend on their numbers. Fixed, a learned number would
-    # have no gradient in any window but the first.
-    if type(noise) in (ConcreteDropout, GaussianNoise):
-        return False
-    return isinstance(noise, Noise) and bool(noise.variational)
+    # Fixed, a learned number would have no gradient in any window but the first.
+    return isinstance(noise, Noise) and bool(noise.variational) and not is_reparameterized(noise)
 
 
 def _arrays(entry: Any) -> list[Any]:

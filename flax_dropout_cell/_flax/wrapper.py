@@ -22,7 +22,7 @@ from .._spec.recurrent_dropout import (
 from .._step.call_cell import trace_cell
 from .._step.draw_masks import inside_names
 from .carry import DropoutCarry, check_carry, run_wrapped_step, start_sequence
-from .deterministic import evaluates
+from .deterministic import is_evaluation
 from .framework import Framework
 
 
@@ -59,7 +59,7 @@ class CellWrapper:
     ) -> tuple[DropoutCarry, PyTree]:
         """One step. While `initializing`, there are no weights yet, and the cell runs once."""
         check_carry(carry)
-        is_evaluation = evaluates(deterministic, self.deterministic)
+        evaluate = is_evaluation(deterministic, self.deterministic)
         dropout = self._dropout(carry.cell_carry)
         params = None
         if active_noises(dropout.params) and not initializing:
@@ -84,7 +84,7 @@ class CellWrapper:
             cell=cell,
             params=params,
             dropout=dropout,
-            deterministic=is_evaluation or (initializing and carry.masks is None),
+            deterministic=evaluate or (initializing and carry.masks is None),
             disturb_params=params is not None,
             values=lambda x: self._values(dropout, carry.cell_carry, jax.tree.map(shape_of, x)),
         )
@@ -112,8 +112,8 @@ class CellWrapper:
 
     def _evaluates(self, cell_carry: PyTree, deterministic: bool | None) -> bool:
         """Whether a sequence needs no key: it evaluates, or its noises do nothing."""
-        is_evaluation = evaluates(deterministic, self.deterministic)
-        return is_evaluation or not active_noises(self._dropout(cell_carry))
+        evaluate = is_evaluation(deterministic, self.deterministic)
+        return evaluate or not active_noises(self._dropout(cell_carry))
 
     def _start(self, rng: jax.Array | None, cell_carry: PyTree, inputs: Any) -> DropoutCarry:
         """The carry of a new sequence; without a key, of one that runs without dropout.

@@ -26,7 +26,7 @@ from .._spec.recurrent_dropout import (
     sites_of,
 )
 from .._step.call_cell import Cell, eval_shape, sites_of_cell, trace_cell
-from .._step.checks import resolve
+from .._step.checks import as_spec
 from .._step.draw_masks import Drawn, draw_masks, draw_site, inside_names, site_values
 from .._step.dropout_cell import dropout_cell
 from ..noises.protocol import Noise, is_array, needs_previous
@@ -138,7 +138,7 @@ def describe(
       free sites inside the cell: candidate, hidden, input_per_gate, memory, recurrent,
       recurrent_per_gate
     """
-    dropout = resolve(dropout, carry, cell)
+    dropout = as_spec(dropout, carry, cell)
     y, inside = trace_cell(cell, params, carry, x, inside_names(dropout))
     values = SiteValues(params=params, input=x, state=carry, output=y, inside=inside)
     places: list[Place] = []

@@ -23,7 +23,7 @@ from .._spec.recurrent_dropout import (
     sites_of,
 )
 from .._step.call_cell import Cell
-from .._step.checks import check_start, resolve
+from .._step.checks import as_spec, check_start
 from .._step.draw_masks import draw_sites, site_values
 from ..noises.protocol import Noise, needs_previous
 from .describe import written
@@ -191,7 +191,7 @@ def draw_strips(
 
     Without `batch_ndim`, the batch is the dims that the inputs and the carry share.
     """
-    dropout = resolve(dropout, carry, cell)
+    dropout = as_spec(dropout, carry, cell)
     key = as_rng(rng)
     if key is None:
         raise ValueError("plot_masks needs a key such as jax.random.key(0), got rng=None.")

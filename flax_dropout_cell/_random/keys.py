@@ -31,6 +31,10 @@ _SITES = ("params", "input", "state", "output", "inside")
 _NESTED = 7  # the last slot
 
 
+class OtherPRNGError(TypeError):
+    """A raw key is of another PRNG than the default one, as which JAX would read it."""
+
+
 def leaf_rng(rng: jax.Array, site: str, index: int, *, inside: str | None = None) -> jax.Array:
     """The key of one leaf's mask at a site; `inside` names a site that the cell has."""
     slot = _FIRST_SITE + _SITES.index(site) * 2**28
@@ -89,13 +93,13 @@ def as_typed(rng: jax.Array) -> jax.Array:
     """Types a raw key, as one of the default PRNG."""
     if is_typed(rng):
         return rng
-    words = jax.random.key_data(jax.random.key(0)).shape
-    if rng.shape[-1:] != words:
-        raise TypeError(
-            f"a raw key has {words[0]} words with {jax.config.jax_default_prng_impl}, the default "
-            f"PRNG, got {rng.shape[-1]}: write jax.random.wrap_key_data(key, impl=..)."
-        )
-    return jax.random.wrap_key_data(rng)
+    try:
+        return jax.random.wrap_key_data(rng)
+    except TypeError:
+        raise OtherPRNGError(
+            f"a raw key of {rng.shape[-1]} words is not one of {jax.config.jax_default_prng_impl}, "
+            f"the default PRNG: write jax.random.wrap_key_data(key, impl=..)."
+        ) from None
 
 
 def is_typed(rng: jax.Array) -> bool:

@@ -12,7 +12,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from .._arguments import check_count, check_flag
 from .._hoist.checkpointed_scan import scan_in_chunks
 from .._hoist.traced_scan import type_at_a_step
-from .._messages import must_be, short_repr
+from .._messages import must_be, short_repr, short_tree_repr
 from .._random.keys import as_rng
 from .._sharding import place_like
 from .._spec.prefixes import zip_prefix
@@ -26,7 +26,7 @@ from .._spec.recurrent_dropout import (
 )
 from .._step.apply_noise import StepNoise
 from .._step.call_cell import Cell
-from .._step.checks import as_rows, check_masks, check_start, resolve
+from .._step.checks import as_rows, as_spec, check_masks, check_start
 from .._step.draw_masks import draw_sites, site_values
 from .._step.rows import Rows, rows_by_start
 from .padding import check_rows, find_valid, stand_ins
@@ -133,7 +133,7 @@ def dropout_scan(
       >>> h.shape, ys.shape
       ((4, 8), (20, 4, 8))
     """
-    dropout = resolve(dropout, carry, cell)
+    dropout = as_spec(dropout, carry, cell)
     check_masks(masks, dropout)
     if checkpoint_every is not None:
         checkpoint_every = check_count("checkpoint_every", checkpoint_every)
@@ -150,6 +150,8 @@ def dropout_scan(
         for name, tree in (("carry", carry), ("xs", at_a_step(xs))):
             check_rows(name, tree, valid.shape[1:], padded_by)
         check_inputs_have_rows(cell, params, carry, at_a_step(xs), valid.shape[1:])
+    if sequence_ids is not None and resets is None:
+        _check_ids(np.shape(sequence_ids), carry, at_a_step(xs))
     plan = _plan(carry, steps, resets, reset_carry, sequence_ids, valid, start, reverse=reverse)
     drawn = _draw(
         functools.partial(site_values, params, carry, at_a_step(xs), cell),
@@ -240,10 +242,7 @@ def _plan(
     if resets is None:
         if reset_carry is not None:
             raise ValueError("reset_carry was given without resets, which say where it goes.")
-        rows = as_rows(ids)
-        if rows is not None:
-            check_rows("carry", carry, rows.batch, "sequence_ids")
-        return _Plan(None, rows, None)
+        return _Plan(None, as_rows(ids), None)
     sequences = plan_sequences(resets, ids, valid, steps, start, reverse=reverse)
     check_rows("carry", carry, sequences.is_first_step.shape[1:], "resets")
     reset_carry = check_reset_carry(reset_carry, carry)
@@ -318,10 +317,23 @@ def _check_uncut(start: Any, brought: Masks | None, own: Masks) -> None:
             )
 
 
+def _check_ids(batch: tuple[int, ...], carry: PyTree, x: PyTree) -> None:
+    """Raises if there is no row for each id: leaves that rows share may lack the batch dims."""
+    for tree in (carry, x):
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(tree) if np.ndim(leaf) >= len(batch)]
+        if any(shape[: len(batch)] == batch for shape in shapes):
+            return
+        if shapes:
+            break
+    raise ValueError(f"sequence_ids has shape {batch}, but the carry is {short_tree_repr(carry)}.")
+
+
 def check_unroll(unroll: Any) -> None:
     """Raises if `unroll` is not one of `jax.lax.scan`."""
-    if not isinstance(unroll, int | np.integer | np.bool_) or unroll < 0:
-        raise TypeError(must_be("unroll", "an int of at least 0, or a bool", unroll))
+    is_int = isinstance(unroll, int | np.integer | np.bool_)
+    if not is_int or unroll < 0:
+        error = ValueError if is_int else TypeError
+        raise error(must_be("unroll", "an int of at least 0, or a bool", unroll))
 
 
 def at_a_step(xs: PyTree) -> PyTree:

@@ -48,7 +48,7 @@ def episode_ids(
     _check(ids, done)
     if num_rows is None:
         num_rows = done.size
-    elif check_count("num_rows", num_rows) < done.size:
+    elif not isinstance(num_rows, jax.Array) and check_count("num_rows", num_rows) < done.size:
         raise ValueError(
             f"num_rows must be at least {done.size}, the rows of done, got {num_rows}: rows would "
             f"get ids of each other."

@@ -20,7 +20,7 @@ from .._spec.recurrent_dropout import (
     draws_at_each_step,
 )
 from .._step.call_cell import Cell
-from .._step.checks import as_rows, check_start, check_step, resolve
+from .._step.checks import as_rows, as_spec, check_start, check_step
 from .._step.draw_masks import draw_sites, site_values
 from .._step.rows import Rows
 from ..noises.base import NamedNoise
@@ -80,7 +80,7 @@ def draw_step_masks(
       >>> masks.output.shape, masks.state
       ((20, 4, 8), None)
     """
-    dropout = resolve(dropout, carry, cell)
+    dropout = as_spec(dropout, carry, cell)
     check_step("num_steps", num_steps)
     check_start(start, num_steps)
     key = as_rng(rng)

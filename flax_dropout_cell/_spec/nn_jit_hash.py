@@ -14,6 +14,9 @@ from ..noises.protocol import is_array
 
 _numbers = itertools.count()
 _objects: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+# Flax compares hashes alone, and that of a PyTreeDef leaves out what its nodes hold, such as the
+# numbers of noises: all specs of one shape have one. A dict compares the PyTreeDefs themselves.
+_structures: dict[Any, int] = {}
 
 
 def nn_jit_hash(tree: Any) -> tuple[Hashable, ...]:
@@ -23,7 +26,7 @@ def nn_jit_hash(tree: Any) -> tuple[Hashable, ...]:
     that was made for another value.
     """
     leaves, structure = jax.tree.flatten(tree)
-    return structure, *map(_of_leaf, leaves)
+    return _structures.setdefault(structure, next(_numbers)), *map(_of_leaf, leaves)
 
 
 def _of_leaf(leaf: Any) -> str:

@@ -1,5 +1,6 @@
 """Checks of arguments that several functions share."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ def check_dropout(dropout: Any) -> None:
         raise TypeError(must_be("dropout", wanted, dropout))
 
 
-def resolve(dropout: Any, carry: PyTree, cell: Any) -> RecurrentDropout:
+def as_spec(dropout: Any, carry: PyTree, cell: Any) -> RecurrentDropout:
     """The spec, checked, with one noise for a whole state resolved for the cell's carry."""
     check_dropout(dropout)
     return resolve_state_noise(dropout, carry, family_of(cell))
@@ -33,7 +34,7 @@ def check_masks(masks: Any, dropout: RecurrentDropout) -> None:
         return
     if not isinstance(masks, Masks):
         raise TypeError(must_be("masks", "Masks, as draw_masks gives them", masks))
-    if not isinstance(masks.inside, dict | None):
+    if not isinstance(masks.inside, Mapping | None):
         raise TypeError(must_be("masks.inside", "a dict of masks by site, or None", masks.inside))
     for site in sites_of(masks):
         if site.inside and jax.tree.leaves(site.of(masks)) and site.of(dropout) is None:
@@ -42,15 +43,15 @@ def check_masks(masks: Any, dropout: RecurrentDropout) -> None:
 
 def check_step(name: str, step: Any) -> None:
     """Raises if `step` is not the index of a step."""
-    known = isinstance(step, int | np.integer | np.ndarray) and not isinstance(step, bool)
-    if not known and not isinstance(step, jax.Array):
-        raise TypeError(must_be(name, "an int", step))
-    if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+    # jnp.result_type takes the names of dtypes too.
+    if isinstance(step, bool | str | type | list | tuple | None) or not jnp.issubdtype(
+        jnp.result_type(step), jnp.integer
+    ):
         raise TypeError(must_be(name, "an int", step))
     if np.shape(step) != ():
         raise ValueError(f"{name} must be a scalar, got shape {np.shape(step)}.")
     # Sites have the keys from 2**31 on. Traced steps are trusted.
-    if known and not 0 <= step < 2**31:
+    if isinstance(step, int | np.integer | np.ndarray) and not 0 <= step < 2**31:
         raise ValueError(f"{name} must be at least 0 and below 2**31, got {step}.")
 
 

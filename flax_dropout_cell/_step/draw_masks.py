@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._messages import short_repr
 from .._random.keys import as_rng, fold_in, is_threefry, leaf_rng
 from .._sharding import check_shards_differ, draw_like
 from .._spec.match_leaves import Leaf, match_leaves
@@ -32,7 +31,7 @@ from .._spec.recurrent_dropout import (
 )
 from ..noises.protocol import Noise, shared_dims
 from .call_cell import Cell, trace_cell
-from .checks import as_rows, resolve
+from .checks import as_rows, as_spec
 from .rows import Rows
 
 Drawn = Callable[[PyTree], bool]
@@ -86,7 +85,7 @@ def draw_masks(
       ((4, 8), None)
     """
     key = as_rng(rng)
-    dropout = resolve(dropout, carry, cell)
+    dropout = as_spec(dropout, carry, cell)
     rows = as_rows(sequence_ids)
     if key is None:
         if active_noises(dropout):
@@ -195,9 +194,9 @@ def draw_leaf(site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: Rows | 
         return draw_rows(noise, rng, shape, dtype, rows)
 
     mask = draw_like(leaf, draw, noise, rng, rows)
-    if not hasattr(mask, "shape"):
+    if mask is None:
         method = f"dropout.{site}: {type(noise).__name__}.draw_mask"
-        raise TypeError(f"{method} gave {short_repr(mask)}; it must return an array.")
+        raise TypeError(f"{method} gave None; it must return an array.")
     if not broadcasts(np.shape(mask), shape):
         raise ValueError(
             f"dropout.{site}: {type(noise).__name__}.draw_mask gave the shape {np.shape(mask)}, "

@@ -14,7 +14,7 @@ from .._spec.recurrent_dropout import (
 )
 from .apply_noise import StepNoise
 from .call_cell import Cell, call_cell
-from .checks import as_rows, check_masks, check_step, resolve
+from .checks import as_rows, as_spec, check_masks, check_step
 
 
 def dropout_cell(
@@ -75,7 +75,7 @@ def dropout_cell(
       >>> h.shape, y.shape
       ((4, 8), (4, 8))
     """
-    dropout = resolve(dropout, carry, cell)
+    dropout = as_spec(dropout, carry, cell)
     check_masks(masks, dropout)
     rng = as_rng(rng)
     if step is not None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from .._dtypes import wide_dtype
 from .._messages import must_be
+from .._random.keep_masks import Number
 from .._sequence.padding import find_valid
 from ..noises.arguments import check_number
 
@@ -154,8 +155,8 @@ def gaussian_kl(mean: jax.Array | float, stddev: jax.Array | float) -> jax.Array
       >>> fdc.gaussian_kl(jnp.zeros(3), jnp.array([1.0, 0.5, 0.1])).round(2)
       Array([0.  , 0.32, 1.81], dtype=float32)
     """
-    check_number("mean", mean)
-    check_number("stddev", stddev, least=0, above=True)
+    if isinstance(stddev, Number):
+        check_number("stddev", stddev, least=0, above=True)
     mean, stddev = _float(mean), _float(stddev)
     ndim = max(mean.ndim, stddev.ndim)
     mean, stddev = (leaf.reshape((1,) * (ndim - leaf.ndim) + leaf.shape) for leaf in (mean, stddev))

@@ -56,7 +56,7 @@ def check_vectors(cell: str, params: Any, **sizes: int) -> None:
 
 
 def check_input(
-    cell: str, kernel: jax.Array, features: int, h: Any, x: Any, kind: Any = jnp.floating
+    cell: str, kernel: jax.Array, features: int, h: Any, x: Any, kind: Any = jnp.inexact
 ) -> None:
     """Raises if a cell's carry h and its input do not fit each other, or the input's kernel."""
     if not hasattr(h, "shape"):
@@ -70,16 +70,16 @@ def check_input(
     if list(h.shape) != wanted:
         raise ValueError(f"{got} and h {list(h.shape)}; h must be {wanted}.")
     # An int would cut h to ints, in the cell or in the carry.
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"{cell} takes a floating-point x, got {x.dtype}: write x.astype(jnp.float32)."
         )
     check_carried(cell, "h", h, kind)
 
 
-def check_carried(cell: str, name: str, value: jax.Array, kind: Any = jnp.floating) -> None:
+def check_carried(cell: str, name: str, value: jax.Array, kind: Any = jnp.inexact) -> None:
     """Raises if a part of the carry is not of the kind of dtype that a cell computes with."""
     if not jnp.issubdtype(value.dtype, kind):
-        wanted = "floating-point" if kind is jnp.floating else "complex"
-        likely = "float32" if kind is jnp.floating else "complex64"
+        wanted = "floating-point" if kind is jnp.inexact else "complex"
+        likely = "float32" if kind is jnp.inexact else "complex64"
         raise TypeError(f"{cell} carries a {wanted} {name}, such as {likely}, got {value.dtype}.")

@@ -75,12 +75,7 @@ def init_lru(
       ((8,), (3, 16), (16, 8))
     """
     check_init(rng, in_features, features, dtype)
-    if not 0 <= min_radius <= max_radius <= 1:
-        raise ValueError(
-            f"an LRU needs 0 <= min_radius <= max_radius <= 1, got {min_radius} and {max_radius}."
-        )
-    if not 0 < max_phase < math.inf:
-        raise ValueError(f"max_phase must be above 0, got {max_phase}.")
+    _check_ring(min_radius, max_radius, max_phase)
     # In float32, because exponents and logarithms near a radius of 1 cancel in half precision.
     wide = wide_dtype(dtype)
     radii, phases, b, c, d = jax.random.split(rng, 5)
@@ -88,6 +83,7 @@ def init_lru(
     # 1 - |lambda|**2, because near a radius of 1 the square itself would round to 1.
     least, most = 1 - max_radius**2, 1 - min_radius**2
     gap = least + (most - least) * (1 - uniform(radii, (features,), wide))
+    gap = jnp.minimum(gap, 1 - 2.0**-24)  # an eigenvalue of 0 has no logarithm
     nu = -jnp.log1p(-gap) / 2
     theta = max_phase * uniform(phases, (features,), wide)
     gamma = jnp.sqrt(gap)
@@ -104,6 +100,18 @@ def init_lru(
         skip_kernel=normal(d, (in_features, features), 1 / in_features),
     )
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _check_ring(min_radius: Any, max_radius: Any, max_phase: Any) -> None:
+    """Raises if numbers do not describe a ring; arrays, which may be traced, are not checked."""
+    if isinstance(min_radius, int | float) and isinstance(max_radius, int | float):
+        if not 0 <= min_radius <= max_radius <= 1 or min_radius == 1 or max_radius == 0:
+            raise ValueError(
+                f"an LRU needs 0 <= min_radius <= max_radius <= 1 and a ring between 0 and 1, got "
+                f"{min_radius} and {max_radius}."
+            )
+    if isinstance(max_phase, int | float) and not 0 < max_phase < math.inf:
+        raise ValueError(f"max_phase must be above 0, got {max_phase}.")
 
 
 def lru_cell(

@@ -15,6 +15,7 @@ from .._flax.cell_weights import (
     check_params,
     has_no_weights,
     params_of,
+    without_stack,
     wrong_variables,
     wrong_weights,
 )
@@ -193,9 +194,7 @@ def cell_params(params: Params, cell: nn.RNNCellBase) -> dict[str, Any]:
     if not isinstance(params, wanted):
         raise wrong_weights(cell, wanted, params)
     gates = "ifgo" if wanted is LSTMParams else "rzn"
-    features = check_gated("cell_params", params, len(gates))
-    if features != cell.features:
-        raise ValueError(f"the cell has {cell.features} features, but the weights {features}.")
+    _check_features("cell_params", params, cell)
     inputs = jnp.split(params.input_kernel, len(gates), -1)
     recurrent = jnp.split(params.recurrent_kernel, len(gates), -1)
     found = {f"i{gate}": {"kernel": kernel} for gate, kernel in zip(gates, inputs, strict=True)}
@@ -205,7 +204,7 @@ def cell_params(params: Params, cell: nn.RNNCellBase) -> dict[str, Any]:
         found[side + gate]["bias"] = bias
     if isinstance(params, GRUParams):
         bias = params.recurrent_bias
-        found["hn"]["bias"] = jnp.zeros_like(params.bias[:features]) if bias is None else bias
+        found["hn"]["bias"] = jnp.zeros_like(params.bias[: cell.features]) if bias is None else bias
     return {"params": found}
 
 
@@ -236,7 +235,8 @@ def core_params(variables: Mapping[str, Any], cell: nn.RNNCellBase) -> Params:
     """
     if not isinstance(variables, Mapping) or "params" not in variables:
         got = list(variables) if isinstance(variables, Mapping) else variables
-        raise ValueError(must_be("variables", "{'params': ..}, as init gives them", got))
+        error = ValueError if isinstance(variables, Mapping) else TypeError
+        raise error(must_be("variables", "{'params': ..}, as init gives them", got))
     params = nn.unbox(variables)["params"]
     if isinstance(cell, LinearCell):
         return params_of(params, cell.shapes, cell)
@@ -250,12 +250,20 @@ def core_params(variables: Mapping[str, Any], cell: nn.RNNCellBase) -> Params:
         return jnp.concatenate([params[side + gate][leaf] for gate in gates], axis=-1)
 
     kernels = join("i", "kernel"), join("h", "kernel")
-    features = kernels[1].shape[0]
-    if features != cell.features:
-        raise ValueError(f"the cell has {cell.features} features, but the variables {features}.")
+    found: LSTMParams | GRUParams
     if kind is LSTMParams:
-        return LSTMParams(*kernels, join("h", "bias"))
-    return GRUParams(*kernels, join("i", "bias"), params["hn"]["bias"])
+        found = LSTMParams(*kernels, join("h", "bias"))
+    else:
+        found = GRUParams(*kernels, join("i", "bias"), params["hn"]["bias"])
+    _check_features("core_params", without_stack(found), cell)
+    return found
+
+
+def _check_features(function: str, params: LSTMParams | GRUParams, cell: Any) -> None:
+    """Raises if weights do not fit together, or are not of the cell's size."""
+    features = check_gated(function, params, 3 if isinstance(params, GRUParams) else 4)
+    if features != cell.features:
+        raise ValueError(f"the cell has {cell.features} features, but the weights {features}.")
 
 
 def _kind(cell: nn.RNNCellBase) -> type[LSTMParams] | type[GRUParams]:

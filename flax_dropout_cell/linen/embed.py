@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from .._flax.compat import ConstantFields
-from .._flax.deterministic import evaluates
+from .._flax.deterministic import is_evaluation
 from .._training.embedding import check_embed, embedding_dropout
 from ..noises.dropout import Dropout
 from .streams import dropout_key
@@ -82,7 +82,7 @@ class Embed(nn.Module):
         if self.num_embeddings == 1:  # as nn.Embed has it: any id is the only type
             inputs = jnp.zeros_like(inputs)
         # A keep_prob of 1 needs no stream, as a spec whose noises do nothing needs none.
-        evaluate = evaluates(deterministic, self.deterministic)
+        evaluate = is_evaluation(deterministic, self.deterministic)
         evaluate = evaluate or Dropout(keep_prob=self.keep_prob).is_identity
         rows = embedding_dropout(
             self.embedding,

@@ -14,7 +14,7 @@ from .._spec.recurrent_dropout import PyTree
 from .cells import GRUCell, LSTMCell
 from .pure_cell import LinenPureCell
 from .submodules import parts_of
-from .weights import run_on, weights_of
+from .weights import run_on, unbox, weights_of
 
 
 class Linen(Framework):
@@ -67,7 +67,7 @@ class Linen(Framework):
         if cell.scope is not None and not cell.is_initializing():
             return weights_of(cell)
         _, variables = jax.eval_shape(lambda carry, x: _init(cell, carry, x), carry, x)
-        return unfreeze(nn.unbox(variables)).get("params", {})
+        return unbox(unfreeze(variables)).get("params", {})
 
     def carry_shapes(self, cell: Any, input_shape: Any) -> PyTree:
         """The shapes of a cell's initial carry."""

@@ -54,14 +54,16 @@ class LinearCell(nn.RNNCellBase):
         return jax.eval_shape(lambda rng: self._draw(rng, in_features), jax.random.key(0))
 
     def _weights(self, in_features: int) -> Any:
+        shapes = self.shapes(in_features)
         # All are drawn from one key: the gamma of an LRU depends on its nu.
-        new = self._draw(self.make_rng("params"), in_features) if self.is_initializing() else None
+        made = self.has_variable("params", shapes._fields[0])
+        draws = self.is_mutable_collection("params") and not made
+        new = self._draw(self.make_rng("params"), in_features) if draws else None
 
-        # Flax calls it in `init` to draw, and in `apply` to compare shapes; `new` is None then.
+        # Flax calls it to draw, and in `apply` to compare shapes; `new` is None then.
         def pick(rng: jax.Array, name: str) -> jax.Array:
             return getattr(self._draw(rng, in_features) if new is None else new, name)
 
-        shapes = self.shapes(in_features)
         return type(shapes)(*(self.param(name, pick, name) for name in shapes._fields))
 
     @nn.nowrap

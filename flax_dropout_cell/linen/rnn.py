@@ -175,8 +175,7 @@ class RNN(nn.Module):
 
         carry = make_carry() if initial_carry is None else initial_carry
         if key is not None:
-            given = rng is not None
-            check_one_step(self, start, layout, initial_carry, key_given=given, own_stream=False)
+            check_one_step(self, start, layout, initial_carry, rng)
         if self.is_initializing():
             with naming_carry(carry, make_carry, layout.shape):
                 self.cell(carry, layout.first)  # makes the weights

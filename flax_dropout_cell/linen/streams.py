@@ -3,6 +3,8 @@
 import flax.linen as nn
 import jax
 
+_LIFTED = " nn.scan and nn.vmap pass on only the streams that split_rngs names."
+
 
 def dropout_key(
     module: nn.Module, rng: jax.Array | None, name: str, *, at_call: bool = True
@@ -27,5 +29,5 @@ def dropout_key(
     raise ValueError(
         f"{name} needs a 'dropout' stream in training: pass rngs={{'dropout': key}} to apply"
         f"{' or rng=key at the call' if at_call else ''}, or evaluate with deterministic=True."
-        + ("" if at_call else " In nn.scan, call initialize_carry before the scan.")
+        + (_LIFTED if at_call else " In nn.scan, call initialize_carry before the scan.")
     )

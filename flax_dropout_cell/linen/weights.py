@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax.core import Scope, unfreeze
+from flax.core.meta import AxisMetadata
 from jax.tree_util import tree_leaves_with_path
 
 from .._flax.wrapper import CellWrapper
@@ -29,8 +30,19 @@ def weights_of(cell: nn.Module) -> dict[str, Any]:
         plain = tree
         for name in path if params else ():
             plain = plain.setdefault(name, {})
-        plain.update(nn.unbox(params))
+        plain.update(unbox(params))
     return tree
+
+
+def unbox(tree: Any) -> Any:
+    """Weights without their partitioning metadata, which may stand for shapes, or for tags."""
+
+    def unboxed(leaf: Any) -> Any:
+        if isinstance(leaf, nn.Partitioned):  # its constraint on the sharding needs an array
+            return leaf.unbox(apply_constraint=False)
+        return nn.unbox(leaf)
+
+    return jax.tree.map(unboxed, tree, is_leaf=lambda leaf: isinstance(leaf, AxisMetadata))
 
 
 def run_on(cell: nn.Module, others: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ from .._flax.cell_weights import (
     check_params,
     has_no_weights,
     params_of,
+    without_stack,
     wrong_variables,
     wrong_weights,
 )
@@ -223,7 +224,7 @@ def core_params(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> Params:
         params = _gates_of(variables, cell)
     except KeyError as error:
         raise wrong_variables(cell, map(str, error.args), variables) from None
-    _check_sizes("core_params", params, cell)
+    _check_sizes("core_params", without_stack(params), cell)
     return params
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from .._arguments import check_flag
 from .._flax.carry import DropoutCarry
 from .._flax.compat import static
-from .._flax.deterministic import evaluates
+from .._flax.deterministic import is_evaluation
 from .._flax.wrapper import CellWrapper
 from .._random.keys import cell_rng, nested_rng
 from .._spec.prefixes import shape_of
@@ -128,7 +128,7 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
         # In evaluation nothing is drawn, so the stream is not counted on. A wrapper inside may
         # train even if this one does not.
         wrappers = (node for node in _chain(self) if isinstance(node, Wrapper))
-        trains = any(not evaluates(deterministic, node.deterministic) for node in wrappers)
+        trains = any(not is_evaluation(deterministic, node.deterministic) for node in wrappers)
         rng = self._key(rngs, None) if rngs is not None and trains else None
         if isinstance(self.cell, Wrapper):
             inner = None if rng is None else cell_rng(rng)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from .._arguments import check_flag
 from .._flax.compat import static
-from .._flax.deterministic import evaluates
+from .._flax.deterministic import is_evaluation
 from .._training.embedding import check_embed, embedding_dropout
 from ..noises.arguments import check_probability
 from ..noises.dropout import Dropout
@@ -96,7 +96,7 @@ class Embed(nnx.Embed):
         """
         if self.num_embeddings == 1:  # as nnx.Embed has it: any id is the only type
             inputs = jnp.zeros_like(inputs)
-        evaluate = evaluates(deterministic, self.deterministic)
+        evaluate = is_evaluation(deterministic, self.deterministic)
         evaluate = evaluate or Dropout(keep_prob=self.keep_prob).is_identity
         rows = embedding_dropout(
             self.embedding[...],

@@ -28,7 +28,6 @@ from .streams import (
     carry_stream,
     dropout_key,
     fork_stream,
-    is_for_carries,
 )
 
 if TYPE_CHECKING:
@@ -208,10 +207,7 @@ class RNN(DropoutAttribute, nnx.Module):
         own = self.dropout_stream
         key = dropout_key("RNN", rngs, own) if needs_key(self, deterministic) else None
         if key is not None:
-            given = rngs is not None and not is_for_carries(rngs)
-            check_one_step(
-                self, start, layout, initial_carry, key_given=given, own_stream=not given
-            )
+            check_one_step(self, start, layout, initial_carry, rngs)
         cell = NNX_FRAMEWORK.pure(self.cell)
         return run_layer(
             cell.params,

@@ -3,12 +3,11 @@
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import errors, nnx
 
 from .._messages import must_be
-from .._random.keys import as_rng
+from .._random.keys import OtherPRNGError, as_rng
 
 RngSource = nnx.Rngs | nnx.RngStream | None
 
@@ -70,10 +69,10 @@ def as_source(rngs: Any) -> Any:
     """A call's `rngs`, with a type if it is a raw key; raises if nothing can be drawn from it."""
     if isinstance(rngs, nnx.Rngs | nnx.RngStream):
         return rngs
-    if isinstance(rngs, jax.Array | np.ndarray) and rngs.dtype == jnp.uint32 and rngs.ndim == 1:
-        return as_rng(rngs)  # whose error knows about raw keys
     try:
-        return as_rng(rngs)
+        return as_rng(rngs, "rngs")
+    except OtherPRNGError:
+        raise
     except TypeError:
         wanted = "an Rngs such as nnx.Rngs(dropout=key), an RngStream, one key or None"
         raise TypeError(must_be("rngs", wanted, rngs)) from None

@@ -1,7 +1,7 @@
 """TensorFlow's wrapper around NNX cells."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,6 @@ from flax import nnx
 from .._flax.carry import DropoutCarry
 from .._flax.tensorflow import arguments as tf
 from .._flax.tensorflow.configs import constructor_parameters
-from .._messages import must_be
 from .._spec.recurrent_dropout import PyTree
 from .dropout_attribute import Static
 from .dropout_cell import Wrapper
@@ -91,9 +90,9 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
         self.dtype = dtype
         self.seed = seed
         self.dropout_state_filter_visitor = dropout_state_filter_visitor
-        if not isinstance(broadcast_dims, Sequence):
-            raise TypeError(must_be("broadcast_dims", "a sequence of ints", broadcast_dims))
-        self.broadcast_dims = tuple(broadcast_dims)
+        # The noises refuse what is not a sequence.
+        is_sequence = isinstance(broadcast_dims, Iterable)
+        self.broadcast_dims = tuple(broadcast_dims) if is_sequence else broadcast_dims
 
     @property
     def input_size(self) -> Any:

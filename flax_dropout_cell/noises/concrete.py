@@ -58,6 +58,7 @@ class ConcreteDropout(NamedNoise):
     mask_kind: ClassVar[Any] = jnp.floating
 
     amplifies = True
+    reparameterized = True
 
     def __post_init__(self) -> None:
         check_number("logit", self.logit)

@@ -52,6 +52,8 @@ class GaussianNoise(NamedNoise):
     written: ClassVar[str] = "write GaussianNoise(stddev=0.1)"
     mask_kind: ClassVar[Any] = jnp.inexact
 
+    reparameterized = True
+
     def __post_init__(self) -> None:
         check_number("stddev", self.stddev, least=0)
         super().__post_init__()

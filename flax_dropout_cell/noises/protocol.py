@@ -15,12 +15,15 @@ class Noise(Protocol):
     """The protocol of a noise: an object with these four members is a noise.
 
     Make it a frozen dataclass with `register_noise` on top: then its numbers are static and its
-    arrays can be traced, mapped and differentiated. Three more attributes are optional, each a
+    arrays can be traced, mapped and differentiated. Four more attributes are optional, each a
     bool: `is_identity` (True: the noise is skipped and draws nothing), `needs_previous` (True: it
-    is refused at sites that have no previous value), and `amplifies` (True: a kept unit grows, so
-    the noise is refused where that would grow at every step). A noise whose mask is shared over
-    some of the value's dims says so in a field `broadcast_dims`, a tuple of ints: a mask that is
-    shared over the batch is then drawn once for all rows, whatever their ids. With `mask_kind`, a
+    is refused at sites that have no previous value), `amplifies` (True: a kept unit grows, so
+    the noise is refused where that would grow at every step), and `reparameterized` (True: the mask
+    is a deviate that does not depend on the noise's numbers, so a wrapper's carry need not keep
+    the numbers that it was drawn with, and a learned one has its gradient in every window). A noise
+    whose mask is shared over some of the value's dims says so in a field `broadcast_dims`, a tuple
+    of ints: a mask that is shared over the batch is then drawn once for all rows, whatever their
+    ids. With `mask_kind`, a
     kind of dtype such as `jnp.bool_`, masks that a caller brings are refused if theirs is another;
     a subclass of `Dropout` that draws other masks than booleans sets its own.
 
@@ -148,6 +151,11 @@ def amplifies(noise: Noise) -> bool:
     return _flag(noise, "amplifies") and not is_identity(noise)
 
 
+def is_reparameterized(noise: Noise) -> bool:
+    """Whether the masks of a noise do not depend on its numbers."""
+    return _flag(noise, "reparameterized")
+
+
 def mask_kind(noise: Noise) -> Any:
     """The kind of dtype that a noise's masks have; None if it does not say."""
     return getattr(noise, "mask_kind", None)
@@ -178,7 +186,7 @@ def check_noise(where: str, noise: Any) -> None:
         wanted = "noises such as Dropout(keep_prob=0.8) or None"
         raise TypeError(f"{where} must hold {wanted}, got {_describe(noise)}.")
     _flag(noise, "variational")
-    for name in ("is_identity", "needs_previous", "amplifies"):
+    for name in ("is_identity", "needs_previous", "amplifies", "reparameterized"):
         _flag(noise, name)
 
 

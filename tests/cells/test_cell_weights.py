@@ -282,7 +282,7 @@ MISTAKES = {
         lambda: fdc.linen.core_params(
             fdc.linen.cell_params(lstm(), nn.LSTMCell(8)), nn.LSTMCell(9)
         ),
-        ValueError, "the cell has 9 features, but the variables 8",
+        ValueError, "the cell has 9 features, but the weights 8",
     ),
     "linen, a linear cell's kernel of another size": (
         lambda: fdc.linen.core_params(

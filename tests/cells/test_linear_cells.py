@@ -187,7 +187,7 @@ def test_eigenvalues_of_an_lru_are_uniform_on_their_ring(
 
 
 def test_no_eigenvalue_of_an_lru_rounds_to_one() -> None:
-    """The paper's radius for long memories, a million times: a logarithm of 0 would train to NaN.
+    """The paper's radius for long memories, 200,000 times: a logarithm of 0 would train to NaN.
 
     There gamma is exact too: at this radius, squares in float32 leave it a digit or two.
     """

@@ -114,7 +114,7 @@ NUMBERS: dict[str, Case] = {
     ),
     "a radius above 1": (
         lambda: fdc.init_lru(KEY, 3, 8, max_radius=1.5), ValueError,
-        "0 <= min_radius <= max_radius <= 1, got 0.0 and 1.5",
+        "0 <= min_radius <= max_radius <= 1.*, got 0.0 and 1.5",
     ),
     "no phase": (
         lambda: fdc.init_lru(KEY, 3, 8, max_phase=-1.0), ValueError, "max_phase must be above 0"
@@ -137,7 +137,7 @@ NUMBERS: dict[str, Case] = {
     ),
 }  # fmt: skip
 KEYS: dict[str, Case] = {
-    "an Rngs": (lambda: scan(rng=nnx.Rngs(0)), TypeError, "rng must be one key.*got a Rngs"),
+    "an Rngs": (lambda: scan(rng=nnx.Rngs(0)), TypeError, "rng must be one key.*got an Rngs"),
     "weights without a key": (
         lambda: fdc.init_lstm(0, 3, 8), TypeError, r"rng must be one key.*, got 0"  # type: ignore[arg-type]
     ),
@@ -146,7 +146,7 @@ KEYS: dict[str, Case] = {
     ),
     "a raw key of another PRNG": (
         lambda: scan(rng=jax.random.PRNGKey(0, impl="rbg")), TypeError,
-        r"a raw key has 2 words with threefry2x32.*got 4: write jax.random.wrap_key_data",
+        r"a raw key of 4 words is not one of threefry2x32.*write jax.random.wrap_key_data",
     ),
     "init_key": (lambda: linen(init_key=0), TypeError, "init_key must be one key.*, got 0"),
     "init_key, NNX": (
@@ -164,12 +164,12 @@ KEYS: dict[str, Case] = {
 SHAPES: dict[str, Case] = {
     "ids of other rows, in evaluation": (
         lambda: scan(rng=None, sequence_ids=np.arange(99)), ValueError,
-        r"carry is float32\[4, 3\].*batch dims of sequence_ids, \(99,\)",
+        r"sequence_ids has shape \(99,\), but the carry is float32\[4, 3\]",
     ),
     "ids for each unit": (
         lambda: scan(sequence_ids=np.arange(B * 4).reshape(B, 4), xs=jnp.ones((T, B, 4)),
             cell=lambda p, h, x: (h, x)),
-        ValueError, r"carry is float32\[4, 3\].*batch dims of sequence_ids, \(4, 4\)",
+        ValueError, r"sequence_ids has shape \(4, 4\), but the carry is float32\[4, 3\]",
     ),
     "ids, a word": (lambda: scan(sequence_ids="abc"), TypeError, "sequence_ids must be ints"),
     "inputs as nested lists": (
@@ -180,8 +180,9 @@ SHAPES: dict[str, Case] = {
     ),
     "dims, one int": (
         lambda: fdc.nnx.RNNCellDropoutWrapper(
-            nnx.GRUCell(F, F, rngs=nnx.Rngs(0)), 0.5, broadcast_dims=0),  # type: ignore[arg-type]
-        TypeError, "broadcast_dims must be a sequence of ints, got 0",
+            nnx.GRUCell(F, F, rngs=nnx.Rngs(0)), 0.5, broadcast_dims=0, rngs=nnx.Rngs(0),  # type: ignore[arg-type]
+        ).redraw_masks(H, XS[0]),
+        TypeError, "broadcast_dims must be a sequence of ints.*, got 0",
     ),
 }  # fmt: skip
 OBJECTS: dict[str, Case] = {
@@ -248,10 +249,61 @@ def test_masks_of_one_row_are_not_shared_by_a_batch(site: str) -> None:
     params = nn.GRUCell(F).init(KEY, H, XS[0])
     for carry in (
         wrapper.initialize_carry(KEY, (1, F)),
-        wrapper.redraw_masks(H[:1], XS[0, :1], KEY),
+        wrapper.redraw_masks(H, XS[0, :1], KEY),
     ):
-        with pytest.raises(ValueError, match=f"mask at {site} was drawn for a batch of 1"):
+        with pytest.raises(ValueError, match=r"input of shape \(1, 3\), and this one has \(4, 3\)"):
             wrapper.apply(params, carry, XS[0])
-    shared = dataclasses.replace(FROZEN, broadcast_dims=(0,))
-    meant = fdc.linen.DropoutCell(nn.GRUCell(F), fdc.RecurrentDropout(**{site: shared}))
-    meant.apply(params, meant.initialize_carry(KEY, (B, F)), XS[0])
+
+
+def test_a_mask_that_is_of_one_row_on_purpose() -> None:
+    """A noise may draw a mask that broadcasts, and a value inside a cell may have one row."""
+
+    class Row(Returns):
+        variational = True
+
+        def draw_mask(self, rng: Any, shape: Any, dtype: Any) -> Any:
+            return jnp.full((1, shape[-1]), 2.0, dtype)
+
+        def apply(self, mask: Any, value: Any, previous: Any) -> Any:
+            return mask * value
+
+    class Echo(nn.RNNCellBase):
+        features: int = F
+
+        def __call__(self, carry: Any, x: Any, *, disturb: Any = fdc.undisturbed) -> Any:
+            return carry, x + disturb("decay", jnp.ones((1, F)))
+
+        def initialize_carry(self, rng: Any, input_shape: Any) -> Any:
+            return jnp.zeros(input_shape)
+
+        @property
+        def num_feature_axes(self) -> int:
+            return 1
+
+    spec = fdc.RecurrentDropout(input=Row(None), inside={"decay": Row(None)})
+    wrapper = fdc.linen.DropoutCell(Echo(), spec)
+    _, y = wrapper.apply({}, wrapper.initialize_carry(KEY, (B, F)), XS[0])  # type: ignore[misc]
+    np.testing.assert_array_equal(y, np.full((B, F), 4))
+
+
+def test_ids_beside_a_carry_that_rows_share() -> None:
+    def pair(params: Any, carry: Any, x: Any) -> Any:
+        h, shared = carry
+        return (h + x + shared[None], shared), x
+
+    options: dict[str, Any] = {"cell": pair, "dropout": SPEC, "sequence_ids": np.arange(B)}
+    carry = (H, jnp.ones(F))
+    _, ys = fdc.dropout_scan(None, carry, XS, KEY, **options)
+    for step, x in enumerate(XS):
+        carry, y = fdc.dropout_cell(None, carry, x, KEY, step=step, **options)
+        np.testing.assert_array_equal(ys[step], y)
+
+
+def test_weights_of_many_cells_are_read_at_once() -> None:
+    """Those that jax.vmap made have one axis more."""
+    cell = nn.GRUCell(8)
+    variables = jax.vmap(lambda key: cell.init(key, jnp.zeros(8), jnp.zeros(3)))(
+        jax.random.split(KEY, 5)
+    )
+    params = fdc.linen.core_params(variables, cell)
+    assert params.input_kernel.shape == (5, 3, 24)

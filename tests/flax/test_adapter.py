@@ -108,7 +108,7 @@ class RNN(eqx.Module):
             layout,
             key if needs_key(self, deterministic) else None,
             cell=cell,
-            dropout=EQUINOX.place(self.dropout, self.cell, carry),
+            dropout=EQUINOX.resolve_noise(self.dropout, self.cell, carry),
             make_carry=lambda: carry,
             settings=settings,
         )

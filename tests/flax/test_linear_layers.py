@@ -289,3 +289,15 @@ def test_mistakes(mistake: str) -> None:
     with pytest.raises(error, match=message) as caught:
         run()
     assert len(str(caught.value).splitlines()) <= 5
+
+
+def test_the_weights_of_apply_without_variables_belong_together() -> None:
+    """As in `init`, all are drawn at once: an LRU's gamma goes with its nu."""
+    _, variables = fdc.linen.LRUCell(64).apply(
+        {}, jnp.zeros((2, 64), jnp.complex64), jnp.ones((2, 3)),
+        mutable=["params"], rngs={"params": jax.random.key(0)},
+    )  # fmt: skip
+    nu, gamma = (
+        np.asarray(variables["params"][name], np.float64) for name in ("nu_log", "gamma_log")
+    )
+    np.testing.assert_allclose(np.exp(2 * gamma), -np.expm1(-2 * np.exp(nu)), rtol=1e-4)

@@ -12,6 +12,7 @@ import pytest
 import flax_dropout_cell as fdc
 
 XS = jnp.ones((2, 3, 4))
+VARIATIONAL = fdc.Dropout(keep_prob=0.5, variational=True)
 RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
 
 
@@ -177,3 +178,72 @@ def test_an_array_that_is_an_argument_of_the_compiled_module() -> None:
         ys = model.apply({}, XS, jnp.float32(keep_prob), rngs=RNGS)
         assert_kept_once(ys, keep_prob)
     assert len(traces) == 1
+
+
+STATIC = {
+    "variational": (VARIATIONAL, fdc.Dropout(keep_prob=0.5)),
+    "keep_prob": (VARIATIONAL, fdc.Dropout(keep_prob=0.25, variational=True)),
+    "scale": (VARIATIONAL, fdc.Dropout(keep_prob=0.5, variational=True, scale=False)),
+    "broadcast_dims": (
+        VARIATIONAL,
+        fdc.Dropout(keep_prob=0.5, variational=True, broadcast_dims=(-1,)),
+    ),
+    "another dim": (
+        fdc.Dropout(keep_prob=0.5, variational=True, broadcast_dims=(-2,)),
+        fdc.Dropout(keep_prob=0.5, variational=True, broadcast_dims=(-1,)),
+    ),
+}
+
+
+@pytest.mark.parametrize("changed", STATIC)
+@pytest.mark.parametrize("host", WITH_SPEC)
+def test_a_spec_does_not_run_in_the_program_of_another(host: str, changed: str) -> None:
+    """Specs that differ in static values alone have one structure by Python's hash."""
+    layer_class: Any = fdc.linen.RNN if host == "RNN" else nn.RNN
+    lifted = nn.jit(layer_class)  # one class, and so one cache
+
+    def run(noise: Any, layer: Any) -> Any:
+        spec = fdc.RecurrentDropout(output=noise)
+
+        class Model(nn.Module):
+            @nn.compact
+            def __call__(self, xs: jax.Array) -> Any:
+                if host == "RNN":
+                    return layer(Echo(), spec, name="layer")(xs)
+                return layer(fdc.linen.DropoutCell(Echo(), spec), name="layer")(xs)
+
+        return Model().apply({}, jnp.ones((8, 6, 16)), rngs=RNGS)
+
+    first, second = (run(noise, nn.jit(layer_class)) for noise in STATIC[changed])
+    assert (first != second).any()
+    for noise, want in zip(STATIC[changed] * 2, (first, second) * 2, strict=True):
+        np.testing.assert_array_equal(run(noise, lifted), want)
+
+
+@pytest.mark.parametrize("prefix", ["inside", "params"])
+def test_names_in_a_spec_count(prefix: str) -> None:
+    """The site inside a cell that has noise, and the weights that are dropped."""
+    frozen = fdc.Dropout(keep_prob=0.5, variational=True)
+    specs = [
+        fdc.RecurrentDropout(inside={name: frozen})
+        if prefix == "inside"
+        else fdc.RecurrentDropout(params=fdc.at_paths(frozen, path))
+        for name, path in (("recurrent", "in/kernel"), ("candidate", "hn/kernel"))
+    ]
+    lifted, xs = nn.jit(fdc.linen.RNN), jax.random.normal(jax.random.key(3), (4, 5, 3))
+
+    class Model(nn.Module):
+        layer: Any
+        spec: Any
+
+        @nn.compact
+        def __call__(self, xs: jax.Array) -> Any:
+            return self.layer(fdc.linen.GRUCell(8), self.spec, name="layer")(xs)
+
+    variables = Model(fdc.linen.RNN, specs[0]).init(RNGS, xs)
+    for spec in specs:
+        ours, want = (
+            Model(layer, spec).apply(variables, xs, rngs=RNGS)
+            for layer in (lifted, nn.jit(fdc.linen.RNN))
+        )
+        np.testing.assert_array_equal(ours, want)

@@ -559,7 +559,12 @@ def words_dropped_in_shard_map(per_example: bool) -> None:
         ), error
     else:
         raise AssertionError("rows of different shards drop the same words")
-    in_shards(lambda: jax.random.fold_in(key(), jax.lax.axis_index("batch")))
+    got = in_shards(lambda: jax.random.fold_in(key(), jax.lax.axis_index("batch")))
+    shards = np.split(np.asarray(ids), 8)
+    for shard, (rows, words) in enumerate(zip(np.split(np.asarray(got), 8), shards, strict=True)):
+        rng = jax.random.fold_in(key(), shard)
+        options: dict[str, Any] = {"keep_prob": 0.5, "per_example": True}
+        assert_same(rows, fdc.embedding_dropout(table, jnp.asarray(words), rng, **options))
 
 
 @CASES.over(scheme=SCHEMES)

@@ -274,10 +274,12 @@ def _parameters_of(cls: type, names: TrustedNames) -> dict[str, inspect.Paramete
 
 
 def constructor_parameters(cls: type) -> Iterator[inspect.Parameter]:
-    """The parameters of a class's constructor, and its base's if it passes `**options` on."""
+    """The parameters of a class's constructor; this library's cells pass `**options` to Flax's."""
     for base in cls.__mro__:
         # Flax's metaclass hides a class's own signature behind (*args, **kwargs).
         _, *parameters = inspect.signature(base.__init__).parameters.values()
         yield from parameters
+        if not base.__module__.startswith("flax_dropout_cell."):
+            return
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
             return
