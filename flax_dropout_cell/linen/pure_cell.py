@@ -99,7 +99,8 @@ def _variables(module: nn.Module, seen: dict[int, None]) -> dict[str, Any]:
     A module in a field that is bound elsewhere, as one that was made inside a compact method is,
     keeps its variables there, and is found under its field's name once it is unbound.
     """
-    found = {name: unfreeze(tree) for name, tree in module.variables.items()}
+    variables: Any = module.variables
+    found = {name: unfreeze(tree) for name, tree in variables.items()}
     for name, part in fields_of(module):
         if id(part) in seen or part.scope is None or module.scope is None:
             continue
