@@ -46,7 +46,9 @@ TINY = dataclasses.replace(
 
 
 @pytest.mark.parametrize("masks", ["set", "window", "sentence"])
-def test_perplexities_by_hand(monte_carlo, masks: str) -> None:
+@pytest.mark.parametrize("at_once", [SAMPLES, 1])
+def test_perplexities_by_hand(monte_carlo, monkeypatch, masks: str, at_once: int) -> None:
+    monkeypatch.setattr(monte_carlo, "AT_ONCE", at_once)
     config = TINY
     model = LanguageModel(config, len(CORPUS.vocabulary))
     carry = model.zero_carry(1)

@@ -203,7 +203,7 @@ def check_arguments(
         check_probability(name, keep_prob)
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer | None):
         raise TypeError(must_be("seed", "an int or None", seed))
-    if seed is not None and not -(2**63) <= seed < 2**64:
+    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
         raise ValueError(must_be("seed", "an int of 64 bits", seed))
 
 
@@ -221,7 +221,7 @@ def fold_seed(rng: jax.Array, seed: int | np.integer | None) -> jax.Array:
     if seed is None:
         return rng
     # Two words for every seed, so that an int32 and an int64 of one value agree.
-    low, high = np.array([int(seed) % 2**64], "<u8").view("<u4")
+    low, high = np.array(seed, "<i8").reshape(1).view("<u4")
     return jax.random.fold_in(jax.random.fold_in(rng, low), high)
 
 
