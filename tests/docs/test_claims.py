@@ -102,6 +102,11 @@ def test_what_the_page_says_of_monte_carlo(monkeypatch: pytest.MonkeyPatch) -> N
     assert importlib.import_module("monte_carlo").format_table(report) in page
     assert report["command"] in page
     once, rows = report["without_noise"], [row["perplexity"] for row in report["rows"]]
+    few, many = (
+        [row["perplexity"] for row in report["rows"] if row["samples"] == samples]
+        for samples in (20, 100)
+    )
+    assert len(few) == len(many) == 3 and len(rows) == 6
     stored = json.loads((ROOT / "docs/results/ptb_inan-small.json").read_text())
     assert math.isclose(once, stored["test_perplexity"], rel_tol=1e-6)  # of the same weights
 
@@ -110,11 +115,19 @@ def test_what_the_page_says_of_monte_carlo(monkeypatch: pytest.MonkeyPatch) -> N
         return least if least == most else f"{least} to {most}"
 
     text = " ".join(page.split())
-    worse = span([row["1.0"] - once for row in rows])
-    assert f"arithmetic mean is worse than one pass without noise by {worse}, however" in text
+    worse, better = (
+        span([row["1.0"] - once for row in few]),
+        span([once - row["1.0"] for row in many]),
+    )
+    told = f"With 20, the arithmetic mean is worse than one pass without noise by {worse}, however"
+    assert f"{told} long the masks stay; with 100 it is better by {better}." in text
+    assert all(row["1.0"] < once for row in many) and "and better if there are 100" in text
     assert all(min(row, key=row.__getitem__) == "0.5" for row in rows)
-    better = span([once - row["0.5"] for row in rows])
-    assert f"is the best in every row, and better than one pass by {better}." in text
+    gains = [span([once - row["0.5"] for row in some]) for some in (few, many)]
+    told = (
+        f"best in every row: better than one pass by {gains[0]} with 20 samples, and by {gains[1]}"
+    )
+    assert f"{told} with 100." in text
 
 
 def test_stored_commands_name_no_machines_paths() -> None:
