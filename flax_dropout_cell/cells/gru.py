@@ -45,6 +45,10 @@ def init_gru(
     Returns:
       `GRUParams`.
 
+    Raises:
+      TypeError: if `rng` is not a key, a size is not an int, or `dtype` is not floating-point.
+      ValueError: if a size is below 1.
+
     Example:
       >>> import jax
       >>> import flax_dropout_cell as fdc
@@ -61,8 +65,8 @@ def gru_cell(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs one step of a GRU that has sites for noise inside.
 
-    The equations are those of `flax.linen.GRUCell`, PyTorch and cuDNN, with the reset after the
-    product: `r = sigmoid(x W_r + b_r + h U_r)`, `z` likewise,
+    Cho et al. 2014, arXiv:1406.1078. The equations are those of `flax.linen.GRUCell`, PyTorch and
+    cuDNN, with the reset after the product: `r = sigmoid(x W_r + b_r + h U_r)`, `z` likewise,
     `n = tanh(x W_n + b_n + r (h U_n + b'_n))` and `h' = (1 - z) n + z h`. It draws nothing; noise
     at `RecurrentDropout(inside={site: ..})` comes in through `disturb`, at these sites in order:
 
@@ -85,7 +89,7 @@ def gru_cell(
       `(h, y)`: the new h, twice, with the dtype of the old.
 
     Raises:
-      TypeError: if the carry is not an array.
+      TypeError: if the carry or x is not a floating-point array, or the weights are another cell's.
       ValueError: if the shapes of weights, carry and x do not fit together.
 
     Example:

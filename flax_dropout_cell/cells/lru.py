@@ -67,6 +67,10 @@ def init_lru(
     Returns:
       `LRUParams`.
 
+    Raises:
+      TypeError: if `rng` is not a key, a size is not an int, or `dtype` is not floating-point.
+      ValueError: if a size is below 1, or the radii or the phase are out of range.
+
     Example:
       >>> import jax
       >>> import flax_dropout_cell as fdc
@@ -141,7 +145,8 @@ def lru_cell(
       dtype of x.
 
     Raises:
-      TypeError: if the carry is not a complex array.
+      TypeError: if the carry is not a complex array, x is not floating-point, or the weights are
+        another cell's.
       ValueError: if the shapes of weights, carry and x do not fit together.
 
     Example:

@@ -55,6 +55,10 @@ def init_lstm(
     Returns:
       `LSTMParams`.
 
+    Raises:
+      TypeError: if `rng` is not a key, a size is not an int, or `dtype` is not floating-point.
+      ValueError: if a size is below 1.
+
     Example:
       >>> import jax
       >>> import flax_dropout_cell as fdc
@@ -71,7 +75,8 @@ def lstm_cell(
 ) -> tuple[Any, jax.Array]:
     """Runs one step of an LSTM that has sites for noise inside.
 
-    The equations are those of `flax.linen.LSTMCell`: with `(i, f, g, o) = x W + h U + b`,
+    Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000. The equations are
+    those of `flax.linen.LSTMCell`: with `(i, f, g, o) = x W + h U + b`,
     `c' = sigmoid(f) c + sigmoid(i) tanh(g)` and `h' = sigmoid(o) tanh(c')`. It draws nothing; noise
     at `RecurrentDropout(inside={site: ..})` comes in through `disturb`, at these sites in order:
 
@@ -96,7 +101,8 @@ def lstm_cell(
       `(carry, y)`: the carry as it came, LSTMState or tuple, with its dtypes; y is the new h.
 
     Raises:
-      TypeError: if the carry is not a `(c, h)`.
+      TypeError: if the carry is not a `(c, h)` of floating-point arrays, x is not one, or the
+        weights are another cell's.
       ValueError: if the shapes of weights, carry and x do not fit together.
 
     Example:

@@ -48,6 +48,10 @@ def init_rg_lru(
     Returns:
       `RGLRUParams`.
 
+    Raises:
+      TypeError: if `rng` is not a key, a size is not an int, or `dtype` is not floating-point.
+      ValueError: if a size is below 1.
+
     Example:
       >>> import jax
       >>> import flax_dropout_cell as fdc
@@ -88,7 +92,7 @@ def rg_lru_cell(
       `(h, y)`: the new h, twice, with the dtype of the old.
 
     Raises:
-      TypeError: if the carry is not an array.
+      TypeError: if the carry or x is not a floating-point array, or the weights are another cell's.
       ValueError: if the shapes of weights, carry and x do not fit together.
 
     Example:
