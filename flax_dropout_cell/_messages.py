@@ -26,7 +26,8 @@ def short_repr(value: Any) -> str:
         return shorten(f"{dtype}{list(shape)}")
     if isinstance(value, type):
         return f"the class {name_as_written(value)}"
-    if callable(value) and hasattr(value, "__qualname__"):
+    # An nnx.Rngs has every attribute, each a stream.
+    if callable(value) and isinstance(getattr(value, "__qualname__", None), str):
         return f"the function {name_as_written(value)}"
     return with_article(type(value).__name__)
 

@@ -171,8 +171,8 @@ def test_learned_numbers_load_where_they_were() -> None:
     nnx.update(new, nnx.state(cell_of(output=5.0), nnx.Param))
     assert (new.dropout.input.logit, new.dropout.output.logit) == (0, 5)
     old = cell_of(input=0.0)
-    nnx.update(old, nnx.state(cell_of(output=5.0), nnx.Param))
-    with pytest.raises(ValueError, match=r"loaded differ in arrays: output.logit\."):
+    with pytest.raises(ValueError, match=r"output\.logit"):  # Flax 0.11 refuses to load it
+        nnx.update(old, nnx.state(cell_of(output=5.0), nnx.Param))
         old.dropout  # noqa: B018
 
 
