@@ -24,8 +24,8 @@ The public names:
 - Flax: `linen` and `nnx` hold layers, wrappers and cells; they are imported when first used.
 - Versions: `__version__`, and `RANDOM_STREAM`, the version of the masks that a key gives.
 
-Read the package in this order; `_compat`, `_dtypes`, `_messages` and `_sharding` serve all
-of it:
+Read the package in this order; `_arguments`, `_compat`, `_dtypes`, `_messages` and `_sharding`
+serve all of it:
 
 1. `_random`: the bits that a key gives.
 2. `noises`: masks, how they are drawn and applied.

@@ -11,11 +11,14 @@ from ._messages import must_be
 
 
 def check_flag(name: str, flag: Any) -> bool:
-    """The flag as a bool; raises if it is anything else, most of which Python takes for True."""
+    """The flag as a bool; raises if it is not one: Python takes most other objects for True."""
     traced = is_traced(flag)
-    if not traced and np.dtype(bool) == getattr(flag, "dtype", type(flag)) and np.shape(flag) == ():
+    is_bool = isinstance(flag, bool | np.bool_)
+    if isinstance(flag, jax.Array | np.ndarray) and not traced:
+        is_bool = flag.dtype == bool and flag.shape == ()
+    if is_bool:
         return bool(flag)
-    known = " when the program is traced, such as a static argument of jax.jit" if traced else ""
+    known = ", known when the program is traced (a static argument of jax.jit)" if traced else ""
     raise TypeError(must_be(name, f"True or False{known}", flag))
 
 

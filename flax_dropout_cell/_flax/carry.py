@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._messages import short_repr, with_article
-from .._random.keys import as_rng
+from .._random.keys import as_key
 from .._spec.recurrent_dropout import (
     Masks,
     PyTree,
@@ -70,7 +70,8 @@ class DropoutCarry(_Fields):
       cell_carry: the wrapped cell's carry, such as an LSTM's `(c, h)`.
       masks: the variational masks of this sequence; None in evaluation.
       rng: the key and step of the per-step masks; None if there are none.
-      arrays: the arrays that the masks were drawn with, such as a scheduled keep_prob.
+      arrays: the arrays that the masks were drawn with, such as a scheduled keep_prob; none of
+        noises that are `reparameterized`.
       fingerprint: the spec that the masks were drawn for, as text. Orbax does not save it, so
         restore into a carry of the same spec: masks of another would not be noticed.
     """
@@ -82,8 +83,7 @@ def start_sequence(
     cell_carry: PyTree, rng: jax.Array, dropout: RecurrentDropout, values: SiteValues
 ) -> DropoutCarry:
     """Draws a sequence's masks for `values`, each site's value or its shapes and dtypes."""
-    key = as_rng(rng)
-    assert key is not None
+    key = as_key("rng", rng)
     masks = draw_sites(dropout, values, key)
     # Weights have no batch dim for a host to index, so their masks get one of length 1.
     masks = masks._replace(params=jax.tree.map(lambda mask: mask[None], masks.params))
@@ -187,7 +187,8 @@ def _check_whole(carry: DropoutCarry, x: PyTree) -> None:
 
 def _check_batch(carry: DropoutCarry, x: PyTree) -> None:
     """Raises if masks that were drawn for one row would be shared by all rows of a batch."""
-    if not isinstance(carry.fingerprint, SpecFingerprint):
+    of_rows = None if carry.masks is None else carry.masks._replace(params=None)
+    if not isinstance(carry.fingerprint, SpecFingerprint) or not jax.tree.leaves(of_rows):
         return
     for drawn, here in zip(
         carry.fingerprint.shapes, map(np.shape, jax.tree.leaves(x)), strict=False

@@ -14,12 +14,7 @@ from .._messages import short_tree_repr
 from .._sequence.dropout_scan import at_a_step, dropout_scan
 from .._sequence.padding import check_lengths
 from .._sharding import place_rows
-from .._spec.recurrent_dropout import (
-    PyTree,
-    RecurrentDropout,
-    active_noises,
-    draws_at_each_step,
-)
+from .._spec.recurrent_dropout import PyTree, RecurrentDropout, active_noises, draws_at_each_step
 from .carry import DropoutCarry
 from .deterministic import is_evaluation
 from .framework import Framework

@@ -27,7 +27,7 @@ from .._spec.recurrent_dropout import (
 )
 from .._step.call_cell import Cell, eval_shape, sites_of_cell, trace_cell
 from .._step.checks import as_spec
-from .._step.draw_masks import Drawn, draw_masks, draw_site, inside_names, site_values
+from .._step.draw_masks import IsDrawn, draw_masks, draw_site, inside_names, site_values
 from .._step.dropout_cell import dropout_cell
 from ..noises.protocol import Noise, is_array, needs_previous
 
@@ -212,7 +212,7 @@ def _look_at(site: Site, dropout: RecurrentDropout, value: PyTree) -> tuple[list
 
 
 def _mask_shapes(
-    site: Site, dropout: RecurrentDropout, value: PyTree, is_drawn: Drawn
+    site: Site, dropout: RecurrentDropout, value: PyTree, is_drawn: IsDrawn
 ) -> list[jax.ShapeDtypeStruct | None]:
     """The shapes of the masks that are drawn for each leaf of a site."""
 

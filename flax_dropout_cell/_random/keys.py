@@ -32,7 +32,7 @@ _NESTED = 7  # the last slot
 
 
 class OtherPRNGError(TypeError):
-    """A raw key is of another PRNG than the default one, as which JAX would read it."""
+    """A raw key is not one of the default PRNG, although JAX would read it as one."""
 
 
 def leaf_rng(rng: jax.Array, site: str, index: int, *, inside: str | None = None) -> jax.Array:
@@ -57,9 +57,7 @@ def nested_rng(rng: jax.Array, depth: int) -> jax.Array:
 
 def cell_rng(rng: jax.Array) -> jax.Array:
     """The key for a wrapper's cell, if the wrapper itself draws from `rng`."""
-    key = as_rng(rng)
-    assert key is not None
-    return fold_in(key, CELL)
+    return fold_in(as_key("rng", rng), CELL)
 
 
 def step_rng(rng: jax.Array, step: int | np.integer | jax.Array) -> jax.Array:
@@ -67,7 +65,7 @@ def step_rng(rng: jax.Array, step: int | np.integer | jax.Array) -> jax.Array:
     return fold_in(rng, jnp.asarray(step).astype(jnp.uint32))
 
 
-def as_rng(rng: Any, name: str = "rng") -> jax.Array | None:
+def as_rng(rng: Any) -> jax.Array | None:
     """Checks a key and gives it a type; None stays None.
 
     Call it outside of `jit`: a raw key inside a jitted function no longer knows the default PRNG.
@@ -75,18 +73,21 @@ def as_rng(rng: Any, name: str = "rng") -> jax.Array | None:
     Raises:
       TypeError: if it is neither one key, typed or raw, nor None.
     """
-    if rng is None:
-        return None
-    wanted = f"one key, such as jax.random.key(0){', or None' if name == 'rng' else ''}"
-    if not isinstance(rng, jax.Array | np.ndarray):
-        raise TypeError(must_be(name, wanted, rng))
-    if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-        is_key = rng.shape == ()
+    return None if rng is None else as_key("rng", rng, or_none=True)
+
+
+def as_key(name: str, key: Any, *, or_none: bool = False) -> jax.Array:
+    """One key, with a type; `or_none` says in the error that None will do too."""
+    wanted = f"one key, such as jax.random.key(0){', or None' if or_none else ''}"
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(must_be(name, wanted, key))
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        is_key = key.shape == ()
     else:
-        is_key = rng.dtype == jnp.uint32 and rng.shape in ((2,), (4,))
+        is_key = key.dtype == jnp.uint32 and key.shape in ((2,), (4,))
     if not is_key:
-        raise TypeError(must_be(name, wanted, rng))
-    return as_typed(cast(jax.Array, rng))
+        raise TypeError(must_be(name, wanted, key))
+    return as_typed(cast(jax.Array, key))
 
 
 def as_typed(rng: jax.Array) -> jax.Array:

@@ -140,7 +140,7 @@ def dropout_scan(
     reverse = check_flag("reverse", reverse)
     if parallel is not None:
         parallel = check_flag("parallel", parallel)
-    check_unroll(unroll)
+    _check_unroll(unroll)
     rng = as_rng(rng)
     steps = count_steps(xs)
     check_start(start, steps)
@@ -325,12 +325,13 @@ def _check_ids(batch: tuple[int, ...], carry: PyTree, x: PyTree) -> None:
             return
         if shapes:
             break
-    raise ValueError(f"sequence_ids has shape {batch}, but the carry is {short_tree_repr(carry)}.")
+    name = "carry" if tree is carry else "input at a step"
+    raise ValueError(f"sequence_ids has shape {batch}, but the {name} is {short_tree_repr(tree)}.")
 
 
-def check_unroll(unroll: Any) -> None:
+def _check_unroll(unroll: Any) -> None:
     """Raises if `unroll` is not one of `jax.lax.scan`."""
-    is_int = isinstance(unroll, int | np.integer | np.bool_)
+    is_int = isinstance(unroll, int | np.integer)  # JAX takes an np.bool_ for 0 or 1 steps
     if not is_int or unroll < 0:
         error = ValueError if is_int else TypeError
         raise error(must_be("unroll", "an int of at least 0, or a bool", unroll))

@@ -50,8 +50,8 @@ def episode_ids(
         num_rows = done.size
     elif not isinstance(num_rows, jax.Array) and check_count("num_rows", num_rows) < done.size:
         raise ValueError(
-            f"num_rows must be at least {done.size}, the rows of done, got {num_rows}: rows would "
-            f"get ids of each other."
+            f"num_rows must be at least {done.size}, the rows of done, got {num_rows}: "
+            f"otherwise two rows would get the same id."
         )
     # By the number of rows, so that rows never meet: row i has the ids i, i + n, i + 2n.
     return jnp.where(done, ids + num_rows, ids)

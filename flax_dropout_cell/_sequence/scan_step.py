@@ -99,7 +99,7 @@ class SequenceStep:
         # Padding may hold NaN, so the cell must not see it: see `stand_ins`.
         x = keep_rows(at.valid, at.x, self.stand_ins)
         new_carry, y = self._run_cell(carry, at.offset, x, step_noise)
-        check_rows("ys", y, at.valid.shape, "the padding")
+        check_rows("ys", y, at.valid.shape, "seq_lengths or valid")
         blank = jax.tree.map(jnp.zeros_like, y)
         return keep_rows(at.valid, new_carry, carry), keep_rows(at.valid, y, blank)
 

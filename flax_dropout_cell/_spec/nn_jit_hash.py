@@ -15,7 +15,7 @@ from ..noises.protocol import is_array
 _numbers = itertools.count()
 _objects: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 # Flax compares hashes alone, and that of a PyTreeDef leaves out what its nodes hold, such as the
-# numbers of noises: all specs of one shape have one. A dict compares the PyTreeDefs themselves.
+# numbers of noises: all specs of one structure hash alike. A dict compares the PyTreeDefs.
 _structures: dict[Any, int] = {}
 
 

@@ -86,7 +86,7 @@ class RecurrentDropout:
                     if entry is not site.of(self):
                         raise ValueError(
                             f"at_paths and recurrent_kernels must be the whole of dropout.{site}, "
-                            f"got one inside of a structure: give it all paths, or write noises."
+                            f"not a part of it: give one at_paths all paths, or write a structure."
                         )
                 elif entry is not None:
                     check_noise(f"dropout.{site}", entry)

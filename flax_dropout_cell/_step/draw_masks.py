@@ -34,8 +34,8 @@ from .call_cell import Cell, trace_cell
 from .checks import as_rows, as_spec
 from .rows import Rows
 
-Drawn = Callable[[PyTree], bool]
-"""`draws_once` or `draws_at_each_step`: the noises that are drawn now."""
+IsDrawn = Callable[[PyTree], bool]
+"""Tells the noises that are drawn now: `draws_once` or `draws_at_each_step`."""
 
 
 def draw_masks(
@@ -101,7 +101,7 @@ def site_values(
     x: PyTree,
     cell: Cell,
     dropout: RecurrentDropout,
-    is_drawn: Drawn = draws_once,
+    is_drawn: IsDrawn = draws_once,
 ) -> SiteValues:
     """The value at each site, or its shapes and dtypes, as far as the masks drawn need them."""
     # Params, x and the carry are at hand. Only a trace of the cell shows its y and its sites.
@@ -122,7 +122,7 @@ def draw_sites(
     rng: jax.Array,
     rows: Rows | None = None,
     *,
-    is_drawn: Drawn = draws_once,
+    is_drawn: IsDrawn = draws_once,
     brought: Masks | None = None,
     per_row_only: bool = False,
 ) -> Masks:
@@ -152,7 +152,7 @@ def draw_site(
     rng: jax.Array,
     rows: Rows | None = None,
     *,
-    is_drawn: Drawn = draws_once,
+    is_drawn: IsDrawn = draws_once,
     brought: Masks | None = None,
     per_row_only: bool = False,
 ) -> PyTree:
@@ -239,6 +239,8 @@ def draw_rows(
     # as a symbolic batch has cannot be exported.
     at_once = is_threefry(rng) and all(isinstance(size, int) for size in rows.batch)
     masks = jax.vmap(draw_row)(flat) if at_once else jax.lax.map(draw_row, flat)
+    if masks is None:  # `draw_leaf` raises
+        return masks
     # A row's mask may have fewer dims than the row, to which it broadcasts.
     missing = len(shape) - batch_ndim - (masks.ndim - 1)
     return masks.reshape(rows.batch + (1,) * missing + masks.shape[1:])

@@ -47,7 +47,8 @@ def embedding_dropout(
 
     Raises:
       ValueError: if `keep_prob` is a number outside [0, 1]; or if `per_example` is True, and `ids`
-        is a scalar, or the shards of `jax.shard_map` share a key.
+        is a scalar, or the shards of `jax.shard_map` share a key; or if NumPy
+        `ids` are not in the table.
       TypeError: if `table` is not floating-point, `ids` are not integers, or `rng` is not a key.
 
     Example:

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._arguments import check_count
-from .._messages import must_be, short_repr
-from .._random.keys import as_rng
+from .._messages import short_repr
+from .._random.keys import as_key
 
 
 def check_init(rng: Any, in_features: Any, features: Any, dtype: Any) -> None:
     """Raises if weights cannot be drawn from these arguments."""
-    if as_rng(rng) is None:
-        raise TypeError(must_be("rng", "one key, such as jax.random.key(0)", rng))
+    as_key("rng", rng)
     check_count("in_features", in_features)
     check_count("features", features)
     if not jnp.issubdtype(dtype, jnp.floating):

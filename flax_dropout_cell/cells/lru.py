@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._dtypes import wide_dtype
+from .._random.keep_masks import Number
 from .checks import check_init, check_input, check_kernels, check_vectors, check_weights
 from .disturb import undisturbed
 from .family import Family
@@ -108,14 +109,14 @@ def init_lru(
 
 def _check_ring(min_radius: Any, max_radius: Any, max_phase: Any) -> None:
     """Raises if numbers do not describe a ring; arrays, which may be traced, are not checked."""
-    if isinstance(min_radius, int | float) and isinstance(max_radius, int | float):
+    if isinstance(min_radius, Number) and isinstance(max_radius, Number):
         if not 0 <= min_radius <= max_radius <= 1 or min_radius == 1 or max_radius == 0:
             raise ValueError(
-                f"an LRU needs 0 <= min_radius <= max_radius <= 1 and a ring between 0 and 1, got "
-                f"{min_radius} and {max_radius}."
+                f"an LRU needs 0 <= min_radius <= max_radius <= 1, min_radius below 1 and "
+                f"max_radius above 0, got {min_radius} and {max_radius}."
             )
-    if isinstance(max_phase, int | float) and not 0 < max_phase < math.inf:
-        raise ValueError(f"max_phase must be above 0, got {max_phase}.")
+    if isinstance(max_phase, Number) and not 0 < max_phase < math.inf:
+        raise ValueError(f"max_phase must be above 0 and finite, got {max_phase}.")
 
 
 def lru_cell(

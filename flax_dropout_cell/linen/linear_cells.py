@@ -60,7 +60,7 @@ class LinearCell(nn.RNNCellBase):
         draws = self.is_mutable_collection("params") and not made
         new = self._draw(self.make_rng("params"), in_features) if draws else None
 
-        # Flax calls it to draw, and in `apply` to compare shapes; `new` is None then.
+        # Flax calls it for a missing weight, and in `apply` to compare shapes; there `new` is None.
         def pick(rng: jax.Array, name: str) -> jax.Array:
             return getattr(self._draw(rng, in_features) if new is None else new, name)
 

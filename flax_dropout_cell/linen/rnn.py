@@ -19,7 +19,7 @@ from .._flax.layer import (
 )
 from .._flax.wrapper import check_bare
 from .._inspect.describe import Description
-from .._random.keys import as_rng
+from .._random.keys import as_key, as_rng
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout
 from .._step.checks import check_dropout
 from .framework import LINEN
@@ -169,8 +169,8 @@ class RNN(nn.Module):
         layout = read_layout(inputs, LINEN.num_feature_axes(self.cell), settings.time_major)
 
         def make_carry() -> PyTree:
-            first = as_rng(jax.random.key(0) if init_key is None else init_key, "init_key")
-            assert first is not None
+            given = jax.random.key(0) if init_key is None else init_key
+            first = as_key("init_key", given, or_none=True)
             return layout.place(self.cell.initialize_carry(first, layout.step_shape))
 
         carry = make_carry() if initial_carry is None else initial_carry

@@ -35,11 +35,11 @@ def weights_of(cell: nn.Module) -> dict[str, Any]:
 
 
 def unbox(tree: Any) -> Any:
-    """Weights without their partitioning metadata, which may stand for shapes, or for tags."""
+    """Weights without their partitioning metadata. Shapes or tags may stand for the weights."""
 
     def unboxed(leaf: Any) -> Any:
         if isinstance(leaf, nn.Partitioned):  # its constraint on the sharding needs an array
-            return leaf.unbox(apply_constraint=False)
+            return unbox(leaf.unbox(apply_constraint=False))
         return nn.unbox(leaf)
 
     return jax.tree.map(unboxed, tree, is_leaf=lambda leaf: isinstance(leaf, AxisMetadata))

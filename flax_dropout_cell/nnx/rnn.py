@@ -22,13 +22,7 @@ from .._inspect.describe import Description
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout
 from .dropout_attribute import DropoutAttribute
 from .framework import NNX_FRAMEWORK
-from .streams import (
-    RngSource,
-    as_source,
-    carry_stream,
-    dropout_key,
-    fork_stream,
-)
+from .streams import RngSource, as_source, carry_stream, dropout_key, fork_stream
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

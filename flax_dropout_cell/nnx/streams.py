@@ -1,13 +1,13 @@
 """The streams that NNX modules draw their keys from."""
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
 from flax import errors, nnx
 
 from .._messages import must_be
-from .._random.keys import OtherPRNGError, as_rng
+from .._random.keys import OtherPRNGError, as_key, as_rng
 
 RngSource = nnx.Rngs | nnx.RngStream | None
 
@@ -25,7 +25,9 @@ def fork_stream(rngs: Any) -> nnx.RngStream | None:
         return rngs.fork()
     if rngs is None:
         return nnx.data(None)
-    raise TypeError(must_be("rngs", "Rngs such as nnx.Rngs(dropout=0), an RngStream or None", rngs))
+    raise TypeError(
+        must_be("rngs", "an Rngs such as nnx.Rngs(dropout=0), an RngStream or None", rngs)
+    )
 
 
 def has_dropout(rngs: nnx.Rngs) -> bool:
@@ -70,7 +72,7 @@ def as_source(rngs: Any) -> Any:
     if isinstance(rngs, nnx.Rngs | nnx.RngStream):
         return rngs
     try:
-        return as_rng(rngs, "rngs")
+        return as_rng(rngs)
     except OtherPRNGError:
         raise
     except TypeError:
@@ -110,8 +112,8 @@ def carry_stream(rngs: RngSource | jax.Array, init_key: jax.Array | None) -> nnx
         return rngs
     if init_key is None and isinstance(rngs, nnx.Rngs) and _CARRY in rngs:
         return rngs[_CARRY]
-    key = jax.random.key(0) if init_key is None else as_rng(init_key, "init_key")
-    return nnx.RngStream(cast(jax.Array, key), tag=_CARRY)
+    given = jax.random.key(0) if init_key is None else init_key
+    return nnx.RngStream(as_key("init_key", given, or_none=True), tag=_CARRY)
 
 
 def check_rngs(rngs: Any) -> None:

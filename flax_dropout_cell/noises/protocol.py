@@ -19,11 +19,11 @@ class Noise(Protocol):
     bool: `is_identity` (True: the noise is skipped and draws nothing), `needs_previous` (True: it
     is refused at sites that have no previous value), `amplifies` (True: a kept unit grows, so
     the noise is refused where that would grow at every step), and `reparameterized` (True: the mask
-    is a deviate that does not depend on the noise's numbers, so a wrapper's carry need not keep
-    the numbers that it was drawn with, and a learned one has its gradient in every window). A noise
-    whose mask is shared over some of the value's dims says so in a field `broadcast_dims`, a tuple
-    of ints: a mask that is shared over the batch is then drawn once for all rows, whatever their
-    ids. With `mask_kind`, a
+    is a deviate that does not depend on the noise's numbers, so a wrapper's carry does not
+    keep those numbers, and a learned number has a gradient in every window). A noise whose mask is
+    shared over some of the value's dims says so in a field `broadcast_dims`, a tuple of ints: a
+    mask that is shared over the batch is then drawn once for all rows, whatever their ids. With
+    `mask_kind`, a
     kind of dtype such as `jnp.bool_`, masks that a caller brings are refused if theirs is another;
     a subclass of `Dropout` that draws other masks than booleans sets its own.
 

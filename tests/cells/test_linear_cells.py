@@ -189,7 +189,7 @@ def test_eigenvalues_of_an_lru_are_uniform_on_their_ring(
 def test_no_eigenvalue_of_an_lru_rounds_to_one() -> None:
     """The paper's radius for long memories, 200,000 times: a logarithm of 0 would train to NaN.
 
-    There gamma is exact too: at this radius, squares in float32 leave it a digit or two.
+    Gamma is exact there too: from squares in float32 it would have one or two correct digits.
     """
     init = functools.partial(fdc.init_lru, min_radius=0.999, max_phase=math.pi / 50)
     few = [init(jax.random.key(seed), 1, 1000) for seed in range(200)]

@@ -300,7 +300,7 @@ def test_ids_beside_a_carry_that_rows_share() -> None:
 
 
 def test_weights_of_many_cells_are_read_at_once() -> None:
-    """Those that jax.vmap made have one axis more."""
+    """Weights that jax.vmap made have one more axis."""
     cell = nn.GRUCell(8)
     variables = jax.vmap(lambda key: cell.init(key, jnp.zeros(8), jnp.zeros(3)))(
         jax.random.split(KEY, 5)

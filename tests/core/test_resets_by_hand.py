@@ -88,7 +88,7 @@ def test_a_sequence_with_resets(by_id: bool, cuts: list[int]) -> None:
 
 
 def test_a_mask_that_is_brought_for_one_of_several_leaves_stays_at_a_reset() -> None:
-    """One mask for all steps, for a noise that draws at each step otherwise."""
+    """The mask is the same at all steps, although its noise would draw at each step."""
 
     def pair(params: Any, carry: Any, x: Any) -> Any:
         first, second = carry

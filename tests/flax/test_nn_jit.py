@@ -198,7 +198,7 @@ STATIC = {
 @pytest.mark.parametrize("changed", STATIC)
 @pytest.mark.parametrize("host", WITH_SPEC)
 def test_a_spec_does_not_run_in_the_program_of_another(host: str, changed: str) -> None:
-    """Specs that differ in static values alone have one structure by Python's hash."""
+    """Specs that differ in static values alone have PyTreeDefs with equal hashes."""
     layer_class: Any = fdc.linen.RNN if host == "RNN" else nn.RNN
     lifted = nn.jit(layer_class)  # one class, and so one cache
 

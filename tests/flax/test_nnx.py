@@ -389,7 +389,7 @@ def test_mistakes_at_construction() -> None:
         (DropoutCell, (nnx.LSTMCell, MIXED), {}, r"got a class: write nnx.LSTMCell\(32"),
         (RNNCellDropoutWrapper, (nnx.Dropout(0.5),), {}, r"is not an RNNCell of flax.nnx"),
         (DropoutCell, (Sum(), 0.5), {}, r"dropout must be a RecurrentDropout.*got 0.5"),
-        (DropoutCell, (Sum(), MIXED), {"rngs": 3}, r"rngs must be Rngs such as .*got 3"),
+        (DropoutCell, (Sum(), MIXED), {"rngs": 3}, r"rngs must be an Rngs such as .*got 3"),
     ]
     for make, args, options, text in mistakes:
         with pytest.raises(TypeError, match=text):

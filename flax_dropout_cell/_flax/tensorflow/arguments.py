@@ -203,7 +203,7 @@ def check_arguments(
         check_probability(name, keep_prob)
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer | None):
         raise TypeError(must_be("seed", "an int or None", seed))
-    if seed is not None and not -(2**63) <= seed < 2**64:
+    if seed is not None and not -(2**63) <= seed < 2**63:
         raise ValueError(must_be("seed", "an int of 64 bits", seed))
 
 

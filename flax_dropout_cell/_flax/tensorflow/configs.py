@@ -276,6 +276,8 @@ def _parameters_of(cls: type, names: TrustedNames) -> dict[str, inspect.Paramete
 def constructor_parameters(cls: type) -> Iterator[inspect.Parameter]:
     """The parameters of a class's constructor; this library's cells pass `**options` to Flax's."""
     for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
         # Flax's metaclass hides a class's own signature behind (*args, **kwargs).
         _, *parameters = inspect.signature(base.__init__).parameters.values()
         yield from parameters
