@@ -87,8 +87,6 @@ def draw_like(leaf: Any, draw: Callable[..., jax.Array], *args: Any) -> jax.Arra
     drawn = jax.eval_shape(
         run, jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arrays)
     )
-    if drawn is None:  # the caller raises
-        return drawn
     mesh = sharding.mesh
     axes = tuple(axis for axis in mesh.axis_names if _is_explicit(mesh, axis))
     placed = _sharding_of(drawn.shape, leaf)

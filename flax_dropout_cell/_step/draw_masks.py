@@ -190,18 +190,22 @@ def draw_leaf(site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: Rows | 
 
     def draw(noise: Noise, rng: jax.Array, rows: Rows | None) -> jax.Array:
         if rows is None:
-            return noise.draw_mask(rng, shape, dtype)
+            return _draw_mask(noise, rng, shape, dtype)
         return draw_rows(noise, rng, shape, dtype, rows)
 
     mask = draw_like(leaf, draw, noise, rng, rows)
-    if mask is None:
-        method = f"dropout.{site}: {type(noise).__name__}.draw_mask"
-        raise TypeError(f"{method} gave None; it must return an array.")
     if not broadcasts(np.shape(mask), shape):
         raise ValueError(
             f"dropout.{site}: {type(noise).__name__}.draw_mask gave the shape {np.shape(mask)}, "
             f"which does not broadcast to the value's shape {shape}."
         )
+    return mask
+
+
+def _draw_mask(noise: Noise, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    mask: jax.Array | None = noise.draw_mask(rng, shape, dtype)
+    if mask is None:  # a user's noise may forget its return
+        raise TypeError(f"{type(noise).__name__}.draw_mask gave None; it must return an array.")
     return mask
 
 
@@ -232,15 +236,13 @@ def draw_rows(
 
     def draw_row(row: Rows) -> jax.Array:
         row_rng = fold_in(fold_in(rng, row.id_low), row.id_high)
-        return noise.draw_mask(row_rng, shape[batch_ndim:], dtype)
+        return _draw_mask(noise, row_rng, shape[batch_ndim:], dtype)
 
     flat = jax.tree.map(lambda words: words.reshape(math.prod(rows.batch)), rows)
     # Under vmap, JAX's rbg gives all rows the bits of the first key, and the bytes of as many rows
     # as a symbolic batch has cannot be exported.
     at_once = is_threefry(rng) and all(isinstance(size, int) for size in rows.batch)
     masks = jax.vmap(draw_row)(flat) if at_once else jax.lax.map(draw_row, flat)
-    if masks is None:  # `draw_leaf` raises
-        return masks
     # A row's mask may have fewer dims than the row, to which it broadcasts.
     missing = len(shape) - batch_ndim - (masks.ndim - 1)
     return masks.reshape(rows.batch + (1,) * missing + masks.shape[1:])

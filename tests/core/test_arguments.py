@@ -189,7 +189,14 @@ OBJECTS: dict[str, Case] = {
     "no cell": (lambda: scan(cell=None), TypeError, r"cell must be a function .* got None"),
     "a mask of None": (
         lambda: scan(fdc.RecurrentDropout(input=Returns(None))), TypeError,
-        "dropout.input: Returns.draw_mask gave None; it must return an array",
+        "Returns.draw_mask gave None; it must return an array",
+    ),
+    "a mask of None for each id": (
+        lambda: scan(
+            fdc.RecurrentDropout(input=Returns(None)), xs=jnp.ones((T, B, F)),
+            sequence_ids=np.arange(B),
+        ),
+        TypeError, "Returns.draw_mask gave None; it must return an array",
     ),
     "a value of None": (
         lambda: scan(fdc.RecurrentDropout(input=Returns(H))), TypeError,
