@@ -317,7 +317,7 @@ MISTAKES = {
         "min_gru", lambda p, h, x: (p, h.astype(int), x), TypeError, "a floating-point h, such as"
     ),
     "weights of another cell": (
-        "min_lstm", lambda p, h, x: (fdc.RGLRUParams(p.input_kernel, p.bias, p.bias[:8]), h, x), TypeError,
+        "min_lstm", lambda p, h, x: (fdc.RGLRUParams(p[0], p[1], p[1][:8]), h, x), TypeError,
         "min_lstm_cell takes MinLSTMParams, got a",
     ),
     "a bias of one": (
