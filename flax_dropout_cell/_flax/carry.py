@@ -135,9 +135,9 @@ def run_wrapped_step(
     if carry.masks is None:
         raise ValueError("the carry was made in evaluation and has no masks: call redraw_masks.")
     check_fingerprint(carry.fingerprint, dropout)
-    _check_whole(carry, x)
-    _check_batch(carry, x)
     spec, masks = dropout, carry.masks
+    _check_whole(masks, carry, x)
+    _check_batch(masks, carry.fingerprint, x)
     if carry.arrays is not None:
         # Before the weights are left out, since the arrays are those of all sites.
         spec = with_fixed_arrays(dropout, [_first(array) for array in carry.arrays])
@@ -172,10 +172,9 @@ def check_carry(carry: Any) -> None:
         raise TypeError(f"the carry must be a DropoutCarry, got {got}.")
 
 
-def _check_whole(carry: DropoutCarry, x: PyTree) -> None:
+def _check_whole(masks: Masks, carry: DropoutCarry, x: PyTree) -> None:
     """Raises if a carry is a part of another, or several that were joined."""
-    assert carry.masks is not None
-    shared = jax.tree.leaves((carry.masks.params, carry.rng, carry.arrays))
+    shared = jax.tree.leaves((masks.params, carry.rng, carry.arrays))
     # 1, or the batch if a host has indexed it: see `StepRng`.
     sizes = {1, *(size for leaf in jax.tree.leaves(x) for size in np.shape(leaf)[:1])} - {0}
     if any(leaf.shape[0] not in sizes for leaf in shared):
@@ -185,17 +184,15 @@ def _check_whole(carry: DropoutCarry, x: PyTree) -> None:
         )
 
 
-def _check_batch(carry: DropoutCarry, x: PyTree) -> None:
+def _check_batch(masks: Masks, fingerprint: Any, x: PyTree) -> None:
     """Raises if masks that were drawn for one row would be shared by all rows of a batch."""
-    of_rows = None if carry.masks is None else carry.masks._replace(params=None)
-    if not isinstance(carry.fingerprint, SpecFingerprint) or not jax.tree.leaves(of_rows):
+    of_rows = jax.tree.leaves(masks._replace(params=None))
+    if not isinstance(fingerprint, SpecFingerprint) or not of_rows:
         return
-    for drawn, here in zip(
-        carry.fingerprint.shapes, map(np.shape, jax.tree.leaves(x)), strict=False
-    ):
-        if len(drawn) == len(here) and any(
-            was == 1 != now for was, now in zip(drawn, here, strict=True)
-        ):
+    shapes = map(np.shape, jax.tree.leaves(x))
+    for drawn, here in zip(fingerprint.shapes, shapes, strict=False):
+        sizes = zip(drawn, here, strict=False)
+        if len(drawn) == len(here) and any(was == 1 != now for was, now in sizes):
             raise ValueError(
                 f"the carry's masks were drawn for an input of shape {drawn}, and this one has "
                 f"{here}: its rows would share masks. Call redraw_masks for this batch."

@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ..cells import LRUParams, MinGRUParams, MinLSTMParams, RGLRUParams
-from ..cells.checks import check_kernels, check_vectors
+from ..cells import GRUParams, LRUParams, LSTMParams, MinGRUParams, MinLSTMParams, RGLRUParams
+from ..cells.checks import check_gates
 
 LinearParams = LRUParams | MinGRUParams | MinLSTMParams | RGLRUParams
 
@@ -36,8 +35,8 @@ def check_params(params: Any, shapes: Callable[[int], Any], cell: Any) -> None:
     kind = type(shapes(1))
     if type(params) is not kind:
         raise wrong_weights(cell, kind, params)
-    in_features = np.shape(params.input_kernel)[:1]
-    for name, leaf, like in zip(params._fields, params, shapes(*in_features or (1,)), strict=True):
+    in_features = params.input_kernel.shape[0] if params.input_kernel.ndim else 1
+    for name, leaf, like in zip(params._fields, params, shapes(in_features), strict=True):
         if leaf.shape != like.shape:
             wanted = f"{list(like.shape)} for this {type(cell).__name__}"
             raise ValueError(f"{name} must be {wanted}, got {list(leaf.shape)}.")
@@ -87,10 +86,6 @@ def without_stack(params: Any) -> Any:
     return type(params)(**{name: shape(name, leaf) for name, leaf in leaves})
 
 
-def check_gated(function: str, params: Any, gates: int) -> int:
+def features_of(function: str, params: LSTMParams | GRUParams) -> int:
     """The features of an LSTM's or a GRU's weights; raises if their shapes do not fit."""
-    features = check_kernels(function, params, gates)
-    check_vectors(function, params, bias=gates * features)
-    if getattr(params, "recurrent_bias", None) is not None:
-        check_vectors(function, params, recurrent_bias=features)
-    return features
+    return check_gates(function, params, 3 if isinstance(params, GRUParams) else 4)

@@ -116,9 +116,8 @@ def check_bare_carries(**carries: PyTree) -> None:
 
 def needs_key(layer: Any, deterministic: bool | None) -> bool:
     """Whether a call of a layer draws: it trains, and some noise does something."""
-    return not is_evaluation(deterministic, layer.deterministic) and bool(
-        active_noises(layer.dropout)
-    )
+    evaluate = is_evaluation(deterministic, layer.deterministic)
+    return not evaluate and bool(active_noises(layer.dropout))
 
 
 def refuse_state(cell: Any, what: str) -> TypeError:

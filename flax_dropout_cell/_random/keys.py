@@ -29,10 +29,7 @@ _FIRST_SITE = 2**31
 EMBEDDING = CELL = np.uint32(2**32 - 1)
 _SITES = ("params", "input", "state", "output", "inside")
 _NESTED = 7  # the last slot
-
-
-class OtherPRNGError(TypeError):
-    """A raw key is not one of the default PRNG, although JAX would read it as one."""
+_ONE_KEY = "one key, such as jax.random.key(0)"
 
 
 def leaf_rng(rng: jax.Array, site: str, index: int, *, inside: str | None = None) -> jax.Array:
@@ -73,12 +70,11 @@ def as_rng(rng: Any) -> jax.Array | None:
     Raises:
       TypeError: if it is neither one key, typed or raw, nor None.
     """
-    return None if rng is None else as_key("rng", rng, or_none=True)
+    return None if rng is None else as_key("rng", rng, f"{_ONE_KEY}, or None")
 
 
-def as_key(name: str, key: Any, *, or_none: bool = False) -> jax.Array:
-    """One key, with a type; `or_none` says in the error that None will do too."""
-    wanted = f"one key, such as jax.random.key(0){', or None' if or_none else ''}"
+def as_key(name: str, key: Any, wanted: str = _ONE_KEY) -> jax.Array:
+    """One key, with a type; the error says what was `wanted`."""
     if not isinstance(key, jax.Array | np.ndarray):
         raise TypeError(must_be(name, wanted, key))
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -97,7 +93,7 @@ def as_typed(rng: jax.Array) -> jax.Array:
     try:
         return jax.random.wrap_key_data(rng)
     except TypeError:
-        raise OtherPRNGError(
+        raise TypeError(
             f"a raw key of {rng.shape[-1]} words is not one of {jax.config.jax_default_prng_impl}, "
             f"the default PRNG: write jax.random.wrap_key_data(key, impl=..)."
         ) from None

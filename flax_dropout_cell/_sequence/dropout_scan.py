@@ -135,24 +135,19 @@ def dropout_scan(
     """
     dropout = as_spec(dropout, carry, cell)
     check_masks(masks, dropout)
-    if checkpoint_every is not None:
-        checkpoint_every = check_count("checkpoint_every", checkpoint_every)
-    reverse = check_flag("reverse", reverse)
-    if parallel is not None:
-        parallel = check_flag("parallel", parallel)
-    _check_unroll(unroll)
+    loop = _Loop.of(reverse, unroll, checkpoint_every, parallel)
     rng = as_rng(rng)
     steps = count_steps(xs)
     check_start(start, steps)
     valid = find_valid(seq_lengths, valid, steps)
     if valid is not None:
-        padded_by = "valid" if seq_lengths is None else "seq_lengths"
-        for name, tree in (("carry", carry), ("xs", at_a_step(xs))):
-            check_rows(name, tree, valid.shape[1:], padded_by)
-        check_inputs_have_rows(cell, params, carry, at_a_step(xs), valid.shape[1:])
+        batch, padded_by = valid.shape[1:], "valid" if seq_lengths is None else "seq_lengths"
+        check_rows("carry", carry, batch, padded_by)
+        check_rows("xs", at_a_step(xs), batch, padded_by)
+        check_inputs_have_rows(cell, params, carry, at_a_step(xs), batch)
     if sequence_ids is not None and resets is None:
         _check_ids(np.shape(sequence_ids), carry, at_a_step(xs))
-    plan = _plan(carry, steps, resets, reset_carry, sequence_ids, valid, start, reverse=reverse)
+    plan = _plan(carry, steps, resets, reset_carry, sequence_ids, valid, start, loop.reverse)
     drawn = _draw(
         functools.partial(site_values, params, carry, at_a_step(xs), cell),
         masks,
@@ -161,7 +156,7 @@ def dropout_scan(
         rng=rng,
         steps=steps,
         start=start,
-        ahead=checkpoint_every is None,
+        ahead=loop.checkpoint_every is None,
     )
     step_noise = StepNoise(dropout, drawn.masks, rng, plan.first_ids)
     weights = disturb_once(step_noise, params)
@@ -178,12 +173,31 @@ def dropout_scan(
         plan.begin(carry, drawn.of_rows),
         StepInput(jnp.arange(steps, dtype=jnp.uint32), xs, valid, plan.sequences, drawn.of_steps),
         steps=steps,
-        reverse=reverse,
-        unroll=unroll,
-        checkpoint_every=checkpoint_every,
-        parallel=parallel,
+        **loop._asdict(),
     )
     return running.carry, ys
+
+
+class _Loop(NamedTuple):
+    """The options of the loop over the steps, as in `dropout_scan`."""
+
+    reverse: bool
+    unroll: int | np.integer
+    checkpoint_every: int | None
+    parallel: bool | None
+
+    @classmethod
+    def of(cls, reverse: Any, unroll: Any, checkpoint_every: Any, parallel: Any) -> "_Loop":
+        """The options, checked."""
+        is_int = isinstance(unroll, int | np.integer)  # JAX takes an np.bool_ for 0 or 1 steps
+        if not is_int or unroll < 0:
+            error = ValueError if is_int else TypeError
+            raise error(must_be("unroll", "an int of at least 0, or a bool", unroll))
+        if checkpoint_every is not None:
+            checkpoint_every = check_count("checkpoint_every", checkpoint_every)
+        if parallel is not None:
+            parallel = check_flag("parallel", parallel)
+        return cls(check_flag("reverse", reverse), unroll, checkpoint_every, parallel)
 
 
 class _Plan(NamedTuple):
@@ -236,7 +250,6 @@ def _plan(
     ids: Any,
     valid: jax.Array | None,
     start: Any,
-    *,
     reverse: bool,
 ) -> _Plan:
     if resets is None:
@@ -327,14 +340,6 @@ def _check_ids(batch: tuple[int, ...], carry: PyTree, x: PyTree) -> None:
             break
     name = "carry" if tree is carry else "input at a step"
     raise ValueError(f"sequence_ids has shape {batch}, but the {name} is {short_tree_repr(tree)}.")
-
-
-def _check_unroll(unroll: Any) -> None:
-    """Raises if `unroll` is not one of `jax.lax.scan`."""
-    is_int = isinstance(unroll, int | np.integer)  # JAX takes an np.bool_ for 0 or 1 steps
-    if not is_int or unroll < 0:
-        error = ValueError if is_int else TypeError
-        raise error(must_be("unroll", "an int of at least 0, or a bool", unroll))
 
 
 def at_a_step(xs: PyTree) -> PyTree:

@@ -28,6 +28,14 @@ def check_weights(cell: str, kind: type, params: Any) -> None:
         raise TypeError(f"{cell} takes {kind.__name__}, got {got}.")
 
 
+def check_call(cell: str, kind: type, params: Any, h: Any, x: Any, gates: int) -> int:
+    """The features of a cell of gates; raises if weights, carry and input do not fit together."""
+    check_weights(cell, kind, params)
+    features = check_gates(cell, params, gates)
+    check_input(cell, params.input_kernel, features, h, x)
+    return features
+
+
 def check_kernels(cell: str, params: Any, gates: int) -> int:
     """The features of h; raises if a kernel does not have a block of columns for each gate."""
     features: Any = "features"
@@ -43,6 +51,15 @@ def check_kernels(cell: str, params: Any, gates: int) -> int:
         wanted = f"[in_features, {gates} * {features}]"
         raise ValueError(f"{cell} takes an input_kernel {wanted}, got {shape}.")
     return found
+
+
+def check_gates(cell: str, params: Any, gates: int) -> int:
+    """The features of h; raises if kernels or biases do not have a part for each gate."""
+    features = check_kernels(cell, params, gates)
+    check_vectors(cell, params, bias=gates * features)
+    if getattr(params, "recurrent_bias", None) is not None:
+        check_vectors(cell, params, recurrent_bias=features)
+    return features
 
 
 def check_vectors(cell: str, params: Any, **sizes: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .checks import check_input, check_kernels, check_vectors, check_weights
+from .checks import check_call
 from .disturb import active, undisturbed
 from .family import CellSite, Family
 from .gates import Activation, Disturb, add_bias, expand_bias, gates_matmul, init_kernels
@@ -113,12 +113,7 @@ def gru_step(
 ) -> tuple[jax.Array, jax.Array]:
     """`gru_cell` with any activations, as Flax's cells have them."""
     h = carry
-    check_weights("gru_cell", GRUParams, params)
-    features = check_kernels("gru_cell", params, 3)
-    check_input("gru_cell", params.input_kernel, features, h, x)
-    check_vectors("gru_cell", params, bias=3 * features)
-    if params.recurrent_bias is not None:
-        check_vectors("gru_cell", params, recurrent_bias=features)
+    check_call("gru_cell", GRUParams, params, h, x, 3)
     read_h = disturb("recurrent", h.astype(x.dtype))
     r, z, x_n, h_n = _read(params, x, read_h, disturb)
     if params.recurrent_bias is not None:

@@ -10,20 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .checks import check_init, check_input, check_kernels, check_vectors, check_weights
+from .checks import check_init
 from .family import CellSite
 from .gates import Disturb, expand_bias
 
 LINEAR_SITES = (CellSite("candidate"), CellSite("hidden", carried=True, leaky=True))
-
-
-def check_gates(cell: str, kind: type, params: Any, h: Any, x: Any, gates: int) -> int:
-    """The features of a cell that reads its gates with one kernel; raises if shapes do not fit."""
-    check_weights(cell, kind, params)
-    features = check_kernels(cell, params, gates)
-    check_input(cell, params.input_kernel, features, h, x)
-    check_vectors(cell, params, bias=gates * features)
-    return features
 
 
 def read_gates(x: jax.Array, kernel: jax.Array, bias: jax.Array, gates: int) -> list[jax.Array]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checks import check_carried, check_input, check_kernels, check_vectors, check_weights
+from .checks import check_call, check_carried
 from .disturb import active, undisturbed
 from .family import CellSite, Family
 from .gates import Activation, Disturb, add_bias, expand_bias, gates_matmul, init_kernels
@@ -126,11 +126,8 @@ def lstm_step(
     activation_fn: Activation,
 ) -> tuple[Any, jax.Array]:
     """`lstm_cell` with any activations, as Flax's cells have them."""
-    check_weights("lstm_cell", LSTMParams, params)
     c, h = _check_carry(carry)
-    features = check_kernels("lstm_cell", params, 4)
-    check_input("lstm_cell", params.input_kernel, features, h, x)
-    check_vectors("lstm_cell", params, bias=4 * features)
+    check_call("lstm_cell", LSTMParams, params, h, x, 4)
     check_carried("lstm_cell", "c", c)
     i, f, g, o = _read(params, x, h.astype(x.dtype), disturb)
     g = disturb("candidate", activation_fn(g))

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .checks import check_call
 from .disturb import undisturbed
 from .family import Family
 from .gates import Disturb
-from .linear import LINEAR_SITES, check_gates, init_gates, read_gates, update
+from .linear import LINEAR_SITES, init_gates, read_gates, update
 
 
 class MinGRUParams(NamedTuple):
@@ -87,7 +88,7 @@ def min_gru_cell(
       >>> y.shape
       (4, 8)
     """
-    check_gates("min_gru_cell", MinGRUParams, params, carry, x, 2)
+    check_call("min_gru_cell", MinGRUParams, params, carry, x, 2)
     z, n = read_gates(x, params.input_kernel, params.bias, 2)
     n = disturb("candidate", n)
     z = jax.nn.sigmoid(z)  # of x alone: the scan computes it for all steps before it solves for h

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .checks import check_call
 from .disturb import undisturbed
 from .family import Family
 from .gates import Disturb
-from .linear import LINEAR_SITES, check_gates, init_gates, read_gates, update
+from .linear import LINEAR_SITES, init_gates, read_gates, update
 
 
 class MinLSTMParams(NamedTuple):
@@ -87,7 +88,7 @@ def min_lstm_cell(
       >>> y.shape
       (4, 8)
     """
-    check_gates("min_lstm_cell", MinLSTMParams, params, carry, x, 3)
+    check_call("min_lstm_cell", MinLSTMParams, params, carry, x, 3)
     f, i, n = read_gates(x, params.input_kernel, params.bias, 3)
     n = disturb("candidate", n)
     # f / (f + i) is the sigmoid of log f - log i, which does not divide 0 by 0 if both underflow.

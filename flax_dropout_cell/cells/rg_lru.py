@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from .._dtypes import wide_dtype
-from .checks import check_init, check_vectors
+from .checks import check_call, check_init, check_vectors
 from .disturb import undisturbed
 from .family import Family
 from .gates import Disturb, expand_bias
-from .linear import LINEAR_SITES, check_gates, init_gates, read_gates, update
+from .linear import LINEAR_SITES, init_gates, read_gates, update
 
 _POWER = 8.0
 """c of the paper: how far a closed recurrence gate, r = 0, is from an open one, a**(c r)."""
@@ -103,7 +103,7 @@ def rg_lru_cell(
       >>> y.shape
       (4, 8)
     """
-    features = check_gates("rg_lru_cell", RGLRUParams, params, carry, x, 3)
+    features = check_call("rg_lru_cell", RGLRUParams, params, carry, x, 3)
     check_vectors("rg_lru_cell", params, decay_logit=features)
     r, i, n = read_gates(x, params.input_kernel, params.bias, 3)
     candidate = disturb("candidate", jax.nn.sigmoid(i) * n)

@@ -11,8 +11,8 @@ from flax.typing import Dtype, Initializer
 
 from .._flax.cell_weights import (
     LinearParams,
-    check_gated,
     check_params,
+    features_of,
     has_no_weights,
     params_of,
     without_stack,
@@ -261,7 +261,7 @@ def core_params(variables: Mapping[str, Any], cell: nn.RNNCellBase) -> Params:
 
 def _check_features(function: str, params: LSTMParams | GRUParams, cell: Any) -> None:
     """Raises if weights do not fit together, or are not of the cell's size."""
-    features = check_gated(function, params, 3 if isinstance(params, GRUParams) else 4)
+    features = features_of(function, params)
     if features != cell.features:
         raise ValueError(f"the cell has {cell.features} features, but the weights {features}.")
 

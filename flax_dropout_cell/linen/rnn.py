@@ -170,7 +170,7 @@ class RNN(nn.Module):
 
         def make_carry() -> PyTree:
             given = jax.random.key(0) if init_key is None else init_key
-            first = as_key("init_key", given, or_none=True)
+            first = as_key("init_key", given)
             return layout.place(self.cell.initialize_carry(first, layout.step_shape))
 
         carry = make_carry() if initial_carry is None else initial_carry

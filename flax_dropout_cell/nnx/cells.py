@@ -10,8 +10,8 @@ from flax import nnx
 from .._arguments import check_flag
 from .._flax.cell_weights import (
     LinearParams,
-    check_gated,
     check_params,
+    features_of,
     has_no_weights,
     params_of,
     without_stack,
@@ -241,7 +241,7 @@ def _gates_of(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> LSTMParams
 
 def _check_sizes(function: str, params: LSTMParams | GRUParams, cell: Any) -> None:
     """Raises if weights are not of the cell's size."""
-    features = check_gated(function, params, 3 if isinstance(params, GRUParams) else 4)
+    features = features_of(function, params)
     got = (params.input_kernel.shape[0], features)
     wanted: tuple[int, int] = (cell.in_features, cell.hidden_features)
     if got != wanted:

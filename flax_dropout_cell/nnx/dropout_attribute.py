@@ -51,13 +51,13 @@ class DropoutAttribute:
     def dropout(self) -> RecurrentDropout:
         """The noise at each site; it may be replaced at any time, inside `nnx.jit` too."""
         arrays = self._noise_arrays
-        leaves, _ = tree_flatten_with_path(self.noises.tree)
+        leaves, structure = tree_flatten_with_path(self.noises.tree)
         own = {_name(path) for path, leaf in leaves if leaf is ...}
         if arrays.keys() != own:  # a state of another spec was loaded
             others = ", ".join(sorted(arrays.keys() ^ own))
             raise ValueError(f"dropout and the state that was loaded differ in arrays: {others}.")
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: arrays[_name(path)][...] if leaf is ... else leaf, self.noises.tree
+        return jax.tree.unflatten(
+            structure, [arrays[_name(path)][...] if leaf is ... else leaf for path, leaf in leaves]
         )
 
     @dropout.setter

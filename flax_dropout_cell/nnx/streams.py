@@ -7,7 +7,7 @@ import numpy as np
 from flax import errors, nnx
 
 from .._messages import must_be
-from .._random.keys import OtherPRNGError, as_key, as_rng
+from .._random.keys import as_key
 
 RngSource = nnx.Rngs | nnx.RngStream | None
 
@@ -25,9 +25,8 @@ def fork_stream(rngs: Any) -> nnx.RngStream | None:
         return rngs.fork()
     if rngs is None:
         return nnx.data(None)
-    raise TypeError(
-        must_be("rngs", "an Rngs such as nnx.Rngs(dropout=0), an RngStream or None", rngs)
-    )
+    wanted = "an Rngs such as nnx.Rngs(dropout=0), an RngStream or None"
+    raise TypeError(must_be("rngs", wanted, rngs))
 
 
 def has_dropout(rngs: nnx.Rngs) -> bool:
@@ -69,15 +68,10 @@ def dropout_key(
 
 def as_source(rngs: Any) -> Any:
     """A call's `rngs`, with a type if it is a raw key; raises if nothing can be drawn from it."""
-    if isinstance(rngs, nnx.Rngs | nnx.RngStream):
+    if rngs is None or isinstance(rngs, nnx.Rngs | nnx.RngStream):
         return rngs
-    try:
-        return as_rng(rngs)
-    except OtherPRNGError:
-        raise
-    except TypeError:
-        wanted = "an Rngs such as nnx.Rngs(dropout=key), an RngStream, one key or None"
-        raise TypeError(must_be("rngs", wanted, rngs)) from None
+    wanted = "an Rngs such as nnx.Rngs(dropout=key), an RngStream, one key or None"
+    return as_key("rngs", rngs, wanted)
 
 
 def _draw(name: str, stream: nnx.RngStream, takes: str, *, is_own: bool) -> jax.Array:
@@ -113,7 +107,7 @@ def carry_stream(rngs: RngSource | jax.Array, init_key: jax.Array | None) -> nnx
     if init_key is None and isinstance(rngs, nnx.Rngs) and _CARRY in rngs:
         return rngs[_CARRY]
     given = jax.random.key(0) if init_key is None else init_key
-    return nnx.RngStream(as_key("init_key", given, or_none=True), tag=_CARRY)
+    return nnx.RngStream(as_key("init_key", given), tag=_CARRY)
 
 
 def check_rngs(rngs: Any) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hand_masks import kept, site_key
 
 import flax_dropout_cell as fdc
 
@@ -130,6 +131,9 @@ NUMBERS: dict[str, Case] = {
     ),
     "a seed of 65 bits": (
         lambda: tensorflow(0.5, seed=2**64), ValueError, "seed must be an int of 64 bits"
+    ),
+    "a seed of 64 bits without a sign": (
+        lambda: tensorflow(0.5, seed=np.uint64(2**63)), ValueError, "seed must be an int of 64 bits"
     ),
     "an id that is not in the table": (
         lambda: fdc.embedding_dropout(jnp.ones((3, 2)), np.array([0, 3]), None, keep_prob=0.5),  # type: ignore[arg-type]
@@ -294,23 +298,30 @@ def test_a_mask_that_is_of_one_row_on_purpose() -> None:
 
 
 def test_ids_beside_a_carry_that_rows_share() -> None:
+    """Each row's mask is that of its id, whatever else the carry holds."""
+
     def pair(params: Any, carry: Any, x: Any) -> Any:
         h, shared = carry
         return (h + x + shared[None], shared), x
 
-    options: dict[str, Any] = {"cell": pair, "dropout": SPEC, "sequence_ids": np.arange(B)}
-    carry = (H, jnp.ones(F))
-    _, ys = fdc.dropout_scan(None, carry, XS, KEY, **options)
-    for step, x in enumerate(XS):
-        carry, y = fdc.dropout_cell(None, carry, x, KEY, step=step, **options)
-        np.testing.assert_array_equal(ys[step], y)
+    ids = np.array([3, 0, 7, 1], np.uint32)
+    options: dict[str, Any] = {"cell": pair, "dropout": SPEC, "sequence_ids": ids}
+    _, ys = fdc.dropout_scan(None, (H, jnp.ones(F)), XS, KEY, **options)
+    for step in range(T):
+        key = site_key(KEY, "input", step)
+        rows = [jax.random.fold_in(jax.random.fold_in(key, row), 0) for row in ids]
+        wanted = np.where(np.stack([kept(row, F) for row in rows]), 2 * XS[step], 0)
+        np.testing.assert_array_equal(ys[step], wanted)
 
 
 def test_weights_of_many_cells_are_read_at_once() -> None:
-    """Weights that jax.vmap made have one more axis."""
-    cell = nn.GRUCell(8)
+    """Weights that jax.vmap made have one more axis; each cell's are its own."""
+    cell, xs = nn.GRUCell(8), jnp.ones((5, 3))
     variables = jax.vmap(lambda key: cell.init(key, jnp.zeros(8), jnp.zeros(3)))(
         jax.random.split(KEY, 5)
     )
-    params = fdc.linen.core_params(variables, cell)
-    assert params.input_kernel.shape == (5, 3, 24)
+    params: Any = fdc.linen.core_params(variables, cell)
+    h = jax.random.normal(KEY, (5, 8))
+    ours: Any = jax.vmap(fdc.gru_cell)(params, h, xs)
+    theirs: Any = jax.vmap(cell.apply)(variables, h, xs)
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-5, atol=1e-6)

@@ -1,6 +1,8 @@
 """The ten sentences at the top of *Which scheme?*, each written anew from the stored results."""
 
+import dataclasses
 import functools
+import importlib
 import json
 import re
 from collections.abc import Callable
@@ -368,3 +370,27 @@ def test_the_page_says_what_the_results_say(number: int) -> None:
 if __name__ == "__main__":
     for number, sentence in enumerate(SENTENCES, 1):
         print(f"{number}. {sentence()}")
+
+
+def test_the_page_says_which_noises_each_scheme_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paragraph on one strength for all noises, beside the specs that the benchmark trains."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    noises, benchmark = (importlib.import_module(name) for name in ("scheme_noises", "schemes"))
+    page = " ".join(PAGE.read_text().split())
+    assert "All schemes except zoneout and weight noise also drop the layer's output" in page
+    assert "per step in Zaremba's and Semeniuta's, once per sequence in the others" in page
+    assert "Zoneout of an LSTM uses the strength for c and a third of it for h" in page
+    for cell, names in noises.COMPARED.items():
+        for name in set(names) - {"none"}:
+            spec = noises.SCHEMES[name].noise(0.6, 0.7, cell)
+            if "zoneout" in name or name == "weight noise":
+                assert spec.input is None and spec.output is None, name
+                continue
+            assert spec.output.keep_prob == 0.6, name
+            assert spec.output.variational == (name not in ("Zaremba", "Semeniuta")), name
+    zoned = noises.SCHEMES["zoneout"].noise(0.6, 0.7, "lstm")
+    assert (zoned.state[0].prob, zoned.inside["hidden"].prob) == (0.6, 0.6 / 3)
+    samples = {field.name: field.default for field in dataclasses.fields(benchmark.Config)}
+    assert f"averages the probabilities of {samples['mc_samples']} samples" in page
+    candidate = noises.SCHEMES["candidate"].noise(0.6, 0.7, "lru").inside["candidate"]
+    assert "*candidate* adds per-step dropout" in page and not candidate.variational

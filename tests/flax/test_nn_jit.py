@@ -1,5 +1,7 @@
 """`nn.jit` compiles a module's fields in as constants, once for each value."""
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -180,19 +182,29 @@ def test_an_array_that_is_an_argument_of_the_compiled_module() -> None:
     assert len(traces) == 1
 
 
+def frozen(**changes: Any) -> fdc.Dropout:
+    return dataclasses.replace(VARIATIONAL, **changes)
+
+
 STATIC = {
-    "variational": (VARIATIONAL, fdc.Dropout(keep_prob=0.5)),
-    "keep_prob": (VARIATIONAL, fdc.Dropout(keep_prob=0.25, variational=True)),
-    "scale": (VARIATIONAL, fdc.Dropout(keep_prob=0.5, variational=True, scale=False)),
-    "broadcast_dims": (
-        VARIATIONAL,
-        fdc.Dropout(keep_prob=0.5, variational=True, broadcast_dims=(-1,)),
-    ),
-    "another dim": (
-        fdc.Dropout(keep_prob=0.5, variational=True, broadcast_dims=(-2,)),
-        fdc.Dropout(keep_prob=0.5, variational=True, broadcast_dims=(-1,)),
-    ),
+    "variational": (VARIATIONAL, frozen(variational=False)),
+    "keep_prob": (VARIATIONAL, frozen(keep_prob=0.25)),
+    "scale": (VARIATIONAL, frozen(scale=False)),
+    "broadcast_dims": (VARIATIONAL, frozen(broadcast_dims=(-1,))),
+    "another dim": (frozen(broadcast_dims=(-2,)), frozen(broadcast_dims=(-1,))),
 }
+
+
+def assert_is_noise(noise: fdc.Dropout, ys: jax.Array) -> None:
+    """Whether ones `[batch, time, features]` have gone through this noise, and no other."""
+    assert set(np.unique(ys)) == {0, 1 / np.float32(noise.keep_prob) if noise.scale else 1}
+    # At a step a value is `[batch, features]`: dim -2 of it is dim 0 here, and -1 is dim 2.
+    shared = {1: noise.variational, 0: -2 in noise.broadcast_dims, 2: -1 in noise.broadcast_dims}
+    draws = math.prod(size for dim, size in enumerate(ys.shape) if not shared[dim])
+    keep = float(noise.keep_prob)
+    assert abs(float((ys != 0).mean()) - keep) < 5 * math.sqrt(keep * (1 - keep) / draws)
+    for dim, is_shared in shared.items():
+        assert bool((ys == jnp.take(ys, jnp.array([0]), dim)).all()) == is_shared, dim
 
 
 @pytest.mark.parametrize("changed", STATIC)
@@ -200,50 +212,52 @@ STATIC = {
 def test_a_spec_does_not_run_in_the_program_of_another(host: str, changed: str) -> None:
     """Specs that differ in static values alone have PyTreeDefs with equal hashes."""
     layer_class: Any = fdc.linen.RNN if host == "RNN" else nn.RNN
-    lifted = nn.jit(layer_class)  # one class, and so one cache
-
-    def run(noise: Any, layer: Any) -> Any:
-        spec = fdc.RecurrentDropout(output=noise)
-
-        class Model(nn.Module):
-            @nn.compact
-            def __call__(self, xs: jax.Array) -> Any:
-                if host == "RNN":
-                    return layer(Echo(), spec, name="layer")(xs)
-                return layer(fdc.linen.DropoutCell(Echo(), spec), name="layer")(xs)
-
-        return Model().apply({}, jnp.ones((8, 6, 16)), rngs=RNGS)
-
-    first, second = (run(noise, nn.jit(layer_class)) for noise in STATIC[changed])
-    assert (first != second).any()
-    for noise, want in zip(STATIC[changed] * 2, (first, second) * 2, strict=True):
-        np.testing.assert_array_equal(run(noise, lifted), want)
-
-
-@pytest.mark.parametrize("prefix", ["inside", "params"])
-def test_names_in_a_spec_count(prefix: str) -> None:
-    """The site inside a cell that has noise, and the weights that are dropped."""
-    frozen = fdc.Dropout(keep_prob=0.5, variational=True)
-    specs = [
-        fdc.RecurrentDropout(inside={name: frozen})
-        if prefix == "inside"
-        else fdc.RecurrentDropout(params=fdc.at_paths(frozen, path))
-        for name, path in (("recurrent", "in/kernel"), ("candidate", "hn/kernel"))
-    ]
-    lifted, xs = nn.jit(fdc.linen.RNN), jax.random.normal(jax.random.key(3), (4, 5, 3))
+    layer = nn.jit(layer_class)  # one class, and so one cache
 
     class Model(nn.Module):
-        layer: Any
         spec: Any
 
         @nn.compact
         def __call__(self, xs: jax.Array) -> Any:
-            return self.layer(fdc.linen.GRUCell(8), self.spec, name="layer")(xs)
+            if host == "RNN":
+                return layer(Echo(), self.spec, name="layer")(xs)
+            return layer(fdc.linen.DropoutCell(Echo(), self.spec), name="layer")(xs)
 
-    variables = Model(fdc.linen.RNN, specs[0]).init(RNGS, xs)
-    for spec in specs:
-        ours, want = (
-            Model(layer, spec).apply(variables, xs, rngs=RNGS)
-            for layer in (lifted, nn.jit(fdc.linen.RNN))
+    for noise in STATIC[changed] * 2:
+        ys: Any = Model(fdc.RecurrentDropout(output=noise)).apply(
+            {}, jnp.ones((8, 6, 32)), rngs=RNGS
         )
-        np.testing.assert_array_equal(ours, want)
+        assert_is_noise(noise, ys)
+
+
+NOTHING_KEPT = fdc.Dropout(keep_prob=0.0, variational=True)
+NAMES: dict[str, tuple[fdc.RecurrentDropout, tuple[str, ...]]] = {
+    "recurrent": (fdc.RecurrentDropout(inside={"recurrent": NOTHING_KEPT}), ("hr", "hz", "hn")),
+    "per gate": (
+        fdc.RecurrentDropout(inside={"input_per_gate": NOTHING_KEPT}), ("ir", "iz", "in")
+    ),
+    "in/kernel": (fdc.RecurrentDropout(params=fdc.at_paths(NOTHING_KEPT, "in/kernel")), ("in",)),
+    "hn/kernel": (fdc.RecurrentDropout(params=fdc.at_paths(NOTHING_KEPT, "hn/kernel")), ("hn",)),
+}  # fmt: skip
+
+
+def test_names_in_a_spec_count() -> None:
+    """The site inside a cell, or the weights: with nothing kept, Flax's GRU with zero kernels."""
+    lifted, xs = nn.jit(fdc.linen.RNN), jax.random.normal(jax.random.key(3), (4, 5, 3))
+    stock = nn.RNN(nn.GRUCell(8, name="cell"))
+    variables: Any = stock.init(RNGS, xs)
+
+    class Model(nn.Module):
+        spec: Any
+
+        @nn.compact
+        def __call__(self, xs: jax.Array) -> Any:
+            return lifted(fdc.linen.GRUCell(8), self.spec, name="layer")(xs)
+
+    for spec, zeroed in [*NAMES.values()] * 2:
+        weights = {name: dict(dense) for name, dense in variables["params"]["cell"].items()}
+        ours = Model(spec).apply({"params": {"GRUCell_0": weights}}, xs, rngs=RNGS)
+        for name in zeroed:
+            weights[name]["kernel"] = jnp.zeros_like(weights[name]["kernel"])
+        want = stock.apply({"params": {"cell": weights}}, xs)
+        np.testing.assert_allclose(ours, want, rtol=1e-5, atol=1e-6)  # type: ignore[arg-type]
