@@ -17,6 +17,13 @@ from ..noises.protocol import is_array
 static = getattr(nnx, "static", lambda value: value)
 
 
+def raw_value(variable: nnx.Variable) -> Any:
+    """A variable's value as it is stored, which its `get_value` may turn into another."""
+    if hasattr(variable, "get_raw_value"):
+        return variable.get_raw_value()
+    return variable.raw_value  # Flax 0.11
+
+
 class CellField:
     """The descriptor of a field `cell` that lives in its owner's own scope.
 

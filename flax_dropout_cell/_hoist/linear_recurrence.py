@@ -211,7 +211,7 @@ class _History:
 
     def at_all_steps(self, value: int) -> jax.Array:
         """A value with its time axis."""
-        known = self.values[value]
+        known = jnp.asarray(self.values[value])  # a constant may be a Python number
         if value not in self._same:
             return known
         return jnp.broadcast_to(known, (self._steps, *known.shape))

@@ -177,7 +177,9 @@ def _explain(
         def step(carry: PyTree, at: Any) -> tuple[PyTree, PyTree]:
             index, x, of_step = at
             masks = once if of_step is None else fill_in(once, of_step)
-            return dropout_cell(params, carry, x, rng, step=index, masks=masks, **options)
+            new_carry, y = dropout_cell(params, carry, x, rng, step=index, masks=masks, **options)
+            _check_one_step(carry, new_carry)
+            return new_carry, y
 
         xs = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x)
         at = jnp.zeros(1, jnp.uint32), xs, ahead
@@ -190,6 +192,16 @@ def _explain(
 
     eval_shape(run, params, carry, x)
     return explained[0]
+
+
+def _check_one_step(carry: PyTree, new_carry: PyTree) -> None:
+    """Raises if the cell gave a carry of another shape, as it does with a whole sequence for x."""
+    for old, new in zip(jax.tree.leaves(carry), jax.tree.leaves(new_carry), strict=True):
+        if np.shape(old) != np.shape(new):
+            raise ValueError(
+                f"the cell turned a carry of shape {np.shape(old)} into one of {np.shape(new)}. "
+                f"describe takes the input of one step: xs[0], or x[:, 0] of a layer's inputs."
+            )
 
 
 def _look_at(site: Site, dropout: RecurrentDropout, value: PyTree) -> tuple[list[Place], list[str]]:

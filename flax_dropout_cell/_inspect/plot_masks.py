@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from .._arguments import check_count
 from .._random.keys import as_rng
 from .._sequence.dropout_scan import at_a_step, count_steps
 from .._sequence.step_masks import draw_all_steps
@@ -65,13 +66,13 @@ def plot_masks(
 ) -> "Figure":
     """Plots the masks of one row of a batch over time, a strip for each array that has noise.
 
-    The masks are those of `dropout_scan` with the same arguments. A variational mask is stripes,
-    because it is the same at all steps; a per-step mask is snow. Each strip names its noise. A
-    boolean mask is blue and blank, as its label says; other masks, such as Gaussian noise, are
-    shades with a bar. Needs matplotlib: `pip install 'flax_dropout_cell[plots]'`.
+    The masks are those of `dropout_scan` with the same arguments. A variational mask is constant
+    along the time axis; a per-step mask changes from step to step. Each strip names its noise.
+    Boolean masks have two colors, which the label explains; other masks, such as those of Gaussian
+    noise, have a color bar. Needs matplotlib: `pip install matplotlib`.
 
     Args:
-      params: the cell's weights; of these, `carry` and `xs` only the shapes are used.
+      params: the cell's weights. Only the shapes of `params`, `carry` and `xs` are used.
       carry: a carry.
       xs: the inputs, a pytree of arrays `[time, *batch, ...]`.
       rng: the sequence's key.
@@ -87,7 +88,7 @@ def plot_masks(
 
     Raises:
       ImportError: if matplotlib is not installed.
-      ValueError: if nothing is disturbed, or as `dropout_scan`.
+      ValueError: if no noise draws a mask, or as in `dropout_scan`.
       TypeError: as in `dropout_scan`.
 
     Example:
@@ -117,8 +118,8 @@ def plot_strips(
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        install = "pip install 'flax_dropout_cell[plots]'"
-        raise ImportError(f"plot_masks needs matplotlib: {install}.") from None
+        raise ImportError("plot_masks needs matplotlib: pip install matplotlib.") from None
+    max_units = check_count("max_units", max_units)
     if not strips:
         raise ValueError("dropout has no noise that draws, so there are no masks to plot.")
     figure = _figure(strips, max_units) if ax is None else None

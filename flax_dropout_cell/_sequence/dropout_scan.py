@@ -32,7 +32,7 @@ from .._step.rows import Rows, rows_by_start
 from .padding import check_rows, find_valid, stand_ins
 from .resets import BEFORE, RowMasks, Sequences, check_reset_carry, plan_sequences
 from .scan_step import ScanCarry, SequenceStep, StepInput, disturb_once
-from .shared_inputs import check_inputs_have_rows
+from .shared_by_rows import check_all_have_rows
 from .step_masks import draw_ahead
 
 _LISTED = 4  # more arrays of the inputs than this are not listed in an error
@@ -144,10 +144,13 @@ def dropout_scan(
         batch, padded_by = valid.shape[1:], "valid" if seq_lengths is None else "seq_lengths"
         check_rows("carry", carry, batch, padded_by)
         check_rows("xs", at_a_step(xs), batch, padded_by)
-        check_inputs_have_rows(cell, params, carry, at_a_step(xs), batch)
     if sequence_ids is not None and resets is None:
         _check_ids(np.shape(sequence_ids), carry, at_a_step(xs))
     plan = _plan(carry, steps, resets, reset_carry, sequence_ids, valid, start, loop.reverse)
+    if valid is not None or resets is not None:
+        batch = np.shape(resets if valid is None else valid)[1:]
+        padded = valid is not None
+        check_all_have_rows(cell, params, carry, at_a_step(xs), batch, padded=padded)
     drawn = _draw(
         functools.partial(site_values, params, carry, at_a_step(xs), cell),
         masks,
@@ -257,8 +260,9 @@ def _plan(
             raise ValueError("reset_carry was given without resets, which say where it goes.")
         return _Plan(None, as_rows(ids), None)
     sequences = plan_sequences(resets, ids, valid, steps, start, reverse=reverse)
-    check_rows("carry", carry, sequences.is_first_step.shape[1:], "resets")
-    reset_carry = check_reset_carry(reset_carry, carry)
+    batch = sequences.is_first_step.shape[1:]
+    check_rows("carry", carry, batch, "resets")
+    reset_carry = check_reset_carry(reset_carry, carry, len(batch))
     if steps == 0:  # no row is in any sequence
         return _Plan(None, None, None)
     at = -1 if reverse else 0  # the step that runs first

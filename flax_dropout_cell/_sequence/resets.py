@@ -92,9 +92,16 @@ def reset_carry_rows(is_first_step: jax.Array, carry: PyTree, reset_carry: PyTre
     return keep_rows(~is_first_step, carry, jax.tree.map(spread, reset_carry, carry))
 
 
-def check_reset_carry(reset_carry: PyTree, carry: PyTree) -> PyTree:
+def check_reset_carry(reset_carry: PyTree, carry: PyTree, batch_ndim: int) -> PyTree:
     """The carry of a new sequence, zeros by default; raises if it does not fit the carry."""
     if reset_carry is None:
+        for path, leaf in tree_leaves_with_path(carry):
+            is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+            if is_key and np.ndim(leaf) >= batch_ndim:
+                raise ValueError(
+                    f"carry{keystr(path)} holds a key for each row, and at a reset all would be "
+                    f"the key of zeros: give reset_carry."
+                )
         return jax.tree.map(lambda leaf: jnp.zeros((), jnp.result_type(leaf)), carry)
     if jax.tree.structure(reset_carry) != jax.tree.structure(carry):
         got, wanted = structure_str(reset_carry), structure_str(carry)

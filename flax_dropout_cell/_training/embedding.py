@@ -46,8 +46,8 @@ def embedding_dropout(
       `[*ids.shape, *features]`, in the table's dtype.
 
     Raises:
-      ValueError: if `keep_prob` is a number outside [0, 1]; or if `per_example` is True, and `ids`
-        is a scalar, or the shards of `jax.shard_map` share a key; or if NumPy
+      ValueError: if `keep_prob` is a number outside [0, 1], or an array with dims; if `per_example`
+        is True, and `ids` is a scalar, or the shards of `jax.shard_map` share a key; or if NumPy
         `ids` are not in the table.
       TypeError: if `table` is not floating-point, `ids` are not integers, or `rng` is not a key.
 
@@ -61,6 +61,9 @@ def embedding_dropout(
              [2., 2., 0.]], dtype=float32)
     """
     noise = Dropout(keep_prob=keep_prob)
+    if np.ndim(keep_prob):  # units are dropped together, as a type
+        got = f"got shape {np.shape(keep_prob)}"
+        raise ValueError(f"keep_prob must be one number, or an array without dims; {got}.")
     check_fits("keep_prob", keep_prob, ())
     check_flag("per_example", per_example)
     rng = as_rng(rng)

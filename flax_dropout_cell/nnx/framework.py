@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
+from .._flax.compat import raw_value
 from .._flax.framework import Framework, PureCell
 from .._flax.layer import refuse_state
 from .._spec.recurrent_dropout import PyTree
@@ -41,7 +42,7 @@ class NNX(Framework):
 
     def weights(self, cell: Any) -> PyTree:
         """The cell's Params as a plain dict."""
-        return nnx.to_pure_dict(nnx.state(cell, nnx.Param))
+        return _weights(cell)
 
     def run_on(
         self, cell: Any, params: PyTree, carry: PyTree, x: PyTree, **options: Any
@@ -49,6 +50,11 @@ class NNX(Framework):
         """Runs a copy with other weights, and gives the cell the other variables that it wrote."""
         copy, before = _copy(cell, params)
         result = copy(carry, x, **options)
+        if not _same(nnx.state(copy, nnx.Param), params):
+            raise TypeError(
+                f"{type(cell).__name__} writes an nnx.Param, which has noise at dropout.params "
+                f"here: the noise would be written too. Make it an nnx.Variable of another type."
+            )
         after = nnx.state(copy, nnx.Not(nnx.Param))
         # Flax forbids even an idle write if the cell comes from outside of a jax.lax.scan.
         if not _same(after, before):
@@ -79,7 +85,7 @@ class NNXPureCell:
 
     def __init__(self, cell: nnx.RNNCellBase) -> None:
         self._cell = cell
-        self.params = nnx.to_pure_dict(nnx.state(cell, nnx.Param))
+        self.params = _weights(cell)
 
     def __call__(
         self, params: PyTree, carry: PyTree, x: PyTree, **options: Any
@@ -88,12 +94,18 @@ class NNXPureCell:
         copy, before = _copy(self._cell, params, fresh=True)
         result: Any = copy(carry, x, **options)
         # By identity: comparing values would wait for the device.
-        if not _same(nnx.state(copy, nnx.Not(nnx.Param)), before):
+        _, weights, rest = nnx.split(copy, nnx.Param, ...)
+        if not _same((weights, rest), (params, before)):
             raise refuse_state(self._cell, "writes a variable, or draws from an rng stream,")
         return result
 
 
 NNX_FRAMEWORK = NNX()
+
+
+def _weights(cell: nnx.RNNCellBase) -> PyTree:
+    """A cell's Params as a plain dict, as they are stored: a copy calls their `get_value` again."""
+    return nnx.to_pure_dict(nnx.state(cell, nnx.Param), raw_value)
 
 
 def _copy(cell: nnx.RNNCellBase, params: PyTree, *, fresh: bool = False) -> tuple[Any, PyTree]:

@@ -68,6 +68,9 @@ class Noise(Protocol):
 
 NoiseClass = TypeVar("NoiseClass", bound=type)
 
+_MEMBERS = ("variational", "draw_mask", "apply", "expected")
+_HAS_MEMBERS = f"a noise has {', '.join(_MEMBERS[:-1])} and {_MEMBERS[-1]}"
+
 
 def register_noise(cls: NoiseClass) -> NoiseClass:
     """Registers a frozen dataclass as a pytree: its arrays are leaves, the rest is static.
@@ -83,7 +86,7 @@ def register_noise(cls: NoiseClass) -> NoiseClass:
       The class itself.
 
     Raises:
-      TypeError: if `cls` is not a frozen dataclass.
+      TypeError: if `cls` is not a frozen dataclass, or lacks a member of a noise.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -100,6 +103,10 @@ def register_noise(cls: NoiseClass) -> NoiseClass:
             f"between it and {cls.__name__}."
         )
     names = tuple(field.name for field in dataclasses.fields(cls))
+    # As a pytree without leaves, an object that is not a noise would be taken for no noise at all.
+    missing = [name for name in _MEMBERS if name not in names and not hasattr(cls, name)]
+    if missing:
+        raise TypeError(f"{cls.__name__} lacks {', '.join(missing)}: {_HAS_MEMBERS}.")
 
     def split(noise: Any) -> tuple[tuple[str, ...], Any]:
         # A rebuilt noise keeps its leaves where they were: tree functions put anything there,
@@ -191,11 +198,8 @@ def check_noise(where: str, noise: Any) -> None:
 
 
 def _describe(value: Any) -> str:
-    members = ("variational", "draw_mask", "apply", "expected")
-    missing = [name for name in members if not hasattr(value, name)]
-    if len(missing) < len(members):
-        return (
-            f"{with_article(type(value).__name__)}, which lacks {', '.join(missing)}: a noise has "
-            f"{', '.join(members[:-1])} and {members[-1]}"
-        )
+    missing = [name for name in _MEMBERS if not hasattr(value, name)]
+    if len(missing) < len(_MEMBERS):
+        lacking = f"{with_article(type(value).__name__)}, which lacks {', '.join(missing)}"
+        return f"{lacking}: {_HAS_MEMBERS}"
     return short_repr(value)

@@ -210,6 +210,23 @@ OBJECTS: dict[str, Case] = {
         lambda: fdc.register_noise(dataclasses.make_dataclass("Loose", ["prob"])), TypeError,
         "takes a frozen dataclass: write .* between it and Loose",
     ),
+    "a noise without a member": (
+        lambda: fdc.register_noise(
+            dataclasses.make_dataclass(
+                "Half", ["prob"], frozen=True,
+                namespace={"draw_mask": None, "apply": None, "expected": None},
+            )
+        ),
+        TypeError, r"^Half lacks variational: a noise has variational, draw_mask, apply and exp",
+    ),
+    "no units to plot": (
+        lambda: fdc.plot_masks(None, H, XS, KEY, cell=cell, dropout=SPEC, max_units=0), ValueError,
+        "max_units must be an int of at least 1, got 0",
+    ),
+    "a sequence to describe": (
+        lambda: fdc.describe(None, H, XS, cell=lambda _, h, x: (x, x), dropout=SPEC), ValueError,
+        r"turned a carry of shape \(4, 3\) into one of \(5, 4, 3\).*one step: xs\[0\], or x\[:, 0\]",
+    ),
     "a plain class": (lambda: fdc.register_noise(Returns), TypeError, "takes a frozen dataclass"),
     "paths within a structure": (
         lambda: fdc.RecurrentDropout(params={"rec": fdc.at_paths(FROZEN, "*")}), ValueError,

@@ -34,6 +34,29 @@ import flax_dropout_cell as fdc
 from flax_dropout_cell import linen
 from flax_dropout_cell.nnx import DropoutCell, RNNCellDropoutWrapper
 
+X = jnp.ones((1, 3, 1))
+
+
+class Scaled(nnx.RNNCellBase):
+    """`h' = w h + w x`, of one unit; with `count`, it writes a Param at each step."""
+
+    def __init__(self, weight: nnx.Param, count: nnx.Param | None = None) -> None:
+        self.weight, self.count = weight, nnx.data(count)
+
+    def __call__(self, h: jax.Array, x: jax.Array) -> Any:
+        if self.count is not None:
+            self.count[...] += 1
+        h = self.weight[...] * h + self.weight[...] * x
+        return h, h
+
+    def initialize_carry(self, input_shape: Any, rngs: Any = None, carry_init: Any = None) -> Any:
+        return jnp.zeros(input_shape)
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
 CELLS = (nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.SimpleCell, nnx.GRUCell)
 
 
@@ -318,3 +341,33 @@ def test_noise_on_params_that_meets_none_is_an_error(params: Any, evaluate: bool
         rnn = rnn_of(DropoutCell(cell, spec, deterministic=evaluate, rngs=nnx.Rngs(0)))
         with pytest.raises(ValueError, match=held):
             rnn(jnp.ones((BATCH, STEPS, UNITS)))
+
+
+@pytest.mark.skipif(not hasattr(nnx.Param, "get_raw_value"), reason="Flax 0.11 has no such method")
+def test_a_param_that_computes_its_value_computes_it_once() -> None:
+    """Stored as a logarithm, a weight of 1 sums the inputs, in the layer and in the wrapper."""
+
+    class Positive(nnx.Param):
+        def get_value(self, **options: Any) -> Any:
+            return jnp.exp(super().get_value(**options))
+
+    cell = Scaled(Positive(jnp.float32(0)))
+    assert_same(fdc.nnx.RNN(cell, fdc.RecurrentDropout())(X)[0, :, 0], jnp.array([1.0, 2, 3]))
+    kept = fdc.Dropout(keep_prob=jnp.float32(1), variational=True)  # an array draws, and drops none
+    noisy = DropoutCell(cell, fdc.RecurrentDropout(params=kept), rngs=nnx.Rngs(0))
+    for evaluate in (False, True):
+        noisy.deterministic = evaluate
+        assert_same(nnx.RNN(noisy)(X)[0, :, 0], jnp.array([1.0, 2, 3]))
+
+
+def test_a_cell_that_writes_a_param_is_refused() -> None:
+    """What it writes would be lost, in a layer and where the wrapper's noise is on the weights."""
+    cell = Scaled(nnx.Param(jnp.float32(1)), nnx.Param(jnp.zeros(())))
+    with pytest.raises(TypeError, match="Scaled writes a variable, or draws"):
+        fdc.nnx.RNN(cell, fdc.RecurrentDropout())(X)
+    noisy = fdc.RecurrentDropout(params=VARIATIONAL)
+    with pytest.raises(TypeError, match=r"writes an nnx.Param, which has noise at dropout.params"):
+        nnx.RNN(DropoutCell(cell, noisy, rngs=nnx.Rngs(0)))(X)
+    input_alone = fdc.RecurrentDropout(input=VARIATIONAL)
+    nnx.RNN(DropoutCell(cell, input_alone, rngs=nnx.Rngs(0)))(X)
+    assert cell.count[...] == 3  # its own write, at each step

@@ -836,3 +836,23 @@ def test_the_gradient_by_a_slope_of_zero(reverse) -> None:
     arrays = (decay, draw(0, *ROW) + 2, draw(1, *XS).at[0].set(0.0).at[-1, 1].set(0.0))
     parallel = functools.partial(hoisted_scan.scan_in_parts, parallel=True)
     assert_close(jax.grad(loss)(arrays, parallel), jax.grad(loss)(arrays, jax.lax.scan))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_constants_in_the_carry_and_in_the_outputs(reverse: bool) -> None:
+    """A flag that the first step turns off, and numbers of Python: as `jax.lax.scan` has them."""
+
+    def cell(slope: Any, carry: Any, x: Any) -> Any:
+        h, is_first = carry
+        h = jnp.where(is_first, x, slope * h + x)
+        return (h, jnp.array(False)), (1.5, h, 3, True)
+
+    slope, first, xs = jnp.asarray(0.5), (jnp.ones(H), jnp.array(True)), draw(0, T, H)
+    wanted = jax.lax.scan(lambda c, x: cell(slope, c, x), first, xs, reverse=reverse)
+    spec = fdc.RecurrentDropout()
+    options: Any = {"cell": cell, "dropout": spec, "reverse": reverse, "parallel": True}
+    got = fdc.dropout_scan(slope, first, xs, None, **options)
+    assert_close(got, wanted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_equal((a.dtype, a.shape), (b.dtype, b.shape)), got, wanted
+    )

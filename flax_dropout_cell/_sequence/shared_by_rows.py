@@ -1,0 +1,74 @@
+"""Values that all rows share, such as a table `[time, features]`, are refused if rows may differ."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from .._messages import short_repr
+from .._spec.prefixes import PyTree, dtype_of
+
+
+def check_all_have_rows(
+    cell: Callable[..., Any],
+    params: PyTree,
+    carry: PyTree,
+    x: PyTree,
+    batch: tuple[int, ...],
+    *,
+    padded: bool,
+) -> None:
+    """Raises if the cell reads a value as one for all rows, though it has the batch's sizes.
+
+    Padding and resets would change the part of it that has a row's number. The cell is traced for a
+    batch of sizes that occur nowhere else: a value that has to keep its size there has no rows.
+
+    Args:
+      cell: `cell(params, carry, x) -> (carry, y)`.
+      params: the cell's weights.
+      carry: the carry.
+      x: the shapes of the inputs at a step.
+      batch: the batch dims.
+      padded: whether there is padding, which changes inputs too.
+    """
+    given = {"carry": carry, "xs": x}
+    leaves, structure = tree_flatten_with_path(given)
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves((params, given))]
+    if not batch or not all(isinstance(size, int) for shape in shapes for size in shape):
+        return
+    largest = max(map(math.prod, shapes))
+    other = tuple(largest + 1 + at for at in range(len(batch)))
+
+    def resize(leaf: Any) -> Any:
+        shape = np.shape(leaf)
+        if len(shape) >= len(batch):
+            shape = (*other, *shape[len(batch) :])
+        return jax.ShapeDtypeStruct(shape, dtype_of(leaf))
+
+    def fits(kept: int | None) -> bool:
+        """Whether the cell runs on the other batch, if one value keeps its size."""
+        resized = [resize(leaf) if at != kept else leaf for at, (_, leaf) in enumerate(leaves)]
+        values = jax.tree.unflatten(structure, resized)
+        try:
+            new_carry, _ = jax.eval_shape(
+                lambda carry, x: cell(params, carry, x), values["carry"], values["xs"]
+            )
+        except Exception:  # of whichever kind: the cell is the user's
+            return False
+        came, left = jax.tree.leaves(values["carry"]), jax.tree.leaves(new_carry)
+        return [np.shape(leaf) for leaf in came] == [leaf.shape for leaf in left]
+
+    if fits(None):
+        return
+    for at, (path, leaf) in enumerate(leaves):
+        name = f"{path[0].key}{keystr(path[1:])}"
+        changes = padded or name.startswith("carry")
+        if changes and len(np.shape(leaf)) >= len(batch) and fits(at):
+            raise ValueError(
+                f"{name} is {short_repr(leaf)} at a step, which begins with the batch dims {batch} "
+                f"by chance: the cell reads it as one for all rows, and padding or resets would "
+                f"change parts of it. Give each row its own by jnp.broadcast_to."
+            )
