@@ -122,7 +122,8 @@ def run_test(
     sentences = jnp.asarray(number_sentences(host, corpus.vocabulary.index(END_OF_SENTENCE)))
     rows = jax.device_put(host)
     at_once = max(size for size in range(1, AT_ONCE + 1) if samples % size == 0)
-    rngs = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1), samples)
+    # 2, for a split key gives fold_in(key, 0) and fold_in(key, 1), which the training has.
+    rngs = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 2), samples)
     rngs = rngs.reshape(-1, at_once)
     zeros = model.zero_carry(1)
     carry = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*rngs.shape, *leaf.shape)), zeros)
@@ -169,7 +170,7 @@ def main() -> None:
         corpus = load_corpus(options.data, config.vocabulary_size)
     except InputError as error:
         parser.error(str(error))
-    (saved,) = open_checkpoints(parser, [options.checkpoint], 1, config, corpus)
+    (saved,) = open_checkpoints(parser, [options.checkpoint], 1, config, corpus, read_only=True)
     if saved.newest is None:
         parser.error(f"{options.checkpoint} has no checkpoint; train with --checkpoint first")
     model = LanguageModel(config, len(corpus.vocabulary))

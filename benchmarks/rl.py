@@ -12,7 +12,6 @@ started again, it goes on with the rows that are missing. It ends with a table a
 
 import argparse
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from rl_tables import draw, format_table
 from rl_tasks import TASKS, Memory, ppo
-from rounds import command_of, resume, write
+from rounds import resume, write
 from schemes import describe_run
 
 import flax_dropout_cell as fdc
@@ -162,7 +161,7 @@ def main() -> None:
         for way in arguments.way or WAYS:
             if (task, way) in done:
                 continue
-            row = compare(task, way, config) | describe_run() | {"command": command_of(sys.argv)}
+            row = compare(task, way, config) | describe_run()
             report["rows"].append(row)
             write(path, report)
             print(f"{task}, {way}: {row['seconds']} s", flush=True)

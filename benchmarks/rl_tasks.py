@@ -16,6 +16,8 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 import recurrent_ppo as ppo
 
+import flax_dropout_cell as fdc
+
 
 class Memory(NamedTuple):
     """A task to learn, a shifted one to test, and how many steps their episodes may take."""
@@ -32,7 +34,7 @@ def replace_finished(build: Callable[..., Any], state: Any, done: jax.Array, rng
     def pick(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(done.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-    return jax.tree.map(pick, build(rng, state.episode + len(done)), state)
+    return jax.tree.map(pick, build(rng, fdc.episode_ids(state.episode, done)), state)
 
 
 def with_noise(task: ppo.Task, stddev: float) -> ppo.Task:

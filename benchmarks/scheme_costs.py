@@ -18,6 +18,7 @@ from compare import describe
 from jax_programs import versions
 from program import Config
 from rounds import parser_of, store, time_in_turn
+from scheme_cells import CELLS
 from scheme_noises import COMPARED, SCHEMES
 from scheme_tables import format_row
 from scheme_tasks import Split, Task, all_steps
@@ -25,6 +26,7 @@ from schemes import Config as Training
 from schemes import Model
 
 STEPS, BATCH, FEATURES, UNITS = 64, 16, 88, 300
+MEASURED = ("lstm", "gru")
 
 
 def made_up_task() -> Task:
@@ -41,13 +43,14 @@ def made_up_task() -> Task:
 def compile_gradient(cell: str, name: str) -> Callable[[], Any]:
     task = made_up_task()
     model = Model(cell, task, Training(units=UNITS))
-    spec = SCHEMES[name].noise(max(SCHEMES[name].strengths), 0.9, cell)
+    scheme, strength = SCHEMES[name], max(SCHEMES[name].strengths)
+    specs = [scheme.noise(strength, 0.9, cell)] * CELLS[cell].count
 
     def loss(params: Any, split: Split, rng: jax.Array) -> jax.Array:
-        return model.loss(params, split, rng, spec)
+        return model.loss(params, split, rng, specs)
 
-    rng = jax.random.key(0)
-    args = model.init(rng), Split(*map(jnp.asarray, task.splits[0])), rng
+    init_rng, rng = jax.random.split(jax.random.key(0))
+    args = model.init(init_rng), Split(*map(jnp.asarray, task.splits[0])), rng
     return functools.partial(jax.jit(jax.grad(loss)).lower(*args).compile(), *args)
 
 
@@ -55,10 +58,14 @@ def measure(rounds: int) -> dict[str, dict[str, list[float]]]:
     """The seconds of each scheme's gradient in each round, by cell."""
     return {
         cell: time_in_turn(
-            {name: compile_gradient(cell, name) for name in names if not SCHEMES[name].monte_carlo},
+            {
+                name: compile_gradient(cell, name)
+                for name in COMPARED[cell]
+                if not SCHEMES[name].monte_carlo
+            },
             rounds,
         )
-        for cell, names in COMPARED.items()
+        for cell in MEASURED
     }
 
 

@@ -157,7 +157,7 @@ def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Cal
         # A layer's outputs are the next one's inputs, which are not dropped twice.
         before = [strength if task.drops_inputs else 1.0] + [1.0] * (CELLS[cell_name].count - 1)
         specs = [scheme.noise(strength, keep, cell_name) for keep in before]
-        init_rng, rng = jax.random.split(rng)
+        init_rng, rng, test_rng = jax.random.split(rng, 3)
         params = model.init(init_rng)
 
         def learn(state: Any, at: Any) -> Any:
@@ -185,7 +185,7 @@ def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Cal
         state = (params, optimizer.init(params), params, jnp.float32(jnp.inf))
         keys = jax.random.split(rng, config.epochs)
         (*_, best, _), curve = jax.lax.scan(run_epoch, state, keys)
-        results = [model.evaluate(best, split, rng, specs, samples) for split in (valid, test)]
+        results = [model.evaluate(best, split, test_rng, specs, samples) for split in (valid, test)]
         return *results, 1 + curve[:, 1].argmin(), curve
 
     if jax.default_backend() != "cpu":
@@ -268,13 +268,15 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--data", type=Path, metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER")
-    parser.add_argument("--cell", choices=COMPARED, action="append", help="one instead of both")
+    parser.add_argument("--cell", choices=COMPARED, action="append", help="some instead of all")
     parser.add_argument("--scheme", choices=SCHEMES, action="append", help="some instead of all")
     for field in dataclasses.fields(Config):
         kind: Any = positive_int if isinstance(field.default, int) else float
         flag = f"--{field.name.replace('_', '-')}"
         parser.add_argument(flag, type=kind, default=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.data is not None and arguments.task != "chorales":
+        parser.error(f"--data is for chorales; {arguments.task} need none")
     try:
         task = TASKS[arguments.task](arguments.data)
     except (ImportError, KeyError, OSError, ValueError) as error:
@@ -290,8 +292,8 @@ def main() -> None:
     order = [(cell, name) for cell, names in COMPARED.items() for name in names]
     done = {(row["cell"], row["scheme"]) for row in report["rows"]}
     for cell in arguments.cell or COMPARED:
-        for name in arguments.scheme or COMPARED[cell]:
-            if (cell, name) in done:
+        for name in COMPARED[cell]:
+            if (cell, name) in done or (arguments.scheme and name not in arguments.scheme):
                 continue
             report["rows"].append(compare(task, config, cell, SCHEMES[name]))
             report["rows"].sort(key=lambda row: order.index((row["cell"], row["scheme"])))

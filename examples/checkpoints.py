@@ -93,29 +93,36 @@ class Checkpoints(NamedTuple):
 
 
 def committed_as(given: jax.Array, restored: jax.Array) -> jax.Array:
-    """Restored arrays are committed to devices; if the given array was not, its copy is not either.
+    """Returns `restored`, uncommitted to devices if `given` was uncommitted.
 
     Otherwise a run that resumes would compile its programs anew, cached or not.
     """
     return restored if given.committed else jnp.asarray(np.asarray(restored))
 
 
-def open_checkpoints(folder: Path, settings: Mapping[str, Any], every: int) -> Checkpoints:
+def open_checkpoints(
+    folder: Path, settings: Mapping[str, Any], every: int, *, read_only: bool = False
+) -> Checkpoints:
     """Finds the checkpoint to resume from; prints it, and those that it skips, on stderr.
 
-    A damaged checkpoint is renamed to `STEP.damaged`, so that its step can be saved again.
+    A damaged checkpoint is renamed to `STEP.damaged`, so that its step can be saved again. With
+    `read_only` all files stay as they are: a training that runs may be writing one.
 
     Raises:
-      CheckpointError: the folder cannot be written to, or it is from other settings.
+      CheckpointError: the folder is not there or cannot be written to, or is from other settings.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        message = f"--checkpoint must be a folder to write to, got {folder}: {error.strerror}"
-        raise CheckpointError(message) from None
+    if read_only and not folder.is_dir():
+        raise CheckpointError(f"--checkpoint must be a folder with checkpoints, got {folder}")
+    if not read_only:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            message = f"--checkpoint must be a folder to write to, got {folder}: {error.strerror}"
+            raise CheckpointError(message) from None
     # Process 0 looks, and all resume from the one that it finds.
-    newest = find_newest(folder) if jax.process_index() == 0 else None
+    first = jax.process_index() == 0
+    newest = find_newest(folder, clean_up=not read_only) if first else None
     newest = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if newest is None else newest)))
     manager = build_manager(folder)
     if newest < 0:
@@ -150,22 +157,27 @@ def check_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any])
         )
 
 
-def find_newest(folder: Path) -> int | None:
-    """The newest step that is whole. Removes what is half-written, and renames what is damaged."""
+def find_newest(folder: Path, *, clean_up: bool) -> int | None:
+    """The newest step that is whole.
+
+    To `clean_up` removes half-written checkpoints, and renames the damaged ones that are newer.
+    """
     half_written = [*folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")]
     for path in half_written:
         say(f"skipped checkpoint {path.name.partition('.')[0]} in {folder}: it is half-written")
-        shutil.rmtree(path)
+        if clean_up:
+            shutil.rmtree(path)
     found = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
     for path in sorted(found, key=lambda path: int(path.name), reverse=True):
         damage = find_damage(path)
         if damage is None:
             return int(path.name)
         say(f"skipped checkpoint {path.name} in {folder}: {damage}")
-        aside = path.with_suffix(".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-    if half_written or found:
+        if clean_up:
+            aside = path.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    if clean_up and (half_written or found):
         say(f"no good checkpoint in {folder}: starting from the beginning")
     return None
 
@@ -198,6 +210,6 @@ def compute_checksums(folder: Path) -> dict[str, str]:
 
 
 def say(message: str) -> None:
-    """Once, however many processes there are."""
+    """Prints to stderr, from process 0 only."""
     if jax.process_index() == 0:
         print(message, file=sys.stderr, flush=True)

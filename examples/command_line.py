@@ -73,13 +73,22 @@ def build_parser() -> Parser:
 
 
 def open_checkpoints(
-    parser: Parser, folders: list[Path], every: int, config: Config, corpus: Corpus
+    parser: Parser,
+    folders: list[Path],
+    every: int,
+    config: Config,
+    corpus: Corpus,
+    *,
+    read_only: bool = False,
 ) -> "list[Checkpoints]":
     import checkpoints  # Not at the top: this brings Orbax, which takes half a second.
 
     settings = dataclasses.asdict(config) | {"text": fingerprint(corpus)}
     try:
-        return [checkpoints.open_checkpoints(folder, settings, every) for folder in folders]
+        return [
+            checkpoints.open_checkpoints(folder, settings, every, read_only=read_only)
+            for folder in folders
+        ]
     except checkpoints.CheckpointError as error:
         parser.error(str(error))
 
@@ -176,7 +185,8 @@ def finish(config: Config, model: Any, corpus: Corpus, params: Any, samples: int
     mc_test = None
     if config.scheme in MC_SCHEMES:
         mc_evaluate = build_mc_evaluate(model, config.window, samples)
-        rng = jax.random.fold_in(jax.random.key(config.seed), 1)
+        # 2, for a split key gives fold_in(key, 0) and fold_in(key, 1), which the training has.
+        rng = jax.random.fold_in(jax.random.key(config.seed), 2)
         mc_test = float(np.exp(mc_evaluate(params, test, rng)))
     return Final(
         valid=float(np.exp(evaluate(params, valid))),

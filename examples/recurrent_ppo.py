@@ -7,7 +7,7 @@ memory no policy gets more than 0 on average; an LSTM learns to get 1.
 Dropout has a catch in reinforcement learning. PPO divides the learner's probability of an action by
 the actor's, so both must have the same masks, though the learner sees rows in another order, and
 episodes that were cut where a rollout ended. Here every episode has an id, and its masks depend on
-a key and that id alone (`sequence_ids`). Before the first update of each iteration all ratios are
+a key and that id alone (`sequence_ids`). In the first minibatch of each iteration all ratios are
 then 1, up to rounding. If one is not, the program stops.
 
     python examples/recurrent_ppo.py --keep-prob 0.5 --iterations 100
@@ -98,7 +98,7 @@ def walk(
     reward = jnp.where(turns, turned, jnp.where(walks, 0.0, -0.1))  # -0.1 for a walk into a wall
     done = turns | (mazes.clock + 1 == patience)
     same = mazes._replace(place=mazes.place + walks, clock=mazes.clock + 1)
-    new = build(rng, mazes.episode + len(done))
+    new = build(rng, fdc.episode_ids(mazes.episode, done))
     return jax.tree.map(lambda new, same: jnp.where(done, new, same), new, same), reward, done
 
 
@@ -285,7 +285,7 @@ def begin(
 
 
 class Learned(NamedTuple):
-    """The mean return of an iteration, and how far from 1 a ratio was before its first update."""
+    """The mean return of an iteration, and how far from 1 a ratio was in its first minibatch."""
 
     mean_return: Any
     ratio_error: Any
@@ -315,7 +315,9 @@ def train(config: Config, name: str) -> Iterator[Learned]:
         if not math.isfinite(learned.ratio_error):
             raise FloatingPointError(f"{name}: the training diverged in iteration {index + 1}")
         if learned.ratio_error >= 1e-3:
-            raise AssertionError(f"actor and learner differ: a ratio is off by {learned[1]}")
+            raise AssertionError(
+                f"actor and learner differ: a ratio is off by {learned.ratio_error}"
+            )
         yield learned
 
 

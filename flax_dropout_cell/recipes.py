@@ -5,17 +5,22 @@ A layer's output is the next layer's input, so give `input_keep_prob` to every l
 has them, such as `lstm_cell`, or `LSTMCell` of `linen` and `nnx`.
 """
 
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
 import jax
 
 from ._arguments import check_flag
+from ._messages import short_repr
 from ._spec.recurrent_dropout import RecurrentDropout
 from ._spec.weight_paths import recurrent_kernels
 from .noises import Dropout, Zoneout
 from .noises.arguments import check_probability
 
 Probability = float | jax.Array
+_Arguments = ParamSpec("_Arguments")
 
 __all__ = ["gal2016", "krueger2016", "merity2017", "semeniuta2016", "zaremba2014"]
 
@@ -24,12 +29,32 @@ def __dir__() -> list[str]:
     return __all__
 
 
+def _by_name(
+    recipe: Callable[_Arguments, RecurrentDropout],
+) -> Callable[_Arguments, RecurrentDropout]:
+    """Makes numbers without their names an error that shows the names: they may well be rates."""
+    names = inspect.signature(recipe).parameters
+
+    @functools.wraps(recipe)
+    def run(*positional: _Arguments.args, **named: _Arguments.kwargs) -> RecurrentDropout:
+        unknown = [*map(short_repr, positional), *(name for name in named if name not in names)]
+        if unknown:
+            raise TypeError(
+                f"{recipe.__name__} takes its numbers by name: {', '.join(names)}; got "
+                f"{', '.join(unknown)}. A keep_prob is 1 minus a rate."
+            )
+        return recipe(*positional, **named)
+
+    return run
+
+
 def _check(**probabilities: Probability) -> None:
-    """Raises under the recipe's own name for a number, which its noises do not know."""
+    """Checks probabilities under the recipe's argument names, which its noises do not know."""
     for name, probability in probabilities.items():
         check_probability(name, probability)
 
 
+@_by_name
 def zaremba2014(
     *, input_keep_prob: Probability, output_keep_prob: Probability = 1.0
 ) -> RecurrentDropout:
@@ -67,6 +92,7 @@ def zaremba2014(
     )
 
 
+@_by_name
 def gal2016(
     *,
     input_keep_prob: Probability,
@@ -97,7 +123,7 @@ def gal2016(
 
     Raises:
       ValueError: if a probability is not in [0, 1].
-      TypeError: if one is not a number or an array.
+      TypeError: if one is not a number or an array, or `tied` is not a bool.
 
     Example:
       >>> import flax_dropout_cell as fdc
@@ -123,6 +149,7 @@ def gal2016(
     )
 
 
+@_by_name
 def semeniuta2016(
     *,
     candidate_keep_prob: Probability,
@@ -168,6 +195,7 @@ def semeniuta2016(
     )
 
 
+@_by_name
 def krueger2016(
     *, cell_prob: Probability = 0.5, hidden_prob: Probability = 0.05
 ) -> RecurrentDropout:
@@ -207,6 +235,7 @@ def krueger2016(
     )
 
 
+@_by_name
 def merity2017(
     *, weight_keep_prob: Probability = 0.5, input_keep_prob: Probability = 1.0
 ) -> RecurrentDropout:

@@ -168,8 +168,11 @@ def check_carry(carry: Any) -> None:
     """Raises if a carry is not a wrapper's."""
     if not isinstance(carry, DropoutCarry):
         got = short_repr(carry) if hasattr(carry, "shape") else with_article(type(carry).__name__)
-        got = f"{got}: start with initialize_carry or redraw_masks"
-        raise TypeError(f"the carry must be a DropoutCarry, got {got}.")
+        raise TypeError(
+            f"the carry must be a DropoutCarry, got {got}: start with initialize_carry, or write "
+            f"cell.redraw_masks(carry, x, key) to start from a carry of the wrapped cell; x is the "
+            f"input of one step."
+        )
 
 
 def _check_whole(masks: Masks, carry: DropoutCarry, x: PyTree) -> None:

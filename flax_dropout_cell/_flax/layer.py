@@ -248,7 +248,8 @@ def describe_layer(
     """`fdc.describe` for the cell of a layer, which needs no weights."""
     traced = _trace_layer(layer, framework, inputs, time_major)
     x = at_a_step(traced.xs)
-    return describe(traced.params, traced.carry, x, cell=traced.cell, dropout=traced.dropout)
+    shown = describe(traced.params, traced.carry, x, cell=traced.cell, dropout=traced.dropout)
+    return dataclasses.replace(shown, evaluates=is_evaluation(None, layer.deterministic))
 
 
 def plot_layer(

@@ -103,7 +103,8 @@ class CellWrapper:
         carry = self._framework.carry_shapes(self.cell, shapes)
         params = self._framework.params_shapes(self.cell, carry, x)
         run = self._framework.traceable(self.cell)
-        return describe(params, carry, x, cell=run, dropout=self._dropout(carry))
+        shown = describe(params, carry, x, cell=run, dropout=self._dropout(carry))
+        return dataclasses.replace(shown, evaluates=is_evaluation(None, self.deterministic))
 
     @property
     def num_feature_axes(self) -> int:

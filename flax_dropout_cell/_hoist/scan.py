@@ -112,7 +112,7 @@ def say_plain(plain: str) -> str:
 def explain_scan(
     step: Step, init: PyTree, xs: PyTree = None, length: int | None = None
 ) -> ScanExplanation:
-    """Tells how `scan` runs a step, if all the weights that it closes over are differentiated.
+    """Explains how `scan` runs a step, if every weight that it closes over is differentiated.
 
     It traces the step and computes nothing. `dropout_scan` and the layers run the same scan.
 

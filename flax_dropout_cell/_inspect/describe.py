@@ -36,6 +36,7 @@ _LISTED = 4  # more undisturbed leaves than this at one site are counted, not li
 
 
 _LINEAR = "a linear recurrence: no loop on a GPU or TPU, or with parallel=True"
+_EVALUATES = "evaluation: nothing is drawn"
 _UNZONED = "the output comes before the noise at state: it is the new h, without zoneout"
 
 
@@ -71,6 +72,7 @@ class Description:
       before: the equations of both that run before the loop, for all steps at once.
       after: those that run after it.
       is_linear: whether the carry is a linear recurrence, with its noise.
+      evaluates: whether the layer or wrapper is set to evaluation, in which nothing is drawn.
     """
 
     places: tuple[Place, ...]
@@ -80,11 +82,12 @@ class Description:
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     is_linear: bool = False
+    evaluates: bool = False
 
     def __repr__(self) -> str:
         lines = [
             *_aligned([_HEAD, *map(_cells, self.places)]),
-            f"not disturbed: {', '.join(self.undisturbed) or 'nothing'}",
+            f"without noise: {', '.join(self.undisturbed) or 'nothing'}",
             f"free sites inside the cell: {', '.join(self.free_sites) or 'none'}",
             *(_UNZONED for place in self.places if _is_zoned_h(place)),
         ]
@@ -96,6 +99,8 @@ class Description:
             lines.append(f"after the loop: {', '.join(self.after)}")
         if self.is_linear:
             lines.append(_LINEAR)
+        if self.evaluates:
+            lines.append(_EVALUATES)
         return "\n".join(lines)
 
 
@@ -134,7 +139,7 @@ def describe(
       site     value           noise                   drawn      mask         shared over
       input    float32[4, 32]  Dropout(keep_prob=0.8)  once       bool[4, 32]  steps
       state.h  float32[4, 64]  Dropout(keep_prob=0.9)  each step  bool[4, 64]
-      not disturbed: params (3 leaves), state.c, output
+      without noise: params (3 leaves), state.c, output
       free sites inside the cell: candidate, hidden, input_per_gate, memory, recurrent,
       recurrent_per_gate
     """

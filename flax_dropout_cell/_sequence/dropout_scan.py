@@ -79,6 +79,8 @@ def dropout_scan(
       cell: `cell(params, carry, x) -> (carry, y)`.
       dropout: the noise at each site.
       masks: masks to use instead of drawing them; variational masks that are missing are drawn.
+        With `start` and `resets`, give those that the rows have at that step, resets before it
+        included.
       seq_lengths: ints `[*batch]`. Past its length a row's carry no longer changes, its `ys` are
         zero, and its `xs` have no effect. Every leaf of the carry, of `xs` at a step and of `ys`
         at a step then starts with the batch dims. Leaves with fewer dims than the batch, such as
@@ -115,8 +117,10 @@ def dropout_scan(
 
     Raises:
       ValueError: as in `dropout_cell`, and if a shape, `start` or a length in a NumPy array does
-        not fit, or the carry does not permit `parallel=True`. Lengths on a device are clipped.
-      TypeError: as in `dropout_cell`, and if `seq_lengths` or `start` is not an int.
+        not fit, options exclude each other (`seq_lengths` and `valid`) or one lacks another that it
+        needs, or the carry does not permit `parallel=True`. Lengths on a device are clipped.
+      TypeError: as in `dropout_cell`, and if `seq_lengths`, `sequence_ids` or `start` are not ints,
+        or `valid` or `resets` not bools.
 
     Example:
       >>> import jax, jax.numpy as jnp

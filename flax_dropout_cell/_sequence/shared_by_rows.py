@@ -1,4 +1,4 @@
-"""Values that all rows share, such as a table `[time, features]`, are refused if rows may differ."""
+"""Values that all rows share, such as a table `[time, features]`, with padding or resets."""
 
 import math
 from collections.abc import Callable

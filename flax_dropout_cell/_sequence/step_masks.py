@@ -53,7 +53,7 @@ def draw_step_masks(
       carry: a carry. Only the shapes and dtypes of `carry`, `params` and `x` are used, so each
         may be a `jax.ShapeDtypeStruct`.
       x: the input at one step, without the time axis.
-      rng: the sequence's key. None will do if no noise does anything.
+      rng: the sequence's key. May be None if every noise is the identity.
       num_steps: the number of steps.
       cell: `cell(params, carry, x) -> (carry, y)`; never run, only traced for the shapes of its
         output and of its sites inside.
@@ -65,8 +65,8 @@ def draw_step_masks(
       `Masks` with a mask `[time, ...]` for each leaf with a per-step noise, None elsewhere.
 
     Raises:
-      ValueError: if `rng` is None, `num_steps` or `start` is negative, or `start + num_steps` is
-        above 2**31.
+      ValueError: if noise has no key to draw from or does not fit the value at its site,
+        `num_steps` or `start` is negative, or `start + num_steps` is above 2**31.
       TypeError: if an argument has the wrong type.
 
     Example:

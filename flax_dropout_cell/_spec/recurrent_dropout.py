@@ -46,7 +46,9 @@ class RecurrentDropout:
         `inside={"candidate": Dropout(keep_prob=0.75)}`.
 
     Raises:
-      TypeError: if a site holds an object that is not a noise.
+      TypeError: if a site holds an object that is not a noise, a name is not a site's, or `inside`
+        is not a dict.
+      ValueError: if `at_paths` or `recurrent_kernels` is only a part of a site.
 
     Example:
       >>> import jax

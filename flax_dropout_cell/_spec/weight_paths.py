@@ -151,10 +151,16 @@ def recurrent_kernels(noise: Noise) -> RecurrentKernels:
         reads both x and h, as in Haiku's LSTM.
 
     Example:
-      >>> import jax
+      >>> import flax.linen as nn
+      >>> import jax.numpy as jnp
       >>> import flax_dropout_cell as fdc
       >>> noise = fdc.Dropout(keep_prob=0.5, variational=True)
       >>> spec = fdc.RecurrentDropout(params=fdc.recurrent_kernels(noise))
+      >>> fdc.linen.RNN(nn.SimpleCell(8), spec).describe(jnp.ones((4, 20, 3)))
+      site                   value          noise                   drawn  mask        shared over
+      params['h']['kernel']  float32[8, 8]  Dropout(keep_prob=0.5)  once   bool[8, 8]  steps, rows
+      without noise: params['i']['bias'], params['i']['kernel'], input, state, output
+      free sites inside the cell: none
     """
     _check_noise("recurrent_kernels", noise)
     return RecurrentKernels(noise)

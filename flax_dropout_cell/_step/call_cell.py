@@ -49,8 +49,8 @@ class DisturbFn:
         if current_trace() != self._trace:
             raise ValueError(
                 f"disturb({site!r}, ..) was called under a transformation that the cell itself "
-                f"opens, such as jax.vmap or jax.lax.scan: all its rows or depths would share one "
-                f"mask. Call it outside, or vmap dropout_scan with a key for each row."
+                f"opens, such as jax.vmap, jax.lax.scan or jax.jit, in which rows or depths may "
+                f"share one mask. Call it outside, or vmap dropout_scan with a key for each row."
             )
         if site in self._called:
             raise ValueError(
@@ -114,7 +114,8 @@ def call_cell(
     if jax.tree.structure(result[0]) != jax.tree.structure(carry):
         raise ValueError(
             f"the cell took a carry {structure_str(carry)} and returned "
-            f"{structure_str(result[0])}; it must return (carry, y), in this order."
+            f"{structure_str(result[0])}. It must return (carry, y), in this order, with a carry "
+            f"of the structure that it took: start from one."
         )
     if scanned:
         _check_kept(carry, result[0])
@@ -198,8 +199,9 @@ def _no_sites(disturb: DisturbFn) -> TypeError:
     where = "".join(f" For {name!r} use {cell} of this library." for name, cell in ours.items())
     return TypeError(
         f"dropout.inside has noise at {', '.join(map(repr, names))}, but the cell has no sites: it "
-        f"takes no argument `disturb`.{where} A cell of your own calls disturb(site, value) "
-        f"where noise may sit; see fdc.undisturbed."
+        f"takes no argument `disturb`.{where} A cell of your own has the site if it is written "
+        f"def cell(params, carry, x, disturb=fdc.undisturbed) and calls "
+        f"disturb({names[0]!r}, value)."
     )
 
 

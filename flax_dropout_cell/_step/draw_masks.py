@@ -59,7 +59,7 @@ def draw_masks(
       carry: a carry. Only the shapes and dtypes of `carry`, `params` and `x` are used, so each
         may be a `jax.ShapeDtypeStruct`.
       x: the input at one step, without the time axis.
-      rng: the sequence's key. None will do if no noise does anything.
+      rng: the sequence's key. May be None if every noise is the identity.
       cell: `cell(params, carry, x) -> (carry, y)`. It is only traced, for the shapes of its output
         and of its sites inside.
       dropout: the noise at each site.

@@ -148,6 +148,7 @@ def gaussian_kl(mean: jax.Array | float, stddev: jax.Array | float) -> jax.Array
 
     Raises:
       ValueError: if `stddev` is a number that is not above 0.
+      TypeError: if the shapes do not broadcast.
 
     Example:
       >>> import jax.numpy as jnp

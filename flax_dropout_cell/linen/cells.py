@@ -220,7 +220,7 @@ def core_params(variables: Mapping[str, Any], cell: nn.RNNCellBase) -> Params:
       default activations, whatever the cell's are.
 
     Raises:
-      TypeError: if the weights are not of the cell's kind.
+      TypeError: if `variables` is not a mapping, or `cell` is of a kind without such weights.
       ValueError: if the variables are not this cell's.
 
     Example:

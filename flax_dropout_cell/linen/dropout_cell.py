@@ -62,7 +62,10 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
             return rng
         module = self._stream()
         if module is None:
-            raise ValueError("an unbound cell draws its masks from rng; got None.")
+            raise ValueError(
+                "a cell outside of apply has no 'dropout' stream: pass a key, as in "
+                "redraw_masks(carry, inputs, key)."
+            )
         return dropout_key(module, None, type(self).__name__, at_call=False)
 
     @nn.nowrap
@@ -169,6 +172,9 @@ class DropoutCell(Wrapper):
         means h alone; for c as well, write `state=(noise_c, noise_h)`. If another cell's state has
         several leaves, give a structure.
       deterministic: if True, this is evaluation.
+
+    Raises:
+      TypeError: if `cell` is not a cell, or `dropout` is not a `RecurrentDropout`.
 
     Example:
       >>> import flax.linen as nn

@@ -147,7 +147,7 @@ class RNN(nn.Module):
           `return_carry`.
 
         Raises:
-          ValueError: in training, if there is no key to draw from, or if a shape does not fit.
+          ValueError: if a shape does not fit or, in training, if there is no key.
           TypeError: if `rng` is not a key, a dtype does not fit, or the cell draws or writes at
             each step.
         """
@@ -210,6 +210,9 @@ class RNN(nn.Module):
         Returns:
           A `Description`, as `fdc.describe` gives it for one step of the cell.
 
+        Raises:
+          ValueError: if the inputs lack an axis, or a noise does not fit its site.
+
         Example:
           >>> import flax_dropout_cell as fdc
           >>> import jax, jax.numpy as jnp
@@ -218,7 +221,7 @@ class RNN(nn.Module):
           site                 value          noise                   drawn  mask        shared over
           input                float32[4, 8]  Dropout(keep_prob=0.8)  once   bool[4, 8]  steps
           inside['recurrent']  float32[4, 8]  Dropout(keep_prob=0.7)  once   bool[4, 8]  steps
-          not disturbed: params (10 leaves), state, output
+          without noise: params (10 leaves), state, output
           free sites inside the cell: candidate, hidden, input_per_gate, recurrent_per_gate
         """
         return describe_layer(self, LINEN, inputs, time_major)
@@ -248,6 +251,10 @@ class RNN(nn.Module):
 
         Returns:
           A matplotlib figure.
+
+        Raises:
+          ImportError: if matplotlib is not installed.
+          ValueError: if no noise draws a mask, `row` is not in the batch, or `rng` is None.
         """
         options: dict[str, Any] = {"start": start, "row": row, "max_units": max_units, "ax": ax}
         return plot_layer(self, LINEN, inputs, rng, time_major, **options)

@@ -22,7 +22,8 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
 
     Args:
       cell: any `nn.RNNCellBase`.
-      input_keep_prob: the probability of keeping a unit of the inputs, a number or a scalar array.
+      input_keep_prob: the probability of keeping a unit of the inputs, a number or an array, as in
+        `Dropout`.
       output_keep_prob: the same for the outputs.
       state_keep_prob: the same for the outgoing state. As in TensorFlow, a GRU's h then grows at
         every step; so does an LSTM's c if the visitor chooses it. For a GRU use the layer `RNN`
@@ -107,6 +108,9 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
           config: a dict that `get_config` returned.
           trusted: modules whose own functions and cells the config may name as well, such as
             `("my_project",)`. They are imported, and functions that they define are called.
+
+        Returns:
+          The wrapper.
 
         Raises:
           ValueError: if the config is not a wrapper's, or uses a name that is not allowed.

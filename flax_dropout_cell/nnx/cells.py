@@ -201,7 +201,7 @@ def core_params(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> Params:
       `lstm_cell` and `gru_cell` have Flax's default activations, whatever the cell's are.
 
     Raises:
-      TypeError: if the weights are not of the cell's kind.
+      TypeError: if `variables` is not a mapping, or `cell` is of a kind without such weights.
       ValueError: if the variables are not this cell's.
 
     Example:
@@ -222,8 +222,9 @@ def core_params(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> Params:
         return params_of(variables, lambda _: cell.weights(), cell)
     try:
         params = _gates_of(variables, cell)
-    except KeyError as error:
-        raise wrong_variables(cell, map(str, error.args), variables) from None
+    except KeyError:
+        wanted = nnx.to_pure_dict(nnx.state(cell, nnx.Param))
+        raise wrong_variables(cell, wanted, variables) from None
     _check_sizes("core_params", without_stack(params), cell)
     return params
 

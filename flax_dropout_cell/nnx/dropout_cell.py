@@ -179,11 +179,15 @@ class DropoutCell(DropoutAttribute, Wrapper):
     Args:
       cell: any `nnx.RNNCellBase`.
       dropout: the noise at each site. One noise for the whole `state` of an LSTM-family cell
-        means h alone; to reach the memory c, name it: `state=(noise_c, noise_h)`. `params` takes
-        a prefix of the cell's parameters (`nnx.Param`) as a plain dict. It may be set to another at
-        any time: a new number makes `nnx.jit` retrace, another value of an array does not.
+        means h alone; for c as well, write `state=(noise_c, noise_h)`. If another cell's state has
+        several leaves, give a structure. `params` takes a prefix of the cell's parameters
+        (`nnx.Param`) as a plain dict. The attribute may be replaced at any time: a new number makes
+        `nnx.jit` retrace, another value of an array does not.
       deterministic: if True, this is evaluation.
       rngs: the source of the masks, an `nnx.Rngs` or an `nnx.RngStream`; it is forked.
+
+    Raises:
+      TypeError: if `cell` is not a cell, `dropout` is not a `RecurrentDropout`, or `rngs` is a key.
 
     Example:
       >>> from flax import nnx

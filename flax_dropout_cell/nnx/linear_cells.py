@@ -77,6 +77,9 @@ class LinearCell(nnx.RNNCellBase):
 
         Returns:
           `[*batch, hidden_features]`.
+
+        Raises:
+          ValueError: if `carry_init` has no `rngs` to take a key from.
         """
         shape = (*input_shape[:-1], self.hidden_features)
         if carry_init is None:

@@ -177,7 +177,7 @@ class RNN(DropoutAttribute, nnx.Module):
           `return_carry`.
 
         Raises:
-          ValueError: in training, if there is no stream and no key, or if a shape does not fit.
+          ValueError: if a shape does not fit or, in training, if there is no stream and no key.
           TypeError: if `rngs` is none of these, a dtype does not fit, or the cell draws or writes
             at each step.
         """
@@ -230,6 +230,9 @@ class RNN(DropoutAttribute, nnx.Module):
         Returns:
           A `Description`, as `fdc.describe` gives it for one step of the cell.
 
+        Raises:
+          ValueError: if the inputs lack an axis, or a noise does not fit its site.
+
         Example:
           >>> from flax import nnx
           >>> import flax_dropout_cell as fdc
@@ -239,7 +242,7 @@ class RNN(DropoutAttribute, nnx.Module):
           >>> rnn.describe(jnp.ones((4, 20, 32)))
           site    value           noise                   drawn      mask         shared over
           output  float32[4, 64]  Dropout(keep_prob=0.8)  each step  bool[4, 64]
-          not disturbed: params (3 leaves), input, state
+          without noise: params (3 leaves), input, state
           free sites inside the cell: none
         """
         return describe_layer(self, NNX_FRAMEWORK, inputs, time_major)
@@ -268,6 +271,10 @@ class RNN(DropoutAttribute, nnx.Module):
 
         Returns:
           A matplotlib figure.
+
+        Raises:
+          ImportError: if matplotlib is not installed.
+          ValueError: if no noise draws a mask, `row` is not in the batch, or `rng` is None.
         """
         options: dict[str, Any] = {"start": start, "row": row, "max_units": max_units, "ax": ax}
         return plot_layer(self, NNX_FRAMEWORK, inputs, rng, time_major, **options)

@@ -25,7 +25,8 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
 
     Args:
       cell: any `nnx.RNNCellBase`.
-      input_keep_prob: the probability of keeping a unit of the inputs, a number or a scalar array.
+      input_keep_prob: the probability of keeping a unit of the inputs, a number or an array, as in
+        `Dropout`.
       output_keep_prob: the same for the outputs.
       state_keep_prob: the same for the outgoing state. As in TensorFlow, a GRU's h then grows at
         every step; so does an LSTM's c if the visitor chooses it. For a GRU use the layer `RNN`
@@ -134,9 +135,21 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
           trusted: modules whose own functions and cells the config may name as well, such as
             `("my_project",)`. They are imported, and functions that they define are called.
 
+        Returns:
+          The wrapper, with new weights.
+
         Raises:
           ValueError: if the config is not a wrapper's, or uses a name that is not allowed, or if
             the cell has weights to make and `rngs` is None.
+
+        Example:
+          >>> from flax import nnx
+          >>> import flax_dropout_cell as fdc
+          >>> cell = nnx.GRUCell(3, 8, rngs=nnx.Rngs(0))
+          >>> config = fdc.nnx.RNNCellDropoutWrapper(cell, 0.5).get_config()
+          >>> wrapper = fdc.nnx.RNNCellDropoutWrapper.from_config(config, nnx.Rngs(1))
+          >>> wrapper.wrapped_cell.hidden_features
+          8
         """
         return cls(**cls._read_config(config, trusted, rngs=rngs), rngs=rngs)
 

@@ -24,13 +24,13 @@ class Dropout(NamedNoise):
 
     A boolean mask is drawn, True for a kept unit: with `variational` once per sequence (Gal and
     Ghahramani 2016, arXiv:1512.05287, eq. 7), otherwise at every step (Zaremba et al. 2014,
-    arXiv:1409.2329, eq. 5). In evaluation the value comes back as it is. The value of
-    a dropped unit, even NaN or inf, affects neither the output nor the gradient.
+    arXiv:1409.2329, eq. 5). In evaluation the value comes back as it is. The value of a dropped
+    unit, even NaN or inf, affects neither the output nor the gradient.
 
     Args:
       keep_prob: in [0, 1], a number or an array, which may be traced and may have one for each
-        unit, `[features]`. 1 is the identity and draws nothing; 0 gives zeros. An array's
-        values are not checked: above 1 they count as 1, below 0 as 0.
+        unit, `[features]`. The number 1 is the identity and draws nothing; an array of ones draws.
+        0 gives zeros. An array's values are not checked: above 1 they count as 1, below 0 as 0.
       variational: one mask for all steps of a sequence instead of a fresh one at each.
       broadcast_dims: the value's dims over which one mask is shared, as in
         `flax.linen.Dropout`: `(0,)` gives the whole batch one mask.

@@ -22,14 +22,14 @@ class GaussianNoise(NamedNoise):
     """Adds a normal deviate of mean 0 and standard deviation `stddev`.
 
     The mask is the standard normal deviate. At `params` with `variational=True` it is weight noise,
-    one draw per sequence (Graves 2011, *Practical Variational Inference for Neural Networks*;
-    Graves 2013, arXiv:1308.0850, section 3.1, with stddev 0.075). In evaluation the value comes
-    back as it is.
+    one draw for all rows and steps of a call (Graves 2011, *Practical Variational Inference for
+    Neural Networks*; Graves 2013, arXiv:1308.0850, section 3.1, with stddev 0.075). In evaluation
+    the value comes back as it is.
 
     Args:
       stddev: in the units of the value, at least 0, a number or an array, which may be traced
-        or learned and may have one for each unit, `[features]`. 0 is the identity and draws
-        nothing.
+        or learned and may have one for each unit, `[features]`. The number 0 is the identity and
+        draws nothing; an array of zeros draws.
       variational: one draw for all steps of a sequence instead of a fresh one at each.
       broadcast_dims: the value's dims over which one draw is shared.
 

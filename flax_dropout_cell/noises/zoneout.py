@@ -30,10 +30,11 @@ class Zoneout(NamedNoise):
 
     Args:
       prob: the probability of the OLD value, in [0, 1], a number or an array, which may be traced
-        and may have one for each unit, `[features]`. 0 is the identity and draws nothing.
-        An array's values are not checked: above 1 they count as 1, below 0 as 0.
-      variational: one mask for all steps. Units that it holds back never leave the initial state,
-        which is seldom what is wanted.
+        and may have one for each unit, `[features]`. The number 0 is the identity and draws
+        nothing; an array of zeros draws. An array's values are not checked: above 1 they count as
+        1, below 0 as 0.
+      variational: one mask for all steps. A unit that is held back then stays at its initial
+        state for the whole sequence, which is rarely useful.
       broadcast_dims: the value's dims over which one mask is shared.
 
     Raises:

@@ -219,13 +219,22 @@ OBJECTS: dict[str, Case] = {
         ),
         TypeError, r"^Half lacks variational: a noise has variational, draw_mask, apply and exp",
     ),
+    "a recipe with rates": (
+        lambda: fdc.recipes.gal2016(0.2, 0.3), TypeError,  # type: ignore[misc]
+        "^gal2016 takes its numbers by name: input_keep_prob, recurrent_keep_prob, "
+        r"output_keep_prob, tied; got 0.2, 0.3. A keep_prob is 1 minus a rate.$",
+    ),
+    "a recipe in Keras' words": (
+        lambda: fdc.recipes.merity2017(dropout=0.2), TypeError,  # type: ignore[call-arg]
+        "^merity2017 takes its numbers by name: .*weight_keep_prob.*; got dropout",
+    ),
     "no units to plot": (
         lambda: fdc.plot_masks(None, H, XS, KEY, cell=cell, dropout=SPEC, max_units=0), ValueError,
         "max_units must be an int of at least 1, got 0",
     ),
     "a sequence to describe": (
         lambda: fdc.describe(None, H, XS, cell=lambda _, h, x: (x, x), dropout=SPEC), ValueError,
-        r"turned a carry of shape \(4, 3\) into one of \(5, 4, 3\).*one step: xs\[0\], or x\[:, 0\]",
+        r"turned a carry of shape \(4, 3\) into one of \(5, 4, 3\).*of one step: xs\[0\], or x\[:,",
     ),
     "a plain class": (lambda: fdc.register_noise(Returns), TypeError, "takes a frozen dataclass"),
     "paths within a structure": (

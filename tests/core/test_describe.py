@@ -49,7 +49,7 @@ def test_the_table_of_the_core() -> None:
         state.c                  float32[3, 16]   Zoneout(prob=0.1)             each step  bool[3, 16]
         state.h                  float32[3, 16]   Dropout(keep_prob=float32[])  each step  bool[3, 16]
         inside['candidate']      float32[3, 16]   GaussianNoise(stddev=0.2)     each step  float32[3, 1]  axis 1
-        not disturbed: params.input_kernel, params.bias, output
+        without noise: params.input_kernel, params.bias, output
         free sites inside the cell: hidden, input_per_gate, memory, recurrent, recurrent_per_gate
         """  # noqa: E501
     )
@@ -68,7 +68,7 @@ def test_the_table_of_a_layer(framework: str) -> None:
         site      value           noise                                drawn      mask         shared over
         state[1]  float32[3, 16]  Dropout(keep_prob=0.5, scale=False)  once       bool[3, 16]  steps
         output    float32[3, 16]  Dropout(keep_prob=0.5, scale=False)  each step  bool[3, 16]
-        not disturbed: params (12 leaves), input, state[0]
+        without noise: params (12 leaves), input, state[0]
         free sites inside the cell: none
         """  # noqa: E501
     )
@@ -256,7 +256,7 @@ def test_what_cannot_be_plotted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match=r"pip install 'flax_dropout_cell\[plots\]'"):
+    with pytest.raises(ImportError, match="needs matplotlib: pip install matplotlib"):
         plot(spec)
 
 

@@ -354,6 +354,21 @@ def test_the_last_good_one_is_gone_on_from(
     assert capfd.readouterr().err == f"resuming from checkpoint 5 in {folder}\n"
 
 
+def test_a_reader_changes_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A training that is running may still be writing what looks damaged."""
+    (folder / "5" / "checksums.json").unlink()
+    (folder / "6.orbax-checkpoint-tmp").mkdir()
+    before = sorted(folder.rglob("*"))
+    opened = checkpoints.open_checkpoints(folder, SETTINGS, 1, read_only=True)
+    assert_restored(opened, 4)
+    assert sorted(folder.rglob("*")) == before
+    told = capfd.readouterr().err.splitlines()
+    assert [line.split()[2] for line in told[:2]] == ["6", "5"]
+    with pytest.raises(checkpoints.CheckpointError, match="must be a folder with checkpoints"):
+        checkpoints.open_checkpoints(folder / "none", SETTINGS, 1, read_only=True)
+    assert not (folder / "none").exists()
+
+
 def test_damage_to_all_is_the_beginning(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for round_ in range(2):  # The second time there are damaged ones set aside already.
         for step in (3, 4, 5):

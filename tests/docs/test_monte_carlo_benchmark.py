@@ -70,7 +70,7 @@ def test_perplexities_by_hand(monte_carlo, monkeypatch, masks: str, at_once: int
             logits.append(np.asarray(part[0], np.float64))
         return np.concatenate(logits)
 
-    rngs = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1), SAMPLES)
+    rngs = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 2), SAMPLES)
     logits = np.stack([logits_of(rng) for rng in rngs])
     if masks == "set":
         assert np.abs(logits[0] - logits[1]).max() > 0.1
@@ -85,6 +85,16 @@ def test_perplexities_by_hand(monte_carlo, monkeypatch, masks: str, at_once: int
         of_words = (mean / mean.sum(-1, keepdims=True))[range(len(TEXT)), TEXT]
         np.testing.assert_allclose(got[power], np.exp(-np.log(of_words).mean()), rtol=1e-5)
     assert set(got) == set(wanted)
+
+
+def test_samples_have_keys_that_the_training_has_not() -> None:
+    """Both count with `fold_in`, from keys that are derived from one seed."""
+    key = jax.random.key(0)
+    of_training = jax.random.split(key)  # of the weights, and of all masks
+    of_samples = jax.random.fold_in(key, 2)
+    data = [jax.random.key_data(it).tolist() for it in (*of_training, of_samples)]
+    assert jax.random.key_data(jax.random.fold_in(key, 1)).tolist() == data[1]  # so not this one
+    assert data[2] not in data[:2]
 
 
 @dataclasses.dataclass
@@ -102,7 +112,7 @@ def test_rows_of_other_weights_are_refused(monte_carlo, monkeypatch, tmp_path, c
     """Rows that are there stay, and no row of other weights is added to them."""
 
     def run(factor: float, samples: int) -> None:
-        monkeypatch.setattr(monte_carlo, "open_checkpoints", lambda *_: [Saved(factor)])
+        monkeypatch.setattr(monte_carlo, "open_checkpoints", lambda *_, **__: [Saved(factor)])
         command = f"monte_carlo.py --checkpoint saved --masks set --samples {samples}"
         monkeypatch.setattr("sys.argv", [*command.split(), "--out", str(tmp_path)])
         monte_carlo.main()

@@ -40,7 +40,7 @@ def test_dropout_cell(framework: str) -> None:
         ),
         "input float32[3, 4] Dropout(keep_prob=0.25) each step bool[3, 4]",
         "state[1] float32[3, 16] Dropout(keep_prob=0.5) once bool[3, 16] steps",
-        "not disturbed: params (8 of 12 leaves), state[0], output",
+        "without noise: params (8 of 12 leaves), state[0], output",
         "free sites inside the cell: none",
     ]
 
@@ -64,7 +64,27 @@ def test_tensorflows_wrapper(framework: str) -> None:
         site      value           noise                    drawn  mask         shared over
         input     float32[3, 4]   Dropout(keep_prob=0.5)   once   bool[3, 4]   steps
         state[1]  float32[3, 16]  Dropout(keep_prob=0.75)  once   bool[3, 16]  steps
-        not disturbed: params (12 leaves), state[0], output
+        without noise: params (12 leaves), state[0], output
         free sites inside the cell: none
         """
     )
+
+
+@frameworks
+def test_evaluation_is_told(framework: str) -> None:
+    """By a layer and by a wrapper, and for NNX after `eval()` and `train()` too."""
+    spec, told = fdc.RecurrentDropout(input=STEP), "evaluation: nothing is drawn"
+    rnn = (fdc.linen if framework == "linen" else fdc.nnx).RNN
+    x = jax.ShapeDtypeStruct((3, 5, 4), jnp.float32)
+    for evaluates in (False, True):
+        layer = rnn(lstm(framework), spec, deterministic=evaluates)
+        assert repr(layer.describe(x)).endswith(told) == evaluates
+        wrap = fdc.linen.DropoutCell if framework == "linen" else fdc.nnx.DropoutCell
+        wrapper = wrap(lstm(framework), spec, deterministic=evaluates)
+        assert repr(wrapper.describe(X)).endswith(told) == evaluates
+    if framework == "nnx":
+        model = rnn(lstm(framework), spec)
+        model.eval()
+        assert repr(model.describe(x)).endswith(told)
+        model.train()
+        assert told not in repr(model.describe(x))

@@ -240,6 +240,7 @@ def test_words_are_cut_into_windows_that_do_not_overlap(modules):
         ({"jsb_chorales.mat": ""}, ["chorales", "--data", "."], "chorales cannot be read: "),
         ({}, ["sunspots", "--batch", "500"], "--batch is 500, of 136 sequences"),
         ({}, ["sunspots", "--epochs", "0"], "argument --epochs: "),
+        ({}, ["sunspots", "--data", "."], "--data is for chorales; sunspots need none"),
         ({"schemes_sunspots.json": "{"}, ["sunspots"], "schemes_sunspots.json cannot be read: "),
         ({"schemes_sunspots.json": "[]"}, ["sunspots"], "is of another config"),
         ({"schemes_sunspots.json": '{"config": 1}'}, ["sunspots"], "is of another config"),
@@ -254,6 +255,37 @@ def test_bad_input_is_one_line(modules, tmp_path, monkeypatch, capsys, files, ar
         modules.schemes.main()
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+def test_a_scheme_is_run_in_the_cells_that_have_it(modules, tmp_path, monkeypatch):
+    """Not in others: such a row would have no place, and be lost."""
+    task, ran = make_task(modules.tasks), []
+    monkeypatch.setitem(modules.tasks.TASKS, "sunspots", lambda _: task)
+    monkeypatch.setattr(modules.schemes, "draw", lambda *_: None)
+    monkeypatch.setattr(modules.schemes, "format_table", lambda _: "")
+
+    def compare(task, config, cell, scheme):
+        ran.append((cell, scheme.name))
+        return {"cell": cell, "scheme": scheme.name}
+
+    monkeypatch.setattr(modules.schemes, "compare", compare)
+    argv = ["schemes.py", "sunspots", "--batch", "4", "--out", str(tmp_path)]
+    asked = ["--scheme", "candidate", "--scheme", "Semeniuta"]
+    monkeypatch.setattr("sys.argv", argv + asked)
+    modules.schemes.main()
+    assert ran == [("lstm", "Semeniuta"), ("lru", "candidate"), ("min_gru", "candidate")]
+
+
+def test_the_costs_of_all_schemes_are_measured(modules, monkeypatch):
+    costs = importlib.import_module("scheme_costs")
+    for name in ("STEPS", "BATCH", "FEATURES", "UNITS"):
+        monkeypatch.setattr(costs, name, 3)
+    seconds = costs.measure(rounds=1)
+    stored = json.loads((ROOT / "docs/results/benchmark_scheme_costs.json").read_text())
+    assert {cell: [*times] for cell, times in seconds.items()} == {
+        cell: [*times] for cell, times in stored["seconds"].items()
+    }
+    assert all(len(times) == 1 and times[0] > 0 for times in seconds["lstm"].values())
 
 
 def test_rows_of_other_data_are_not_added(modules, tmp_path, monkeypatch, capsys):

@@ -199,7 +199,7 @@ def check_arguments(
         raise TypeError(must_be(name, "callable", dropout_state_filter_visitor))
     for name, keep_prob in keep_probs.items():
         if not isinstance(keep_prob, int | float | np.number | np.ndarray | jax.Array):
-            raise TypeError(must_be(name, "a number in [0, 1] or a scalar array", keep_prob))
+            raise TypeError(must_be(name, "a number in [0, 1] or an array", keep_prob))
         check_probability(name, keep_prob)
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer | None):
         raise TypeError(must_be("seed", "an int or None", seed))
