@@ -1,4 +1,4 @@
-"""What recurrent dropout costs: one table in one run, ratios to the same cell without it.
+"""The time of an LSTM with recurrent dropout, in several libraries, relative to the bare cell.
 
     python benchmarks/compare.py                 # this library, the bare cell, the naive way
     python benchmarks/compare.py --peers         # and Keras, TensorFlow and PyTorch

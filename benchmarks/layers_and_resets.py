@@ -1,4 +1,4 @@
-"""What resets and the layers cost: ratios within one run, each to its own bare program.
+"""The cost of resets and of the layers: ratios within one run, each to its own bare program.
 
     python benchmarks/layers_and_resets.py               # two minutes on two cores
     python benchmarks/layers_and_resets.py --rounds 10
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from compare import describe
 from flax import nnx
-from jax_programs import versions
+from jax_programs import spec_of, versions
 from program import Config
 from rounds import parser_of, store
 from tqdm import tqdm
@@ -42,10 +42,6 @@ PAIRS = {
 
 Program = Callable[[Any, jax.Array, jax.Array], jax.Array]
 """`run(params, xs, rng)`, which gives the outputs."""
-
-
-def spec_of(noise: fdc.Dropout) -> fdc.RecurrentDropout:
-    return fdc.RecurrentDropout(input=noise, state=(None, noise), output=noise)
 
 
 def scan_programs() -> tuple[Any, dict[str, Program]]:

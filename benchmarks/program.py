@@ -1,4 +1,4 @@
-"""What every library's file gives, and the process that runs one library's programs."""
+"""The interface of a library's file, and the process that runs one library's programs."""
 
 import importlib
 import json

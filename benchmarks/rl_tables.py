@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from scheme_tables import format_row
 
 BARE = "no dropout"
 MEASURES = {
@@ -25,10 +26,6 @@ def format_table(report: dict[str, Any]) -> str:
         clipped = [f"{np.mean(row['clipped']):.1%}", f"{row['worst_clipped']:.0%}"]
         lines.append(format_row(cells + clipped))
     return "\n".join(lines)
-
-
-def format_row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def mean_of(values: list[float]) -> tuple[float, float]:

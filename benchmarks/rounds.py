@@ -1,4 +1,4 @@
-"""What benchmarks share: programs timed in turn, the options of that, and where results go."""
+"""Helpers that benchmarks share: timing in turn, flags, and files of results."""
 
 import argparse
 import json

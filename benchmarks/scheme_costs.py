@@ -1,4 +1,4 @@
-"""What each scheme costs in training, beside the bare model: the models of `schemes.py`.
+"""The training cost of each scheme, relative to the bare model: the models of `schemes.py`.
 
     python benchmarks/scheme_costs.py                     # 300 units, batches of 16 x 64 steps
     python benchmarks/scheme_costs.py --rounds 5 --out results

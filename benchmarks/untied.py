@@ -1,4 +1,4 @@
-"""What masks for each gate cost beside masks for all gates: Gal's two variants, in one process.
+"""The cost of a mask for each gate, relative to one for all gates: Gal's two variants.
 
     python benchmarks/untied.py                     # T=128, B=64, H=256
     python benchmarks/untied.py --rounds 5 --out results

@@ -8,8 +8,8 @@ A run that is killed at any moment resumes from the last one when it is started 
         state = train_step(state)
         checkpoints.save(step + 1, state, last=step + 1 == steps)
 
-Orbax writes them, as tensors and JSON: `STEP/state` and `STEP/settings`. To each are added the
-checksums of its files, since Orbax would read a large array with a flipped bit as it is. With
+Orbax writes them, as tensors and JSON: `STEP/state` and `STEP/settings`. Each also has checksums of
+its files, because Orbax does not notice a flipped bit in a large array. With
 several processes, the folder is one that all of them see, and all of them call everything here.
 """
 

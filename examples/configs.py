@@ -1,6 +1,6 @@
 """The configurations of the language model: the default one, and those of papers.
 
-Where a number is not from the paper or its authors' code, a comment says so.
+A comment marks each number that is not from the paper or its authors' code.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ SCHEMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that decides the numbers, but for the text. The defaults are for the default text.
+    """Everything that determines the results, except the text, for which the defaults are.
 
     Attributes:
-      scheme: which noise sits where, a key of `SCHEMES`.
+      scheme: the dropout scheme, a key of `SCHEMES`.
       embedding_size: the size of a word's embedding.
       hidden_size: the size of each LSTM; the last one of a tied model has `embedding_size`.
       layers: how many LSTMs are stacked.
       tied: whether the softmax reads with the embeddings.
       word_keep_prob: for whole word types.
       words_per_row: whether each row drops types of its own.
-      first_keep_prob: for what the first LSTM reads, where that is not `input_keep_prob`.
+      first_keep_prob: for the first LSTM's input; None is `input_keep_prob`.
       input_keep_prob: for what each LSTM reads from below.
       recurrent_keep_prob: for h as the gates read it; in weight-drop, for the recurrent kernels.
       output_keep_prob: for what the last LSTM emits.
@@ -42,7 +42,7 @@ class Config:
       epochs: passes over the training text.
       adam: Adam, or plain SGD.
       learning_rate: of the first epochs.
-      decay: what the learning rate is multiplied by, at each epoch from `constant_epochs` on.
+      decay: the factor of the learning rate per epoch, from `constant_epochs` on.
       constant_epochs: how many epochs have the full learning rate.
       sum_over_time: whether the loss is the sum over a window's steps; the mean otherwise.
       max_grad_norm: where the gradient is clipped.

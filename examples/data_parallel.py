@@ -46,7 +46,7 @@ EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that decides the numbers; neither devices nor processes do."""
+    """Everything that determines the results; numbers of devices and processes do not."""
 
     scheme: str = "variational"
     steps: int = 100
@@ -194,7 +194,7 @@ def evaluate(config: Config, params: Any) -> float:
 
 
 def join(options: argparse.Namespace) -> None:
-    """Joins the other processes, if there are to be any; comes before all else that is JAX's.
+    """Connects to the other processes, if any. Call it before any other function of JAX.
 
     When one of them is lost or does not come, JAX ends all others after this timeout.
     """

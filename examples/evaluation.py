@@ -17,7 +17,7 @@ def sum_nll(logits: jax.Array, window: Rows) -> jax.Array:
 
 
 def build_evaluate(model: Any, window: int) -> Callable[[Any, Rows], jax.Array]:
-    """Gives the mean negative log-likelihood of a split, the carry handed on through all of it."""
+    """Builds a function for a split's mean negative log-likelihood; one carry runs through it."""
     model = model.clone(deterministic=True)
 
     @jax.jit

@@ -1,7 +1,7 @@
 """Recurrent dropout with no framework: a cell is a function, its weights are a dict of arrays.
 
-An LSTM forecasts the next value of noisy waves. It has few to learn from, and without dropout
-it memorizes their noise: the loss on new waves rises while the training loss falls.
+An LSTM forecasts the next value of noisy waves. The training set is small: without dropout the LSTM
+memorizes the noise, and the loss on new waves rises while the training loss falls.
 """
 
 import argparse
@@ -69,6 +69,7 @@ def main():
     init_rng, train_rng, new_rng, dropout_rng = jax.random.split(jax.random.key(0), 4)
     waves, new_waves = make_waves(train_rng, batch=32), make_waves(new_rng, batch=512)
     for name, dropout in (("no dropout", fdc.RecurrentDropout()), ("dropout", DROPOUT)):
+        label = "training" if dropout is not DROPOUT else "training (dropout on)"
         params = init_params(init_rng)
         opt_state = OPTIMIZER.init(params)
         for epoch in range(1, EPOCHS + 1):
@@ -76,7 +77,7 @@ def main():
             params, opt_state, loss = train_step(params, opt_state, waves, rng, dropout)
             if epoch % 50 == 0:
                 new_loss = loss_of(params, new_waves, None, dropout)
-                print(f"{name}, epoch {epoch}: training {loss:.4f}, new waves {new_loss:.4f}")
+                print(f"{name}, epoch {epoch}: {label} {loss:.4f}, new waves {new_loss:.4f}")
 
 
 if __name__ == "__main__":

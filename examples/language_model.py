@@ -182,7 +182,7 @@ def build_train_window(
 def build_train_windows(
     config: Config, model: LanguageModel, rng: jax.Array
 ) -> Callable[..., TrainState]:
-    """Learns from the first `count` of some windows of the rows, in one program."""
+    """Builds the function that trains on the first `count` windows, as one program."""
     train_window = build_train_window(config, model, rng)
 
     @jax.jit
@@ -205,7 +205,7 @@ def build_train_windows(
 def train(
     config: Config, corpus: Corpus, checkpoints: "Checkpoints | None" = None
 ) -> Iterator[TrainState]:
-    """Trains a model, and gives where it stands as each epoch is over.
+    """Trains a model; yields its state after each epoch.
 
     Raises:
       FloatingPointError: the training diverged.

@@ -48,7 +48,7 @@ def load_windows() -> tuple[Windows, Windows]:
 
 
 def to_scale(spots: np.ndarray) -> np.ndarray:
-    """Roots spread counts of all sizes alike, and lie between -1.5 and 2 then."""
+    """Scaled square roots of the counts, between -1.5 and 2."""
     return (np.sqrt(spots) / 4 - 1.5).astype(np.float32)
 
 

@@ -261,7 +261,8 @@ def test_functional_scan_shows_what_dropout_does():
     process = run_example(EXAMPLES / "functional_scan.py", trains_long=True)
     assert process.returncode == 0, process.stderr
     lines = re.findall(
-        r"^(no dropout|dropout), epoch (\d+): training ([\d.]+), new waves ([\d.]+)$",
+        r"^(no dropout|dropout), epoch (\d+): training(?: \(dropout on\))? ([\d.]+), "
+        r"new waves ([\d.]+)$",
         process.stdout,
         re.MULTILINE,
     )

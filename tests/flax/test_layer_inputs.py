@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from asserts import assert_close, assert_same
 from flax import nnx
+from hand_masks import kept, site_key
 from layers import BATCH, FEATURES, FRAMEWORKS, STEPS, UNITS, XS, Framework
 from quick_prng import quick_key
 
@@ -161,15 +162,8 @@ def test_inputs_of_several_arrays(framework: str, time_major: bool) -> None:
         inputs = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), inputs)
     carry, ys = run(inputs, quick_key(2), valid=VALID.T if time_major else VALID, return_carry=True)
 
-    masks = fdc.draw_masks(
-        None,
-        None,
-        (times[:, 0], XS[:, 0]),
-        quick_key(2),
-        cell=lambda params, carry, x: (carry, x),
-        dropout=fdc.RecurrentDropout(input=(None, ONCE.input)),
-    )
-    dropped = jnp.where(masks.input[1][:, None], XS / 0.5, 0)
+    mask = kept(site_key(quick_key(2), "input", leaf=1), BATCH, FEATURES)
+    dropped = jnp.where(mask[:, None], 2 * XS, 0)
     for row in range(BATCH):
         h, wanted = jnp.full((1, UNITS), 0.5), np.zeros((STEPS, UNITS), np.float32)
         for t in np.flatnonzero(VALID[row]):

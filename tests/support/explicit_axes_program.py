@@ -75,10 +75,10 @@ TYPES_ONLY: dict[str, dict[str, Any]] = OPTIONS | {
 }
 
 
-# By hand -----------------------------------------------------------------------------------------
+# On one device -----------------------------------------------------------------------------------
 
 
-def masks_by_hand(params: Any, carry: Any, x: Any, options: dict[str, Any]) -> fdc.Masks:
+def masks_on_one_device(params: Any, carry: Any, x: Any, options: dict[str, Any]) -> fdc.Masks:
     """The masks of every step, `[time, ...]`."""
 
     @jax.jit
@@ -271,7 +271,7 @@ def a_sequence_is_that_of_one_device(case: str) -> None:
     host, options = COMPILED[case]
     given, whole = OPTIONS[options], arrays(host)
     _, weight_masks = HOSTS[host](given)
-    masks = masks_by_hand(whole[0], whole[1], whole[2][0], given)
+    masks = masks_on_one_device(whole[0], whole[1], whole[2][0], given)
     of_weights = weight_masks(whole[0])
     if host != "dropout_scan":
         steps = jax.tree.map(lambda mask: jnp.stack([mask] * STEPS), of_weights)

@@ -89,23 +89,6 @@ def step_shape(xs: jax.Array, options: dict[str, Any]) -> tuple[int, ...]:
     return xs.shape[1:] if options.get("time_major") else (*xs.shape[:-2], xs.shape[-1])
 
 
-class NNXProbe(nnx.RNNCellBase):
-    """`probes.probe_cell` as an NNX cell."""
-
-    def __init__(self, units: int = probes.UNITS) -> None:
-        self.w = nnx.Param(jnp.ones(units))
-
-    def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, Any]:
-        return probes.probe_cell({"w": self.w[...]}, carry, inputs)
-
-    def initialize_carry(self, input_shape: Any, rngs: Any = None, carry_init: Any = None) -> Any:
-        return {"a": jnp.ones(input_shape), "b": jnp.ones(input_shape)}
-
-    @property
-    def num_feature_axes(self) -> int:
-        return 1
-
-
 class Framework(NamedTuple):
     """The parts of a framework's layer."""
 
@@ -131,11 +114,11 @@ FRAMEWORKS = {
         lambda **functions: fdc.nnx.LSTMCell(FEATURES, UNITS, rngs=nnx.Rngs(0), **functions),
         lambda: nnx.LSTMCell(FEATURES, UNITS, rngs=nnx.Rngs(0)),
         lambda: nnx.GRUCell(FEATURES, UNITS, rngs=nnx.Rngs(0)),
-        NNXProbe,
+        probes.NnxProbe,
         fdc.nnx.RNN,
     ),
 }
 
 
-def differ(a: Any, b: Any) -> bool:
+def differ_widely(a: Any, b: Any) -> bool:
     return any((x != y).mean() > 0.1 for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))

@@ -23,7 +23,8 @@ class Ran(NamedTuple):
     Attributes:
       carry: the cell's own last carry.
       ys: `[time, batch, units]`.
-      masks: those that it drew once; None in evaluation.
+      masks: those that it drew once; for a layer, those that `draw_masks` draws from its key; None
+        in evaluation.
       rng: the sequence's key; None where a wrapper's carry has none, as no step draws.
     """
 

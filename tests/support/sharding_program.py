@@ -495,6 +495,36 @@ def probabilities_over_another_axis_of_shard_map(scheme: str) -> None:
             assert_same(got[steps, at], want)
 
 
+@CASES.over(scheme=SCHEMES)
+def shards_of_the_features_need_keys_of_their_own(scheme: str) -> None:
+    """A mask that rows share is the same on all shards, which is wrong if they divide the units."""
+    noise = dataclasses.replace(noise_of(scheme), broadcast_dims=(0,))
+    options: dict[str, Any] = {
+        "cell": exact_cell,
+        "dropout": fdc.RecurrentDropout(output=noise),
+    }
+
+    def run(rng: jax.Array, xs: jax.Array) -> jax.Array:
+        weights, h = jnp.ones((1, xs.shape[-1])), jnp.zeros_like(xs[0])
+        return fdc.dropout_scan(weights, h, xs, rng, **options)[1]
+
+    def own_key(rng: jax.Array, xs: jax.Array) -> jax.Array:
+        return run(jax.random.fold_in(rng, jax.lax.axis_index("features")), xs)
+
+    wide = P(None, None, "features")
+    mesh = jax.make_mesh((DEVICES,), ("features",), axis_types=(AxisType.Auto,))
+    xs = jnp.ones((STEPS, BATCH, UNITS * DEVICES))
+
+    def shards_of(function: Callable[..., Any]) -> list[np.ndarray]:
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=(P(), wide), out_specs=wide)
+        return np.split(np.asarray(jax.jit(mapped)(key(), xs)), DEVICES, axis=-1)
+
+    first, *others = shards_of(run)
+    assert all((shard == first).all() for shard in others)
+    first, *others = shards_of(own_key)
+    assert all((shard != first).any() for shard in others)
+
+
 @CASES.over(site=("input", "state", "output"), scheme=SCHEMES, cell=("step", "sequence"))
 def shards_with_one_key_are_refused_in_shard_map(site: str, scheme: str, cell: str) -> None:
     """Weights, and masks that rows share, are to be the same on all shards."""
