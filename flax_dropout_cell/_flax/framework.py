@@ -144,9 +144,14 @@ class Framework(abc.ABC):
         """Raises if noise is inside a stock cell, which has no sites, and names one that has."""
         names = sorted(inside_names(dropout))
         module = type(cell).__module__
-        # A cell under nn.remat or nn.jit may well have sites.
-        if not names or not module.startswith(self.name) or module.endswith(".transforms"):
+        if not names or not module.startswith(self.name):
             return
+        if module.endswith(".transforms"):
+            raise TypeError(
+                f"dropout.inside has noise, but {type(cell).__name__} is a cell under nn.remat or "
+                f"another transformation, which cannot pass its sites on: give the cell itself. To "
+                f"save memory, give the layer checkpoint_every."
+            )
         stock, twin = f"{self.prefix}.{type(cell).__name__}", self.twins.get(type(cell))
         if twin is None:
             cells = sorted({f"{self.ours}.{ours.__name__}" for ours in self.twins.values()})

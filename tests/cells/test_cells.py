@@ -469,3 +469,12 @@ def test_the_loop_keeps_each_gates_cotangent_once(name: str) -> None:
 def test_undisturbed_gives_the_value_back() -> None:
     value = object()
     assert undisturbed("hidden", value) is value
+
+
+@pytest.mark.parametrize("init", [fdc.init_lstm, fdc.init_gru])
+def test_first_kernels_are_drawn_apart(init: Any) -> None:
+    """Of one key, a kernel of x and one of h would be nearly parallel."""
+    params = init(jax.random.key(3), 64, 64)
+    for x in np.split(np.asarray(params.input_kernel), params.bias.size // 64, -1):
+        for h in np.split(np.asarray(params.recurrent_kernel), params.bias.size // 64, -1):
+            assert abs(np.corrcoef(x.ravel(), h.ravel())[0, 1]) < 5 / 64

@@ -162,3 +162,14 @@ def test_messages_list_the_cells_that_have_a_site() -> None:
     assert cells_with("recurrent") == "lstm_cell or gru_cell"
     assert cells_with("hidden").endswith("lru_cell, min_gru_cell, min_lstm_cell or rg_lru_cell")
     assert cells_with("nowhere") == ""
+
+
+@pytest.mark.parametrize("cell", [nn.GRUCell(4), nn.MGUCell(4), fdc.linen.MinGRUCell(4)], ids=str)
+def test_concrete_dropout_explodes_on_a_leaky_sum_too(cell: Any) -> None:
+    key, noise = jax.random.key(0), fdc.ConcreteDropout(logit=-1.0)
+    layer = fdc.linen.RNN(cell, fdc.RecurrentDropout(state=noise))
+    with pytest.raises(ValueError, match=r"ConcreteDropout would enlarge.*h, which it carries on"):
+        layer.init({"params": key, "dropout": key}, jnp.ones((2, 3, 4)))
+    lstm = fdc.linen.RNN(fdc.linen.LSTMCell(4), fdc.RecurrentDropout(inside={"memory": noise}))
+    with pytest.raises(ValueError, match="ConcreteDropout would enlarge the memory c"):
+        lstm.init({"params": key, "dropout": key}, jnp.ones((2, 3, 4)))

@@ -340,3 +340,44 @@ def test_mistakes(mistake: str) -> None:
     with pytest.raises(error, match=message) as caught:
         CELLS[name].cell(*change(*example(name)))
     assert len(str(caught.value).splitlines()) <= 5
+
+
+def lru_candidate(p: Any, x: Any) -> Any:
+    real, imag = np.split(x @ p["input_kernel"], 2, -1)
+    return real + 1j * imag
+
+
+def of_gates(count: int, pick: Any) -> Any:
+    return lambda p, x: pick(*np.split(x @ p["input_kernel"] + p["bias"], count, -1))
+
+
+@pytest.mark.parametrize(
+    ("init", "cell", "candidate"),
+    [
+        (fdc.init_lru, fdc.lru_cell, lru_candidate),
+        (fdc.init_min_gru, fdc.min_gru_cell, of_gates(2, lambda z, n: n)),
+        (fdc.init_min_lstm, fdc.min_lstm_cell, of_gates(3, lambda f, i, n: n)),
+        (fdc.init_rg_lru, fdc.rg_lru_cell, of_gates(3, lambda r, i, n: n / (1 + np.exp(-i)))),
+    ],
+    ids=["lru", "min_gru", "min_lstm", "rg_lru"],
+)
+def test_what_the_sites_of_a_linear_cell_hold(init: Any, cell: Any, candidate: Any) -> None:
+    """As the docstrings say; a mask of dropout would not tell i * D(n) from D(i * n)."""
+    params = init(jax.random.key(3), 3, 8)
+    if hasattr(params, "bias"):
+        params = params._replace(bias=jax.random.normal(jax.random.key(3), params.bias.shape))
+    dtype = jnp.complex64 if cell is fdc.lru_cell else jnp.float32
+    h = jax.random.normal(jax.random.key(3), (2, 8), dtype)
+    x = jax.random.normal(jax.random.key(4), (2, 3))
+    seen: dict[str, Any] = {}
+
+    def disturb(site: str, value: Any, previous: Any = None) -> Any:
+        seen[site] = (value, previous)
+        return value
+
+    new, _ = cell(params, h, x, disturb=disturb)
+    plain = {name: np.float64(leaf) for name, leaf in params._asdict().items()}
+    assert list(seen) == ["candidate", "hidden"]
+    np.testing.assert_allclose(seen["candidate"][0], candidate(plain, np.float64(x)), rtol=1e-5)
+    np.testing.assert_array_equal(seen["hidden"][0], new)
+    np.testing.assert_array_equal(seen["hidden"][1], h)

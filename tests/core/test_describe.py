@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hand_masks import kept, site_key
 from matplotlib.figure import Figure
 
 import flax_dropout_cell as fdc
@@ -443,3 +444,21 @@ def test_mistakes_that_a_step_would_tell() -> None:
     spec = fdc.RecurrentDropout(state=FROZEN)
     with pytest.raises(ValueError, match="all rows would share its mask"):
         fdc.describe(None, h[:1], x, cell=lambda params, h, x: (h + x[:, :1], h), dropout=spec)
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_a_layers_picture_with_each_argument(framework: str) -> None:
+    steps, rows, start = 7, 3, 5
+    spec = fdc.RecurrentDropout(input=fdc.Dropout(keep_prob=0.5))
+    if framework == "linen":
+        layer: Any = fdc.linen.RNN(nn.GRUCell(8), spec)
+    else:
+        layer = fdc.nnx.RNN(nnx.GRUCell(16, 8, rngs=nnx.Rngs(0)), spec)
+    grid = [Figure().subplots()]
+    layer.plot_masks(
+        jnp.ones((steps, rows, 16)), KEY, start=start, row=2, max_units=4, time_major=True, ax=grid
+    )
+    masks = [kept(site_key(KEY, "input", start + t), rows, 16)[2, :4] for t in range(steps)]
+    image = grid[0].images[0]
+    np.testing.assert_array_equal(np.asarray(image.get_array()).astype(bool), np.stack(masks, 1))
+    assert image.get_extent() == [start - 0.5, start + steps - 0.5, 3.5, -0.5]

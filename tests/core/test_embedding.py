@@ -245,7 +245,7 @@ ERRORS = {
     "keep_prob of several": (
         lambda: fdc.embedding_dropout(table_of(), ids_of(3), None, keep_prob=jnp.ones(3)),
         ValueError,
-        r"keep_prob has shape \(3,\), which does not broadcast",
+        r"keep_prob must be one number, or an array without dims; got shape \(3,\)",
     ),
     "no key": (
         lambda: fdc.embedding_dropout(table_of(), ids_of(3), 0, keep_prob=0.5),  # type: ignore
@@ -499,3 +499,11 @@ def test_only_rows_are_cast_and_one_type_is_any_id(framework: str) -> None:
     np.testing.assert_array_equal(rows, wanted)
     assert f"bf16[{TYPES}," not in text
     np.testing.assert_array_equal(one, np.broadcast_to(table[0], (4, 5, FEATURES)))
+
+
+@pytest.mark.parametrize("wrong", [5, -6])
+def test_the_first_ids_beyond_the_table(wrong: int) -> None:
+    table = jnp.ones((5, 2))
+    fdc.embedding_dropout(table, np.array([-5, 4]), None, keep_prob=0.5)
+    with pytest.raises(ValueError, match=f"ids must be from -5 to 4, got {wrong}"):
+        fdc.embedding_dropout(table, np.array([0, wrong]), None, keep_prob=0.5)

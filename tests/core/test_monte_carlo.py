@@ -260,3 +260,10 @@ def test_errors_say_what_came_and_what_to_write(name: str) -> None:
 def test_logits_are_not_seen_under_jit() -> None:
     """As the docstring says; a check of values would need the device."""
     jax.jit(fdc.mc_entropies)(jnp.array([[2.0, -1.0], [0.3, 0.4]]))
+
+
+def test_no_information_is_negative() -> None:
+    probabilities = jax.nn.softmax(jax.random.normal(jax.random.key(3), (1000, 7)))
+    got = fdc.mc_entropies(jnp.broadcast_to(probabilities, (13, 1000, 7)))
+    assert (np.asarray(got.predictive) < np.asarray(got.expected)).any()
+    assert (np.asarray(got.mutual_information) >= 0).all()

@@ -191,3 +191,15 @@ def test_narrow_lengths_of_long_sequences() -> None:
     np.testing.assert_allclose(got, wanted, rtol=1e-6)
     with pytest.raises(ValueError, match="seq_lengths must be from 0 to 300"):
         fdc.activation_regularization(ys, seq_lengths=np.array([3, 301]))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 3, 4)])
+def test_concrete_regularization_of_kernels_of_any_rank(shape: tuple[int, ...]) -> None:
+    kernel, logits = jax.random.normal(jax.random.key(3), shape), jnp.linspace(-2, 2, 6)
+    got = fdc.concrete_regularization(logits, kernel, length_scale=0.7, num_examples=10)
+    p = 1 / (1 + np.exp(-np.float64(logits)))
+    squares = (np.float64(kernel) ** 2).reshape(6, -1).sum(1)
+    entropy = -(p * np.log(p) + (1 - p) * np.log(1 - p))
+    np.testing.assert_allclose(
+        got, (0.7**2 / 2 * (squares / (1 - p)).sum() - entropy.sum()) / 10, rtol=1e-5
+    )

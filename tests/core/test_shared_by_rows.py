@@ -105,3 +105,32 @@ def test_keys_of_rows_need_a_reset_carry() -> None:
         for step in range(T):
             key, own = jax.random.split(fresh[row] if RESETS[step, row] else key)
             assert ys[step, row] == jax.random.uniform(own), (step, row)
+
+
+@pytest.mark.parametrize("option", ["valid", "resets"])
+def test_a_number_of_each_row(option: str) -> None:
+    """A leaf `[batch]` of the carry has rows: padding holds it back, and a reset starts it anew."""
+    steps, rows = 6, 4
+    flags = np.random.default_rng(3).random((steps, rows)) < 0.5
+
+    def cell(params: Any, carry: Any, x: Any) -> Any:
+        return {"count": carry["count"] + 1, "h": x}, carry["count"]
+
+    carry = {"count": jnp.full(rows, 5, jnp.int32), "h": jnp.zeros((rows, 2))}
+    carry, ys = fdc.dropout_scan(
+        None,
+        carry,
+        jnp.ones((steps, rows, 2)),
+        None,
+        cell=cell,
+        dropout=fdc.RecurrentDropout(),
+        **{option: flags},
+    )
+    count, wanted = np.full(rows, 5), np.zeros((steps, rows), int)
+    for t in range(steps):
+        count = np.where(flags[t], 0, count) if option == "resets" else count
+        runs = flags[t] if option == "valid" else np.ones(rows, bool)
+        wanted[t] = np.where(runs, count, 0)
+        count = count + runs
+    np.testing.assert_array_equal(carry["count"], count)
+    np.testing.assert_array_equal(ys, wanted)

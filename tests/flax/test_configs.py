@@ -475,3 +475,25 @@ def test_known_functions_are_plain_functions_of_arrays() -> None:
 def test_arguments_of_another_type_are_a_config_error(host, wrong) -> None:
     with pytest.raises(ValueError, match=r"the config is not a wrapper's: (seed|input_keep_prob)"):
         read(host, {"cell": STOCK[host]} | wrong, ())
+
+
+ARGUMENTS: dict[str, Any] = {
+    "input_keep_prob": 0.5, "output_keep_prob": 0.25, "state_keep_prob": 0.75,
+    "variational_recurrent": True, "input_size": 3, "dtype": "float32", "seed": 7,
+    "dropout_state_filter_visitor": None, "broadcast_dims": (0,), "deterministic": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_a_config_brings_back_each_argument(framework: str, name: str) -> None:
+    """Of the wrapper itself: two configs that both lack an argument would be equal."""
+    given = {name: ARGUMENTS[name]}
+    if framework == "linen":
+        cls: Any = fdc.linen.RNNCellDropoutWrapper
+        again = cls.from_config(cls(nn.GRUCell(3), **given).get_config())
+    else:
+        cls, rngs = fdc.nnx.RNNCellDropoutWrapper, nnx.Rngs(0)
+        wrapper = cls(nnx.GRUCell(3, 3, rngs=rngs), **given, rngs=rngs)
+        again = cls.from_config(wrapper.get_config(), rngs=rngs)
+    assert getattr(again, name) == ARGUMENTS[name]

@@ -258,3 +258,35 @@ def test_outputs_that_rows_share_are_turned_round() -> None:
     lengths = jnp.array([6, 2, 0])
     _, count = rnn.apply({}, XS.swapaxes(0, 1), initial_carry=carry, seq_lengths=lengths)  # type: ignore
     np.testing.assert_array_equal(count, np.arange(6))
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_a_wrappers_carry_as_reset_carry(framework: str) -> None:
+    spec = fdc.RecurrentDropout()
+    carry = fdc.linen.DropoutCell(nn.GRUCell(4), spec).initialize_carry(KEY, (2, 3))
+    x, resets = jnp.ones((2, 5, 3)), jnp.zeros((2, 5), bool)
+    if framework == "linen":
+        layer: Any = fdc.linen.RNN(nn.GRUCell(4), spec)
+        call: Any = lambda **given: layer.init(KEY, x, **given)  # noqa: E731
+    else:
+        call = lambda **given: fdc.nnx.RNN(nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)), spec)(x, **given)  # noqa: E731
+    with pytest.raises(TypeError, match=r"reset_carry is a DropoutCarry.*carry\.cell_carry"):
+        call(resets=resets, reset_carry=carry)
+
+
+@pytest.mark.parametrize("transform", [nn.remat, nn.jit])
+@pytest.mark.parametrize("wraps", [fdc.linen.RNN, fdc.linen.DropoutCell])
+def test_sites_under_a_transformation_of_linen(transform: Any, wraps: Any) -> None:
+    """It takes arrays alone, and no `disturb`; noise around the cell needs none."""
+    x, cell = jnp.ones((2, 5, 3)), transform(fdc.linen.LSTMCell)(8)
+
+    def run(spec: fdc.RecurrentDropout) -> Any:
+        layer = wraps(cell, spec)
+        layer = nn.RNN(layer) if wraps is fdc.linen.DropoutCell else layer
+        return layer.init_with_output({"params": KEY, "dropout": KEY}, x)
+
+    inside = fdc.RecurrentDropout(inside={"recurrent": NOISE})
+    with pytest.raises(TypeError, match=r"LSTMCell is a cell under nn.remat.*checkpoint_every"):
+        run(inside)
+    if transform is nn.remat:
+        assert run(fdc.RecurrentDropout(input=NOISE))[0].shape == (2, 5, 8)

@@ -554,3 +554,14 @@ def test_arrays_of_several_sites_in_init() -> None:
     variables = rnn.init({"params": RNG, "dropout": jax.random.key(1)}, XS)
     ys: Any = rnn.apply(variables, XS, rngs={"dropout": RNG})
     assert ys.shape == (B, T, H)
+
+
+def test_a_restored_carry_of_one_row_is_not_shared_by_a_batch() -> None:
+    noise = fdc.Dropout(keep_prob=0.5, variational=True)
+    cell = fdc.linen.DropoutCell(nn.SimpleCell(5), fdc.RecurrentDropout(input=noise))
+    one, four = (cell.initialize_carry(RNG, (rows, 3)) for rows in (1, 4))
+    restored = serialization.from_bytes(four, serialization.to_bytes(one))
+    x = jnp.ones((4, 3))
+    variables = cell.init(RNG, four, x)
+    with pytest.raises(ValueError, match=r"drawn for an input of shape \(1, 3\).*share masks"):
+        cell.apply(variables, restored, x)

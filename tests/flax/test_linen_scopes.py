@@ -218,3 +218,31 @@ def test_weights_that_two_scopes_share_are_told_apart(name: str) -> None:
     ys: Any = Tied().apply({"params": tied}, X, rngs={"dropout": KEY})
     wanted: Any = Bare().apply({"params": by_hand}, X)
     np.testing.assert_allclose(ys, wanted, rtol=1e-6)
+
+
+class Reads(nn.RNNCellBase):
+    """A cell that sows its inputs."""
+
+    @nn.compact
+    def __call__(self, carry: Any, inputs: Any) -> Any:
+        self.sow("intermediates", "read", inputs)
+        return carry, inputs
+
+    @nn.nowrap
+    def initialize_carry(self, rng: Any, input_shape: Any) -> Any:
+        return jnp.zeros(input_shape)
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("keep_order", [False, True])
+def test_sown_values_have_the_order_of_the_inputs(keep_order: bool) -> None:
+    """Backward too, whatever the order of the outputs is."""
+    xs = jax.random.normal(KEY, (2, 5, 3))
+    layer = fdc.linen.RNN(Reads(), fdc.RecurrentDropout(), reverse=True, keep_order=keep_order)
+    ys, sown = layer.apply({}, xs, mutable=["intermediates"])
+    (read,) = sown["intermediates"]["cell"]["read"]
+    np.testing.assert_array_equal(read, xs.swapaxes(0, 1))
+    np.testing.assert_array_equal(ys, xs if keep_order else xs[:, ::-1])

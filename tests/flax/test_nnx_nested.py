@@ -124,3 +124,24 @@ def test_nested_wrappers_draw_masks_of_their_own(seed: bool) -> None:
     kept = float((y != 0).mean())
     sigma = (0.25 * 0.75 / (BATCH * 1024)) ** 0.5
     assert abs(kept - 0.25) < 5 * sigma
+
+
+def test_three_nested_wrappers_draw_masks_of_their_own() -> None:
+    class Sum(nnx.RNNCellBase):
+        num_feature_axes = 1  # type: ignore[assignment]
+
+        def __call__(self, carry: Any, x: Any) -> Any:
+            return carry, x
+
+        def initialize_carry(self, shape: Any, rngs: Any = None, carry_init: Any = None) -> Any:
+            return jnp.zeros(shape)
+
+    cell: Any = Sum()
+    noise = fdc.Dropout(keep_prob=0.5, variational=True)
+    for _ in range(3):
+        spec = fdc.RecurrentDropout(input=noise)
+        cell = fdc.nnx.DropoutCell(cell, spec, rngs=nnx.Rngs(dropout=0))
+    x = jnp.ones((4, 1024))
+    _, y = cell(cell.initialize_carry(x.shape), x)
+    share = float((y != 0).mean())
+    assert abs(share - 1 / 8) < 5 * (1 / 8 * 7 / 8 / x.size) ** 0.5

@@ -636,3 +636,33 @@ def test_errors_are_short() -> None:
             attempt()
         assert len(str(error.value)) < 400, str(error.value)
         assert str(error.value).count("\n") < 5
+
+
+@pytest.mark.parametrize(
+    ("visitor", "dropped"),
+    [(None, (False, True)), (lambda state: True, (True, True)), (spare_everything, (False, False))],
+    ids=["default", "everything", "nothing"],
+)
+def test_a_visitor_reaches_the_state_within_a_wrapper(visitor: Any, dropped: Any) -> None:
+    inner = RNNCellDropoutWrapper(nn.LSTMCell(3))
+    cell = RNNCellDropoutWrapper(inner, state_keep_prob=0.0, dropout_state_filter_visitor=visitor)
+    x = jnp.ones((2, 4))
+    carry: Any = cell.initialize_carry(RNG, x.shape)
+    variables = cell.init(RNG, carry, x)
+    carry, _ = cell.apply(variables, carry, x, rngs={"dropout": RNG})
+    c, h = carry.cell_carry.cell_carry
+    assert (bool((c == 0).all()), bool((h == 0).all())) == dropped
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_the_announced_dtype_is_that_of_all_inputs(dtypes: Any) -> None:
+    class Cell(nn.RNNCellBase):
+        @nn.compact
+        def __call__(self, carry: Any, inputs: Any) -> Any:
+            return carry, inputs
+
+    wrapper = RNNCellDropoutWrapper(Cell(), dtype=jnp.float32)
+    x = tuple(jnp.ones((4, 3), dtype) for dtype in dtypes)
+    carry = wrapper.redraw_masks(jnp.zeros(1), x, rng=jax.random.key(3))
+    with pytest.raises(TypeError, match="dtype is float32, but a bfloat16 input arrived"):
+        wrapper.apply({}, carry, x)

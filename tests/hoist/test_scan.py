@@ -214,3 +214,40 @@ def test_a_step_is_cut_by_what_its_equations_depend_on() -> None:
     assert [each.name for each in before] == ["exp"]
     assert [each.name for each in others] == ["sin", "add", "tanh", "cos", "mul"]
     assert [each.name for each in after] == ["cos", "mul"]
+
+
+@pytest.mark.parametrize(
+    "case", ["piece, output", "piece, read twice", "another width", "a summand", "a sum", "both"]
+)
+def test_what_is_added_up_may_be_read_elsewhere(case: str) -> None:
+    """Its cotangent is then another than that of the sum that it goes into."""
+    keys, width = jax.random.split(jax.random.key(0), 4), 48 if case == "another width" else 32
+    wx, wh, h = (
+        jax.random.normal(key, shape) / 4
+        for key, shape in zip(keys, ((16, width), (16, 32), (2, 16)), strict=False)
+    )
+    xs = jax.random.normal(keys[3], (5, 2, 16))
+
+    def loss(scan: Any, wx: Any, wh: Any) -> Any:
+        def step(h: Any, x: Any) -> Any:
+            of_x, of_h = x @ wx, h @ wh
+            if case in ("a summand", "a sum", "both"):
+                z = of_x + of_h
+                first, second = jnp.split(z + 1, 2, -1)
+                y = {"a summand": (of_x,), "a sum": (z,), "both": (of_h, z)}[case]
+                return jnp.tanh(first) * jax.nn.sigmoid(second), y
+            a, b, c, d = of_x[:, :16], of_x[:, 16:32], of_h[:, :16], of_h[:, 16:32]
+            gate = jax.nn.sigmoid(b + d)
+            if case == "piece, read twice":
+                gate = gate * jnp.tanh(a)
+            return jnp.tanh(a + c) * gate, ((a if case == "piece, output" else gate),)
+
+        last, ys = scan(step, h, xs)
+        return (last**2).sum() + sum(jnp.sin(y).sum() for y in ys)
+
+    got, wanted = (
+        jax.jit(jax.grad(loss, (1, 2)), static_argnums=0)(scan, wx, wh)
+        for scan in (fdc.scan, jax.lax.scan)
+    )
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

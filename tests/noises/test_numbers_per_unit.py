@@ -322,3 +322,9 @@ def test_gaussian_kl_is_the_integral() -> None:
     assert fdc.gaussian_kl(jnp.zeros(2, jnp.bfloat16), 1.0).dtype == jnp.float32
     gradient = jax.grad(lambda stddev: fdc.gaussian_kl(0.0, stddev))(jnp.float32(1.0))
     assert gradient == 0
+
+
+def test_a_temperature_that_does_not_fit() -> None:
+    noise = fdc.ConcreteDropout(logit=0.0, temperature=jnp.full((2, 4), 0.1))
+    with pytest.raises(ValueError, match=r"temperature has shape \(2, 4\), .* \(4,\); give one"):
+        noise.apply(jnp.full(4, 0.5), jnp.ones(4))
