@@ -70,5 +70,6 @@ def check_all_have_rows(
             raise ValueError(
                 f"{name} is {short_repr(leaf)} at a step, which begins with the batch dims {batch} "
                 f"by chance: the cell reads it as one for all rows, and padding or resets would "
-                f"change parts of it. Give each row its own by jnp.broadcast_to."
+                f"change parts of it. Give each row its own by jnp.broadcast_to. If it has rows "
+                f"already, pass arrays of this batch that the cell closes over in the carry."
             )

@@ -86,6 +86,26 @@ def test_a_cell_that_knows_its_batch_is_no_reason_to_refuse(option: str) -> None
     np.testing.assert_array_equal(h, own * jnp.array(steps))
 
 
+def test_a_leaf_that_meets_nothing_but_an_array_outside_is_told_apart_in_the_carry() -> None:
+    """From outside it is like one that all rows share; the error says where the array goes."""
+    pace = jnp.arange(1.0, B + 1)
+
+    def closes_over(_: Any, carry: Any, x: Any) -> Any:
+        h, clock = carry
+        return (h + x, clock + pace), clock
+
+    def carries(_: Any, carry: Any, x: Any) -> Any:
+        h, clock, pace = carry
+        return (h + x, clock + pace, pace), clock
+
+    first, xs = (jnp.zeros((B, 3)), jnp.zeros(B)), jnp.ones((T, B, 3))
+    with pytest.raises(ValueError, match=r"carry\[1\] .*that the cell closes over in the carry"):
+        scan(closes_over, first, xs, resets=RESETS)
+    reset_carry = (0.0, 0.0, pace)
+    _, clocks = scan(carries, (*first, pace), xs, resets=RESETS, reset_carry=reset_carry)
+    np.testing.assert_array_equal(clocks, [[0, 0], [1, 2], [0, 4], [1, 6]])
+
+
 def test_keys_of_rows_need_a_reset_carry() -> None:
     """Zeros, the default, would be one key, and so the same numbers in all rows."""
 
