@@ -12,6 +12,9 @@ from .._flax.layer import refuse_state
 from .._spec.recurrent_dropout import PyTree
 from .submodules import fields_of
 
+_CAPTURED = "intermediates"
+"""The collection of `capture_intermediates`; each call has its own."""
+
 
 class LinenPureCell:
     """A bound cell as a function of its weights.
@@ -29,11 +32,9 @@ class LinenPureCell:
         self._cell = cell
         self._scope: Any = cell.scope
         self._free, _ = cell.unbind()
-        variables = nn.unbox(_variables(cell, {}))
-        self.params: PyTree = variables.pop("params", {})
-        self._variables = {
-            name: tree for name, tree in variables.items() if not _is_sown(name, tree)
-        }
+        self._variables = nn.unbox(_variables(cell, {}))
+        self._variables.pop(_CAPTURED, None)
+        self.params: PyTree = self._variables.pop("params", {})
 
     @property
     def collects(self) -> bool:
@@ -58,7 +59,7 @@ class LinenPureCell:
         if drew:
             # A key from outside of the scan would be the same at every step.
             raise refuse_state(cell, "draws from an rng stream")
-        return carry, (y, _sown(cell, variables, written)) if self.collects else y
+        return carry, (y, self._sown(variables, written)) if self.collects else y
 
     def put_back(self, sown: PyTree) -> None:
         """Gives sown values to the cell's own scope, each stacked over time."""
@@ -67,24 +68,30 @@ class LinenPureCell:
                 old = self._scope.get_variable(collection, name, {})
                 self._scope.put_variable(collection, name, _appended(unfreeze(old), new))
 
+    def _sown(self, before: PyTree, written: PyTree) -> PyTree:
+        """The values that a step has sown; raises if it has written anything else."""
+        sown = {}
+        for collection, tree in unfreeze(written).items():
+            added = tree if collection == _CAPTURED else self._added(before.get(collection), tree)
+            if added:
+                sown[collection] = added
+        return sown
 
-def _is_sown(collection: str, tree: PyTree) -> bool:
-    """Whether a collection holds sown values: tuples, to which each `sow` appends."""
-    entries = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, tuple))
-    return collection == "intermediates" or all(isinstance(entry, tuple) for entry in entries)
+    def _added(self, old: PyTree, new: PyTree) -> PyTree:
+        """The part of a tree that `sow` has added: it appends to tuples, or begins them."""
+        if isinstance(new, dict):
+            added = {name: self._added((old or {}).get(name), it) for name, it in new.items()}
+            return {name: it for name, it in added.items() if it}
+        count = len(old) if isinstance(old, tuple) else 0
+        is_sown = isinstance(new, tuple) and (old is None or isinstance(old, tuple))
+        before, rest = (new[:count], new[count:]) if is_sown else (new, ())
+        if _identities(before) != _identities(() if old is None else old):
+            raise refuse_state(self._cell, "writes a variable")
+        return rest
 
 
-def _sown(cell: nn.RNNCellBase, before: PyTree, written: PyTree) -> PyTree:
-    """The collections that a step has sown; raises if it has written any other."""
-    sown = {}
-    for collection, tree in unfreeze(written).items():
-        old = jax.tree.leaves(before.get(collection, {}))
-        if list(map(id, jax.tree.leaves(tree))) == list(map(id, old)):
-            continue
-        if not _is_sown(collection, tree):
-            raise refuse_state(cell, "writes a variable")
-        sown[collection] = tree
-    return sown
+def _identities(tree: PyTree) -> list[int]:
+    return list(map(id, jax.tree.leaves(tree)))
 
 
 def _appended(old: PyTree, new: PyTree) -> PyTree:

@@ -246,3 +246,65 @@ def test_sown_values_have_the_order_of_the_inputs(keep_order: bool) -> None:
     (read,) = sown["intermediates"]["cell"]["read"]
     np.testing.assert_array_equal(read, xs.swapaxes(0, 1))
     np.testing.assert_array_equal(ys, xs if keep_order else xs[:, ::-1])
+
+
+class Factors(nn.RNNCellBase):
+    """`h' = a h + b x`, with a and b in one variable, which `writes` counts up."""
+
+    writes: bool = False
+
+    @nn.compact
+    def __call__(self, carry: Any, inputs: Any) -> Any:
+        pair = self.variable("consts", "pair", lambda: (jnp.float32(1), jnp.float32(2)))
+        a, b = pair.value
+        if self.writes:
+            pair.value = (a + 1, b)
+        carry = a * carry + b * inputs
+        return carry, carry
+
+    @nn.nowrap
+    def initialize_carry(self, rng: Any, input_shape: Any) -> Any:
+        return jnp.zeros(input_shape)
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
+FACTORS = {"consts": {"cell": {"pair": (jnp.float32(10), jnp.float32(20))}}}
+
+
+@pytest.mark.parametrize("mutable", [False, True, ["consts"]], ids=str)
+def test_a_variable_that_is_a_tuple_is_not_sown(mutable: Any) -> None:
+    """Sown values are tuples too. The numbers are those that came, and they stay."""
+    x, layer = jnp.ones((1, 3, 1)), fdc.linen.RNN(Factors(), fdc.RecurrentDropout())
+    ys = layer.apply(FACTORS, x, mutable=mutable)
+    if mutable:
+        ys, after = ys
+        assert jax.tree.map(float, after) == jax.tree.map(float, FACTORS)
+    assert ys[0, :, 0].tolist() == [20, 220, 2220]
+    made = layer.init(KEY, x)["consts"]["cell"]["pair"]
+    assert tuple(map(float, made)) == (1, 2)
+
+
+def test_a_variable_that_is_a_tuple_is_not_written() -> None:
+    layer = fdc.linen.RNN(Factors(writes=True), fdc.RecurrentDropout())
+    with pytest.raises(TypeError, match="Factors writes a variable at each step"):
+        layer.apply(FACTORS, jnp.ones((1, 3, 1)), mutable=["consts"])
+
+
+class Losses(Factors):
+    @nn.compact
+    def __call__(self, carry: Any, inputs: Any) -> Any:
+        self.sow("losses", "sum", inputs.sum())
+        return carry, inputs
+
+
+def test_sown_values_follow_those_that_came() -> None:
+    """Those of `init`, say: `sow` appends to them, once for all steps."""
+    layer, x = fdc.linen.RNN(Losses(), fdc.RecurrentDropout()), jnp.arange(3.0).reshape(1, 3, 1)
+    for given in ({}, {"losses": {"cell": {"sum": (jnp.float32(7),)}}}):
+        _, after = layer.apply(given, x, mutable=["losses"])
+        *came, sown = after["losses"]["cell"]["sum"]
+        assert [float(it) for it in came] == ([7] if given else [])
+        assert sown.tolist() == [0, 1, 2]
