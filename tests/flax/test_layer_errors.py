@@ -290,3 +290,15 @@ def test_sites_under_a_transformation_of_linen(transform: Any, wraps: Any) -> No
         run(inside)
     if transform is nn.remat:
         assert run(fdc.RecurrentDropout(input=NOISE))[0].shape == (2, 5, 8)
+
+
+@pytest.mark.parametrize("rngs", [KEY, {"params": KEY}], ids=["a key", "params"])
+def test_the_params_stream_draws_no_masks(rngs: Any) -> None:
+    """Flax's own Dropout falls back to it, without a word."""
+    layer = fdc.linen.RNN(nn.GRUCell(8), SPEC)
+    variables = layer.init(KEY, XS)
+    with pytest.raises(ValueError, match=r"rngs={'dropout': key}.*'params' stream draws no masks"):
+        layer.apply(variables, XS, rngs=rngs)
+    with pytest.raises(ValueError) as caught:
+        layer.apply(variables, XS)
+    assert "params" not in str(caught.value)
