@@ -39,9 +39,10 @@ def _by_name(
     def run(*positional: _Arguments.args, **named: _Arguments.kwargs) -> RecurrentDropout:
         unknown = [*map(short_repr, positional), *(name for name in named if name not in names)]
         if unknown:
+            hint = " A keep_prob is 1 minus a rate." if "keep_prob" in "".join(names) else ""
             raise TypeError(
                 f"{recipe.__name__} takes its numbers by name: {', '.join(names)}; got "
-                f"{', '.join(unknown)}. A keep_prob is 1 minus a rate."
+                f"{', '.join(unknown)}.{hint}"
             )
         return recipe(*positional, **named)
 

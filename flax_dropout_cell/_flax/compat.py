@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any, NoReturn
 
 import flax.linen as nn
+import jax
 from flax import core, nnx
 
 from .._messages import short_repr
@@ -19,9 +20,10 @@ static = getattr(nnx, "static", lambda value: value)
 
 def raw_value(variable: nnx.Variable) -> Any:
     """A variable's value as it is stored, which its `get_value` may turn into another."""
-    if hasattr(variable, "get_raw_value"):
-        return variable.get_raw_value()
-    return variable.raw_value  # Flax 0.11
+    if not hasattr(variable, "get_raw_value"):  # Flax 0.11
+        return variable.raw_value
+    value = variable.get_raw_value()
+    return variable.get_value() if isinstance(value, jax.Ref) else value
 
 
 class CellField:

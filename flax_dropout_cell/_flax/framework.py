@@ -147,11 +147,14 @@ class Framework(abc.ABC):
         if not names or not module.startswith(self.name):
             return
         if module.endswith(".transforms"):
-            raise TypeError(
-                f"dropout.inside has noise, but {type(cell).__name__} is a cell under nn.remat or "
-                f"another transformation, which cannot pass its sites on: give the cell itself. To "
-                f"save memory, give the layer checkpoint_every."
-            )
+            # Those that nn.remat and nn.jit make; nn.map_variables passes sites on.
+            if type(cell).__name__.startswith(("Checkpoint", "Jit")):
+                raise TypeError(
+                    f"dropout.inside has noise, but {type(cell).__name__} is a cell under nn.remat "
+                    f"or nn.jit, which cannot pass its sites on: give the cell itself. To save "
+                    f"memory, fdc.linen.RNN has checkpoint_every."
+                )
+            return
         stock, twin = f"{self.prefix}.{type(cell).__name__}", self.twins.get(type(cell))
         if twin is None:
             cells = sorted({f"{self.ours}.{ours.__name__}" for ours in self.twins.values()})

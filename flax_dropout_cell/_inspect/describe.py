@@ -200,12 +200,13 @@ def _explain(
 
 
 def _check_one_step(carry: PyTree, new_carry: PyTree) -> None:
-    """Raises if the cell gave a carry of another shape, as it does with a whole sequence for x."""
+    """Raises if the cell gave a carry of another shape, as with a whole sequence in place of x."""
     for old, new in zip(jax.tree.leaves(carry), jax.tree.leaves(new_carry), strict=True):
         if np.shape(old) != np.shape(new):
             raise ValueError(
-                f"the cell turned a carry of shape {np.shape(old)} into one of {np.shape(new)}. "
-                f"describe takes the input of one step: xs[0], or x[:, 0] of a layer's inputs."
+                f"the cell turned a carry of shape {np.shape(old)} into one of {np.shape(new)}: x "
+                f"must be the input of one step (xs[0], or x[:, 0] of a layer's inputs), and the "
+                f"carry must have its batch dims."
             )
 
 

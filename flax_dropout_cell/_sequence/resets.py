@@ -99,8 +99,8 @@ def check_reset_carry(reset_carry: PyTree, carry: PyTree, batch_ndim: int) -> Py
             is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
             if is_key and np.ndim(leaf) >= batch_ndim:
                 raise ValueError(
-                    f"carry{keystr(path)} holds a key for each row, and at a reset all would be "
-                    f"the key of zeros: give reset_carry."
+                    f"carry{keystr(path)} holds keys, and at a reset each would become the key of "
+                    f"zeros: give reset_carry."
                 )
         return jax.tree.map(lambda leaf: jnp.zeros((), jnp.result_type(leaf)), carry)
     if jax.tree.structure(reset_carry) != jax.tree.structure(carry):

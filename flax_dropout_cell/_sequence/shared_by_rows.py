@@ -1,7 +1,8 @@
 """Values that all rows share, such as a table `[time, features]`, with padding or resets."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -36,11 +37,13 @@ def check_all_have_rows(
     """
     given = {"carry": carry, "xs": x}
     leaves, structure = tree_flatten_with_path(given)
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves((params, given))]
-    if not batch or not all(isinstance(size, int) for shape in shapes for size in shape):
+    sizes = {size for leaf in jax.tree.leaves((params, given)) for size in np.shape(leaf)}
+    with_rows = [leaf for _, leaf in leaves if np.ndim(leaf) >= len(batch)]
+    if not batch or len(with_rows) < 2 or not all(isinstance(size, int) for size in sizes):
         return
-    largest = max(map(math.prod, shapes))
-    other = tuple(largest + 1 + at for at in range(len(batch)))
+    # Multiples, for a cell may cut its batch into parts; of primes, which no product of sizes has.
+    primes = _primes_above(max(sizes))
+    other = tuple(max(size, 1) * next(primes) for size in batch)
 
     def resize(leaf: Any) -> Any:
         shape = np.shape(leaf)
@@ -71,5 +74,11 @@ def check_all_have_rows(
                 f"{name} is {short_repr(leaf)} at a step, which begins with the batch dims {batch} "
                 f"by chance: the cell reads it as one for all rows, and padding or resets would "
                 f"change parts of it. Give each row its own by jnp.broadcast_to. If it has rows "
-                f"already, pass arrays of this batch that the cell closes over in the carry."
+                f"already, the cell uses arrays of this batch from outside: pass those in xs."
             )
+
+
+def _primes_above(number: int) -> Iterator[int]:
+    for candidate in itertools.count(number + 1):
+        if candidate > 1 and all(candidate % n for n in range(2, math.isqrt(candidate) + 1)):
+            yield candidate

@@ -82,12 +82,12 @@ class LinenPureCell:
         if isinstance(new, dict):
             added = {name: self._added((old or {}).get(name), it) for name, it in new.items()}
             return {name: it for name, it in added.items() if it}
-        count = len(old) if isinstance(old, tuple) else 0
-        is_sown = isinstance(new, tuple) and (old is None or isinstance(old, tuple))
-        before, rest = (new[:count], new[count:]) if is_sown else (new, ())
-        if _identities(before) != _identities(() if old is None else old):
+        old = () if old is None else old
+        if isinstance(new, tuple) and isinstance(old, tuple) and len(new) > len(old):
+            return new[len(old) :]  # nn.remat and others replace the values before
+        if _identities(new) != _identities(old):
             raise refuse_state(self._cell, "writes a variable")
-        return rest
+        return ()
 
 
 def _identities(tree: PyTree) -> list[int]:

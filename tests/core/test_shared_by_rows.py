@@ -86,24 +86,47 @@ def test_a_cell_that_knows_its_batch_is_no_reason_to_refuse(option: str) -> None
     np.testing.assert_array_equal(h, own * jnp.array(steps))
 
 
-def test_a_leaf_that_meets_nothing_but_an_array_outside_is_told_apart_in_the_carry() -> None:
-    """From outside it is like one that all rows share; the error says where the array goes."""
+def test_a_leaf_that_meets_nothing_but_an_array_outside() -> None:
+    """In the cell it is like one that all rows share; the error says where the array goes."""
     pace = jnp.arange(1.0, B + 1)
 
     def closes_over(_: Any, carry: Any, x: Any) -> Any:
         h, clock = carry
         return (h + x, clock + pace), clock
 
-    def carries(_: Any, carry: Any, x: Any) -> Any:
-        h, clock, pace = carry
-        return (h + x, clock + pace, pace), clock
+    def reads(_: Any, carry: Any, at: Any) -> Any:
+        (h, clock), (x, pace) = carry, at
+        return (h + x, clock + pace), clock
 
     first, xs = (jnp.zeros((B, 3)), jnp.zeros(B)), jnp.ones((T, B, 3))
-    with pytest.raises(ValueError, match=r"carry\[1\] .*that the cell closes over in the carry"):
+    with pytest.raises(ValueError, match=r"carry\[1\] .*arrays of this batch .*pass those in xs"):
         scan(closes_over, first, xs, resets=RESETS)
-    reset_carry = (0.0, 0.0, pace)
-    _, clocks = scan(carries, (*first, pace), xs, resets=RESETS, reset_carry=reset_carry)
+    _, clocks = scan(reads, first, (xs, jnp.broadcast_to(pace, (T, B))), resets=RESETS)
     np.testing.assert_array_equal(clocks, [[0, 0], [1, 2], [0, 4], [1, 6]])
+
+
+@options
+def test_a_cell_that_cuts_its_batch_in_parts(option: str) -> None:
+    def cell(_: Any, h: Any, x: Any) -> Any:
+        h = jnp.concatenate([part + 1 for part in jnp.split(h, 2)]) * x
+        return h, h
+
+    h, _ = scan(cell, jnp.zeros((B, 3)), jnp.ones((T, B, 3)), **{option: ROWS_DIFFER[option]})
+    steps = {"seq_lengths": [4, 1], "resets": [2, 4]}[option]
+    np.testing.assert_array_equal(h[:, 0], steps)
+
+
+@options
+def test_a_carry_that_alone_has_rows(option: str) -> None:
+    """Whatever the cell closes over, it cannot be one that rows share."""
+    own = jnp.arange(1.0, B + 1)
+
+    def cell(_: Any, h: Any, x: Any) -> Any:
+        return h + own + x, h
+
+    h, _ = scan(cell, jnp.zeros(B), jnp.ones(T), **{option: ROWS_DIFFER[option]})
+    wanted = {"seq_lengths": [8, 3], "resets": [4, 12]}[option]
+    np.testing.assert_array_equal(h, wanted)
 
 
 def test_keys_of_rows_need_a_reset_carry() -> None:
@@ -116,7 +139,7 @@ def test_keys_of_rows_need_a_reset_carry() -> None:
         return (h + y[:, None] * x, keys), y
 
     carry, xs = (jnp.zeros((B, 3)), jax.random.split(jax.random.key(0), B)), jnp.ones((T, B, 3))
-    with pytest.raises(ValueError, match=r"carry\[1\] holds a key for each row.*give reset_carry"):
+    with pytest.raises(ValueError, match=r"carry\[1\] holds keys.*give reset_carry"):
         scan(cell, carry, xs, resets=RESETS)
     fresh = jax.random.split(jax.random.key(1), B)
     _, ys = scan(cell, carry, xs, resets=RESETS, reset_carry=(jnp.zeros((B, 3)), fresh))

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import command_line
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,13 +88,17 @@ def test_perplexities_by_hand(monte_carlo, monkeypatch, masks: str, at_once: int
     assert set(got) == set(wanted)
 
 
-def test_samples_have_keys_that_the_training_has_not() -> None:
+def test_samples_have_a_key_that_the_training_has_not(monkeypatch) -> None:
     """Both count with `fold_in`, from keys that are derived from one seed."""
-    key = jax.random.key(0)
-    of_training = jax.random.split(key)  # of the weights, and of all masks
-    of_samples = jax.random.fold_in(key, 2)
-    data = [jax.random.key_data(it).tolist() for it in (*of_training, of_samples)]
-    assert jax.random.key_data(jax.random.fold_in(key, 1)).tolist() == data[1]  # so not this one
+    given = []
+    monkeypatch.setattr(command_line, "build_evaluate", lambda *_: lambda *_: 0.0)
+    monkeypatch.setattr(
+        command_line, "build_mc_evaluate", lambda *_: lambda _, __, rng: given.append(rng) or 0.0
+    )
+    command_line.finish(TINY, None, CORPUS, None, SAMPLES)
+    (of_samples,) = given
+    of_training = jax.random.split(jax.random.key(TINY.seed))  # of the weights, and of all masks
+    data = [jax.random.key_data(key).tolist() for key in (*of_training, of_samples)]
     assert data[2] not in data[:2]
 
 

@@ -137,3 +137,25 @@ def test_redraw_masks_leaves_those_of_a_wrapper_inside_the_users_cell() -> None:
     assert different([first.cell_carry.masks.input, second.cell_carry.masks.input]) == 1
     inner: Any = cell.inner.redraw_masks(second.cell_carry, H)
     assert different([first.cell_carry.masks.input, inner.masks.input]) == 2
+
+
+def test_an_nnx_cell_that_writes_a_param() -> None:
+    """The write is lost; that of another Variable is an error."""
+
+    class Counts(Sum):
+        def __init__(self, count: nnx.Variable) -> None:
+            self.count = count
+
+        def __call__(self, carry: Any, inputs: Any) -> Any:
+            self.count[...] += 1
+            return super().__call__(carry, inputs)
+
+    for kind in (nnx.Param, nnx.Variable):
+        cell = Counts(kind(jnp.zeros(())))
+        layer = fdc.nnx.RNN(cell, fdc.RecurrentDropout())
+        if kind is nnx.Param:
+            layer(ONES)
+            assert cell.count[...] == 0
+        else:
+            with pytest.raises(TypeError, match="Counts writes a variable"):
+                layer(ONES)

@@ -308,3 +308,17 @@ def test_sown_values_follow_those_that_came() -> None:
         *came, sown = after["losses"]["cell"]["sum"]
         assert [float(it) for it in came] == ([7] if given else [])
         assert sown.tolist() == [0, 1, 2]
+
+
+class SowsUnderRemat(Factors):
+    @nn.compact
+    def __call__(self, carry: Any, inputs: Any) -> Any:
+        return nn.remat(Losses)()(carry, inputs)
+
+
+def test_sown_values_of_init_and_of_a_block_under_remat() -> None:
+    layer, x = fdc.linen.RNN(SowsUnderRemat(), fdc.RecurrentDropout()), jnp.ones((1, 3, 1))
+    variables = layer.init(KEY, x)
+    _, after = layer.apply(variables, x, mutable=["losses"])
+    (values,) = jax.tree.leaves(after, is_leaf=lambda node: isinstance(node, tuple))
+    assert [np.shape(value) for value in values] == [(), (3,)]

@@ -38,14 +38,12 @@ X = jnp.ones((1, 3, 1))
 
 
 class Scaled(nnx.RNNCellBase):
-    """`h' = w h + w x`, of one unit; with `count`, it writes a Param at each step."""
+    """`h' = w h + w x`, of one unit."""
 
-    def __init__(self, weight: nnx.Param, count: nnx.Param | None = None) -> None:
-        self.weight, self.count = weight, nnx.data(count)
+    def __init__(self, weight: nnx.Param) -> None:
+        self.weight = weight
 
     def __call__(self, h: jax.Array, x: jax.Array) -> Any:
-        if self.count is not None:
-            self.count[...] += 1
         h = self.weight[...] * h + self.weight[...] * x
         return h, h
 
@@ -360,14 +358,27 @@ def test_a_param_that_computes_its_value_computes_it_once() -> None:
         assert_same(nnx.RNN(noisy)(X)[0, :, 0], jnp.array([1.0, 2, 3]))
 
 
-def test_a_cell_that_writes_a_param_is_refused() -> None:
-    """What it writes would be lost, in a layer and where the wrapper's noise is on the weights."""
-    cell = Scaled(nnx.Param(jnp.float32(1)), nnx.Param(jnp.zeros(())))
-    with pytest.raises(TypeError, match="Scaled writes a variable, or draws"):
-        fdc.nnx.RNN(cell, fdc.RecurrentDropout())(X)
-    noisy = fdc.RecurrentDropout(params=VARIATIONAL)
-    with pytest.raises(TypeError, match=r"writes an nnx.Param, which has noise at dropout.params"):
-        nnx.RNN(DropoutCell(cell, noisy, rngs=nnx.Rngs(0)))(X)
-    input_alone = fdc.RecurrentDropout(input=VARIATIONAL)
-    nnx.RNN(DropoutCell(cell, input_alone, rngs=nnx.Rngs(0)))(X)
-    assert cell.count[...] == 3  # its own write, at each step
+@pytest.mark.parametrize("transform", [nnx.remat, nnx.jit])
+@pytest.mark.parametrize("site", ["input", "params"])
+def test_a_transformation_inside_of_a_cell(transform: Any, site: str) -> None:
+    """It hands all Params back anew, which is no write: the numbers are those of the cell alone."""
+
+    class Transformed(Scaled):
+        def __call__(self, h: jax.Array, x: jax.Array) -> Any:
+            h = transform(lambda cell, h, x: cell.weight[...] * (h + x))(self, h, x)
+            return h, h
+
+    kept = fdc.Dropout(keep_prob=jnp.float32(1), variational=True)
+    cell, spec = Transformed(nnx.Param(jnp.float32(2))), fdc.RecurrentDropout(**{site: kept})
+    wanted = jnp.array([2.0, 6, 14])
+    assert_same(fdc.nnx.RNN(cell, spec, rngs=nnx.Rngs(0))(X)[0, :, 0], wanted)
+    assert_same(nnx.RNN(DropoutCell(cell, spec, rngs=nnx.Rngs(0)))(X)[0, :, 0], wanted)
+
+
+@pytest.mark.skipif(not hasattr(nnx, "var_defaults"), reason="Flax 0.11 has no such option")
+def test_params_that_are_references() -> None:
+    with nnx.var_defaults(ref=True):
+        cell = Scaled(nnx.Param(jnp.float32(2)))
+    kept = fdc.Dropout(keep_prob=jnp.float32(1), variational=True)
+    spec = fdc.RecurrentDropout(params=kept)
+    assert_same(fdc.nnx.RNN(cell, spec, rngs=nnx.Rngs(0))(X)[0, :, 0], jnp.array([2.0, 6, 14]))
