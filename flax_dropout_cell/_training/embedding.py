@@ -19,7 +19,7 @@ from ..noises.arguments import check_fits, check_probability
 
 def embedding_dropout(
     table: jax.Array,
-    ids: jax.Array,
+    ids: jax.typing.ArrayLike,
     rng: jax.Array | None,
     *,
     keep_prob: float | jax.Array,

@@ -155,6 +155,7 @@ def test_a_number_of_each_row(option: str) -> None:
     """A leaf `[batch]` of the carry has rows: padding holds it back, and a reset starts it anew."""
     steps, rows = 6, 4
     flags = np.random.default_rng(3).random((steps, rows)) < 0.5
+    given: Any = {option: flags}
 
     def cell(params: Any, carry: Any, x: Any) -> Any:
         return {"count": carry["count"] + 1, "h": x}, carry["count"]
@@ -167,7 +168,7 @@ def test_a_number_of_each_row(option: str) -> None:
         None,
         cell=cell,
         dropout=fdc.RecurrentDropout(),
-        **{option: flags},
+        **given,
     )
     count, wanted = np.full(rows, 5), np.zeros((steps, rows), int)
     for t in range(steps):

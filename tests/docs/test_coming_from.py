@@ -24,7 +24,7 @@ def sigmoid(value: Any) -> Any:
 def test_one_on_the_bias_of_f_is_the_forget_bias_of_tensorflow() -> None:
     """An LSTM in NumPy that adds 1 in the forget gate, as TensorFlow's does."""
     rnn = fdc.linen.RNN(fdc.linen.LSTMCell(UNITS), fdc.RecurrentDropout())
-    variables = rnn.init(jax.random.key(2), XS)
+    variables: Any = rnn.init(jax.random.key(2), XS)
     cell = jax.tree.map(np.asarray, variables["params"]["cell"])
     for gate in "ifgo":
         assert not cell[f"h{gate}"]["bias"].any()
@@ -34,16 +34,18 @@ def test_one_on_the_bias_of_f_is_the_forget_bias_of_tensorflow() -> None:
         c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(g)
         h = sigmoid(o) * np.tanh(c)
     variables["params"]["cell"]["hf"]["bias"] += 1
-    assert_close(rnn.apply(variables, XS)[:, -1], h)
+    ys: Any = rnn.apply(variables, XS)
+    assert_close(ys[:, -1], h)
 
 
 def test_the_last_output_of_a_padded_row_is_h() -> None:
     lengths = np.array([6, 2, 4])
     rnn = fdc.linen.RNN(fdc.linen.LSTMCell(UNITS), fdc.RecurrentDropout(), return_carry=True)
     variables = rnn.init(jax.random.key(2), XS)
-    (_, h), y = rnn.apply(variables, XS, seq_lengths=lengths)
+    ran: Any = rnn.apply(variables, XS, seq_lengths=lengths)
+    (_, h), y = ran
     assert not y[1:, -1].any()
-    stock = nn.RNN(nn.LSTMCell(UNITS)).apply(variables, XS)
+    stock: Any = nn.RNN(nn.LSTMCell(UNITS)).apply(variables, XS)
     for row, length in enumerate(lengths):
         assert_close(h[row], stock[row, length - 1])
 

@@ -278,7 +278,7 @@ FACTORS = {"consts": {"cell": {"pair": (jnp.float32(10), jnp.float32(20))}}}
 def test_a_variable_that_is_a_tuple_is_not_sown(mutable: Any) -> None:
     """Sown values are tuples too. The numbers are those that came, and they stay."""
     x, layer = jnp.ones((1, 3, 1)), fdc.linen.RNN(Factors(), fdc.RecurrentDropout())
-    ys = layer.apply(FACTORS, x, mutable=mutable)
+    ys: Any = layer.apply(FACTORS, x, mutable=mutable)
     if mutable:
         ys, after = ys
         assert jax.tree.map(float, after) == jax.tree.map(float, FACTORS)
@@ -304,7 +304,8 @@ def test_sown_values_follow_those_that_came() -> None:
     """Those of `init`, say: `sow` appends to them, once for all steps."""
     layer, x = fdc.linen.RNN(Losses(), fdc.RecurrentDropout()), jnp.arange(3.0).reshape(1, 3, 1)
     for given in ({}, {"losses": {"cell": {"sum": (jnp.float32(7),)}}}):
-        _, after = layer.apply(given, x, mutable=["losses"])
+        ran: Any = layer.apply(given, x, mutable=["losses"])
+        _, after = ran
         *came, sown = after["losses"]["cell"]["sum"]
         assert [float(it) for it in came] == ([7] if given else [])
         assert sown.tolist() == [0, 1, 2]

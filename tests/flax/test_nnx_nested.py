@@ -127,15 +127,6 @@ def test_nested_wrappers_draw_masks_of_their_own(seed: bool) -> None:
 
 
 def test_three_nested_wrappers_draw_masks_of_their_own() -> None:
-    class Sum(nnx.RNNCellBase):
-        num_feature_axes = 1  # type: ignore[assignment]
-
-        def __call__(self, carry: Any, x: Any) -> Any:
-            return carry, x
-
-        def initialize_carry(self, shape: Any, rngs: Any = None, carry_init: Any = None) -> Any:
-            return jnp.zeros(shape)
-
     cell: Any = Sum()
     noise = fdc.Dropout(keep_prob=0.5, variational=True)
     for _ in range(3):

@@ -115,6 +115,7 @@ def test_attend_has_the_dtype_of_the_stock_layer() -> None:
     )
     variables = stock.init(KEY, jnp.arange(3))
     query = jax.random.normal(KEY, (2, 4))
-    got, wanted = (each.apply(variables, query, method="attend") for each in (own, stock))
+    results: list[Any] = [each.apply(variables, query, method="attend") for each in (own, stock)]
+    got, wanted = results
     assert got.dtype == wanted.dtype
     np.testing.assert_array_equal(got, wanted)
