@@ -317,7 +317,7 @@ MISTAKES = {
     ),
     "NNX, other variables": (
         lambda: fdc.nnx.core_params({"ii": {}}, nnx_lstm()), ValueError,
-        "LSTMCell has the weights dense_h; these variables hold ii",
+        "LSTMCell has the weights dense_h, dense_i; these variables hold ii",
     ),
 }  # fmt: skip
 
