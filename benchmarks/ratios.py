@@ -12,7 +12,6 @@ ratios outside of 1 +- 0.2: if they went where the advantage points, they have n
 """
 
 import argparse
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -22,7 +21,7 @@ import numpy as np
 import optax
 from compare import positive_int
 from jax_programs import versions
-from rounds import store
+from rounds import parser_of, store
 
 import flax_dropout_cell as fdc
 
@@ -192,10 +191,7 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("results"), help="default: results")
+    parser = parser_of(__doc__, None)
     parser.add_argument("--updates", type=positive_int, default=100, help="default: 100")
     options: argparse.Namespace = parser.parse_args()
     runs = [{"keep_prob": kept, "curves": train(kept, options.updates)} for kept in KEEP_PROBS]

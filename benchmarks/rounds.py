@@ -29,12 +29,16 @@ def time_in_turn(programs: dict[Any, Callable[[], Any]], rounds: int) -> dict[An
 
 
 def parser_of(doc: str | None, rounds: int | None, default: str = "") -> argparse.ArgumentParser:
-    """A parser with `--rounds` and `--out`, described by a program's own docstring."""
+    """A parser with `--out`, described by a program's own docstring.
+
+    It has `--rounds` if there are some by default; `default` says how many if that depends.
+    """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    shown = f"default: {default or rounds}"
-    parser.add_argument("--rounds", type=positive_int, default=rounds, help=shown)
+    if rounds is not None or default:
+        shown = f"default: {default or rounds}"
+        parser.add_argument("--rounds", type=positive_int, default=rounds, help=shown)
     parser.add_argument("--out", type=Path, default=Path("results"), help="default: results")
     return parser
 

@@ -68,8 +68,10 @@ def main():
     ).parse_args()
     init_rng, train_rng, new_rng, dropout_rng = jax.random.split(jax.random.key(0), 4)
     waves, new_waves = make_waves(train_rng, batch=32), make_waves(new_rng, batch=512)
-    for name, dropout in (("no dropout", fdc.RecurrentDropout()), ("dropout", DROPOUT)):
-        label = "training" if dropout is not DROPOUT else "training (dropout on)"
+    for name, label, dropout in (
+        ("no dropout", "training", fdc.RecurrentDropout()),
+        ("dropout", "training (dropout on)", DROPOUT),
+    ):
         params = init_params(init_rng)
         opt_state = OPTIMIZER.init(params)
         for epoch in range(1, EPOCHS + 1):

@@ -144,16 +144,8 @@ class Framework(abc.ABC):
         """Raises if noise is inside a stock cell, which has no sites, and names one that has."""
         names = sorted(inside_names(dropout))
         module = type(cell).__module__
-        if not names or not module.startswith(self.name):
-            return
-        if module.endswith(".transforms"):
-            # Those that nn.remat and nn.jit make; nn.map_variables passes sites on.
-            if type(cell).__name__.startswith(("Checkpoint", "Jit")):
-                raise TypeError(
-                    f"dropout.inside has noise, but {type(cell).__name__} is a cell under nn.remat "
-                    f"or nn.jit, which cannot pass its sites on: give the cell itself. To save "
-                    f"memory, fdc.linen.RNN has checkpoint_every."
-                )
+        # A cell under nn.map_variables may well have sites.
+        if not names or not module.startswith(self.name) or module.endswith(".transforms"):
             return
         stock, twin = f"{self.prefix}.{type(cell).__name__}", self.twins.get(type(cell))
         if twin is None:

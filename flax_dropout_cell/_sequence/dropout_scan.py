@@ -29,10 +29,10 @@ from .._step.call_cell import Cell
 from .._step.checks import as_rows, as_spec, check_masks, check_start
 from .._step.draw_masks import draw_sites, site_values
 from .._step.rows import Rows, rows_by_start
-from .padding import check_rows, find_valid, stand_ins
+from .padding import find_valid, stand_ins
 from .resets import BEFORE, RowMasks, Sequences, check_reset_carry, plan_sequences
 from .scan_step import ScanCarry, SequenceStep, StepInput, disturb_once
-from .shared_by_rows import check_all_have_rows
+from .shared_by_rows import check_rows_apart
 from .step_masks import draw_ahead
 
 _LISTED = 4  # more arrays of the inputs than this are not listed in an error
@@ -79,8 +79,7 @@ def dropout_scan(
       cell: `cell(params, carry, x) -> (carry, y)`.
       dropout: the noise at each site.
       masks: masks to use instead of drawing them; variational masks that are missing are drawn.
-        With `start` and `resets`, give those that the rows have at that step, resets before it
-        included.
+        With `start` and `resets`, give the masks that the rows have at step `start`.
       seq_lengths: ints `[*batch]`. Past its length a row's carry no longer changes, its `ys` are
         zero, and its `xs` have no effect. Every leaf of the carry, of `xs` at a step and of `ys`
         at a step then starts with the batch dims. Leaves with fewer dims than the batch, such as
@@ -117,10 +116,9 @@ def dropout_scan(
 
     Raises:
       ValueError: as in `dropout_cell`, and if a shape, `start` or a length in a NumPy array does
-        not fit, options exclude each other (`seq_lengths` and `valid`) or one lacks another that it
-        needs, or the carry does not permit `parallel=True`. Lengths on a device are clipped.
-      TypeError: as in `dropout_cell`, and if `seq_lengths`, `sequence_ids` or `start` are not ints,
-        or `valid` or `resets` not bools.
+        not fit, two options exclude each other, one lacks another that it needs, or the carry does
+        not permit `parallel=True`. Lengths on a device are clipped.
+      TypeError: as in `dropout_cell`, and if an option has the wrong dtype.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -144,17 +142,14 @@ def dropout_scan(
     steps = count_steps(xs)
     check_start(start, steps)
     valid = find_valid(seq_lengths, valid, steps)
-    if valid is not None:
-        batch, padded_by = valid.shape[1:], "valid" if seq_lengths is None else "seq_lengths"
-        check_rows("carry", carry, batch, padded_by)
-        check_rows("xs", at_a_step(xs), batch, padded_by)
     if sequence_ids is not None and resets is None:
         _check_ids(np.shape(sequence_ids), carry, at_a_step(xs))
     plan = _plan(carry, steps, resets, reset_carry, sequence_ids, valid, start, loop.reverse)
-    if valid is not None or resets is not None:
-        batch = np.shape(resets if valid is None else valid)[1:]
-        padded = valid is not None
-        check_all_have_rows(cell, params, carry, at_a_step(xs), batch, padded=padded)
+    if valid is not None:
+        padded_by = "valid" if seq_lengths is None else "seq_lengths"
+        check_rows_apart(cell, params, carry, at_a_step(xs), valid.shape[1:], padded_by)
+    elif resets is not None:
+        check_rows_apart(cell, params, carry, at_a_step(xs), np.shape(resets)[1:], "resets")
     drawn = _draw(
         functools.partial(site_values, params, carry, at_a_step(xs), cell),
         masks,
@@ -264,9 +259,7 @@ def _plan(
             raise ValueError("reset_carry was given without resets, which say where it goes.")
         return _Plan(None, as_rows(ids), None)
     sequences = plan_sequences(resets, ids, valid, steps, start, reverse=reverse)
-    batch = sequences.is_first_step.shape[1:]
-    check_rows("carry", carry, batch, "resets")
-    reset_carry = check_reset_carry(reset_carry, carry, len(batch))
+    reset_carry = check_reset_carry(reset_carry, carry, sequences.is_first_step.ndim - 1)
     if steps == 0:  # no row is in any sequence
         return _Plan(None, None, None)
     at = -1 if reverse else 0  # the step that runs first

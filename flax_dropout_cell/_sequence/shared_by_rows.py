@@ -11,21 +11,23 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from .._messages import short_repr
 from .._spec.prefixes import PyTree, dtype_of
+from .padding import check_rows
 
 
-def check_all_have_rows(
+def check_rows_apart(
     cell: Callable[..., Any],
     params: PyTree,
     carry: PyTree,
     x: PyTree,
     batch: tuple[int, ...],
-    *,
-    padded: bool,
+    option: str,
 ) -> None:
-    """Raises if the cell reads a value as one for all rows, though it has the batch's sizes.
+    """Raises if padding or resets of one row would change a value that is not this row's alone.
 
-    Padding and resets would change the part of it that has a row's number. The cell is traced for a
-    batch of sizes that occur nowhere else: a value that has to keep its size there has no rows.
+    A value with enough dims has to start with the batch dims. If it does so by chance, and the cell
+    reads it as one for all rows, the part of it that has the row's number would change. So the cell
+    is traced for a batch of sizes that occur nowhere else: a value that has to keep its size there
+    has no rows.
 
     Args:
       cell: `cell(params, carry, x) -> (carry, y)`.
@@ -33,8 +35,13 @@ def check_all_have_rows(
       carry: the carry.
       x: the shapes of the inputs at a step.
       batch: the batch dims.
-      padded: whether there is padding, which changes inputs too.
+      option: the option that the batch dims are of. All but `resets` are padding, which changes
+        inputs too.
     """
+    padded = option != "resets"
+    check_rows("carry", carry, batch, option)
+    if padded:
+        check_rows("xs", x, batch, option)
     given = {"carry": carry, "xs": x}
     leaves, structure = tree_flatten_with_path(given)
     sizes = {size for leaf in jax.tree.leaves((params, given)) for size in np.shape(leaf)}

@@ -169,6 +169,12 @@ def _call_disturbed(
         # the argument takes it: then it is a function of the cell's own that does not.
         if not _names_disturb(cell) and "unexpected keyword argument 'disturb'" in str(error):
             return _NO_SITES
+        if DisturbFn.__name__ in str(error):
+            raise TypeError(
+                "dropout.inside has noise, but the cell is under a transformation such as "
+                "jax.checkpoint, nn.remat or nn.jit, which takes arrays and no `disturb`: give the "
+                "cell itself. To save memory, use checkpoint_every of dropout_scan or RNN."
+            ) from None
         raise
 
 

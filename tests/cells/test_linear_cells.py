@@ -361,7 +361,7 @@ def of_gates(count: int, pick: Any) -> Any:
     ],
     ids=["lru", "min_gru", "min_lstm", "rg_lru"],
 )
-def test_what_the_sites_of_a_linear_cell_hold(init: Any, cell: Any, candidate: Any) -> None:
+def test_the_values_at_the_sites_of_a_linear_cell(init: Any, cell: Any, candidate: Any) -> None:
     """As the docstrings say; a mask of dropout would not tell i * D(n) from D(i * n)."""
     params = init(jax.random.key(3), 3, 8)
     if hasattr(params, "bias"):

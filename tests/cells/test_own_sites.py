@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from linen_cells import FromZeros
 
 import flax_dropout_cell as fdc
 
@@ -94,20 +95,12 @@ def noise_at_a(noise: Any) -> fdc.RecurrentDropout:
     return fdc.RecurrentDropout(inside={"a": noise})
 
 
-class LinenCell(nn.RNNCellBase):
+class LinenCell(FromZeros):
     change: Any
 
     @nn.compact
     def __call__(self, carry: Any, inputs: Any, *, disturb: Any = fdc.undisturbed) -> Any:
         return carry, self.change(disturb, inputs)
-
-    @nn.nowrap
-    def initialize_carry(self, rng: Any, input_shape: Any) -> Any:
-        return jnp.zeros(input_shape)
-
-    @property
-    def num_feature_axes(self) -> int:
-        return 1
 
 
 def run_linen_layer(change: Change, noise: Any) -> None:

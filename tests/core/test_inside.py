@@ -285,3 +285,12 @@ def test_two_names_of_one_hash_are_refused() -> None:
 
     with pytest.raises(ValueError, match=f"'{first}' and '{second}' have the same hash"):
         scan(fdc.RecurrentDropout(inside={first: FRESH, second: FRESH}), cell=collides)
+
+
+def test_a_cell_under_a_checkpoint_is_one_clear_error() -> None:
+    """It takes arrays alone, and no `disturb`."""
+    spec = fdc.RecurrentDropout(inside={"recurrent": fdc.Dropout(keep_prob=0.5)})
+    cell = jax.checkpoint(fdc.gru_cell)  # type: ignore[attr-defined]
+    args = fdc.init_gru(jax.random.key(0), 3, 8), jnp.zeros((2, 8)), jnp.ones((4, 2, 3))
+    with pytest.raises(TypeError, match="under a transformation such as jax.checkpoint"):
+        fdc.dropout_scan(*args, jax.random.key(1), cell=cell, dropout=spec)

@@ -111,3 +111,19 @@ def test_the_end_of_a_path_names_a_weight_and_kernel_names_all() -> None:
             params, jnp.zeros(1), jnp.ones((1, 1)), KEY, cell=cell, dropout=spec
         )
         assert [bool((weight == 0).any()) for weight in weights] == dropped
+
+
+def test_a_state_of_the_cell_starts_tensorflows_wrapper() -> None:
+    """By `redraw_masks`: with a key in training, without one in evaluation, as the stock layer."""
+    cell = fdc.linen.RNNCellDropoutWrapper(nn.GRUCell(UNITS), deterministic=True)
+    state = jax.random.normal(jax.random.key(3), (BATCH, UNITS))
+    rnn, stock = nn.RNN(cell), nn.RNN(nn.GRUCell(UNITS))
+    variables = stock.init(jax.random.key(2), XS)
+    ys = rnn.apply(variables, XS, initial_carry=cell.redraw_masks(state, XS[:, 0]))
+    assert_close(ys, stock.apply(variables, XS, initial_carry=state))
+    trains = fdc.linen.RNNCellDropoutWrapper(nn.GRUCell(UNITS), output_keep_prob=0.5)
+    carry = trains.redraw_masks(state, XS[:, 0], KEY)
+    dropped: Any = nn.RNN(trains).apply(variables, XS, initial_carry=carry)
+    kept = dropped != 0
+    assert 0 < kept.mean() < 1
+    assert_close(dropped, jnp.where(kept, 2 * ys, 0))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.nnx import bridge
+from linen_cells import FromZeros
 from nnx_cells import PER_STEP, VARIATIONAL, Sum
 from probes import UNITS
 
@@ -23,16 +24,8 @@ def nnx_layer(noise: Any = PER_STEP) -> Any:
     return fdc.nnx.RNN(Sum(), fdc.RecurrentDropout(input=noise), rngs=nnx.Rngs(dropout=0))
 
 
-class Echo(nn.RNNCellBase):
+class Echo(FromZeros):
     """Emits its inputs."""
-
-    @nn.nowrap
-    def initialize_carry(self, rng: jax.Array, input_shape: Any) -> jax.Array:
-        return jnp.zeros(input_shape)
-
-    @property
-    def num_feature_axes(self) -> int:
-        return 1
 
     def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
         return carry, inputs
@@ -159,3 +152,10 @@ def test_an_nnx_cell_that_writes_a_param() -> None:
         else:
             with pytest.raises(TypeError, match="Counts writes a variable"):
                 layer(ONES)
+
+
+def test_a_threefry_key_that_is_split_and_folded_into() -> None:
+    split = jax.random.split(KEY, 3)
+    for i in range(3):
+        folded = jax.random.fold_in(KEY, i)
+        np.testing.assert_array_equal(jax.random.key_data(split[i]), jax.random.key_data(folded))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from asserts import assert_close
-from hand_masks import kept, site_key
+from hand_masks import kept, site_key, with_number
 from layers import FEATURES, FRAMEWORKS, STEPS, UNITS, Framework
 
 import flax_dropout_cell as fdc
@@ -21,10 +21,9 @@ def echo(params: Any, carry: Any, x: Any) -> tuple[Any, Any]:
     return carry, x
 
 
-def kept_by_id(key: jax.Array, name: int, *shape: int) -> np.ndarray:
-    """The mask of a row, by the two words of its id."""
-    own = jax.random.fold_in(key, np.uint32(name & 0xFFFFFFFF))
-    return kept(jax.random.fold_in(own, np.uint32(name >> 32 & 0xFFFFFFFF)), *shape)
+def echoed(noise: fdc.Dropout, xs: jax.Array, **given: Any) -> Any:
+    spec = fdc.RecurrentDropout(input=noise)
+    return fdc.dropout_scan(None, None, xs, KEY, cell=echo, dropout=spec, **given)[1]
 
 
 @frameworks
@@ -58,7 +57,7 @@ def test_rows_in_a_grid(framework: Framework) -> None:
     def of_rows(key: jax.Array, units: int) -> np.ndarray:
         rows = np.empty((*grid, units), bool)
         for row, name in np.ndenumerate(ids):
-            rows[row] = kept_by_id(key, name, units)
+            rows[row] = kept(with_number(key, int(name)), units)
         return rows
 
     once = of_rows(site_key(KEY, "input"), FEATURES)
@@ -78,16 +77,8 @@ def test_a_reset_in_a_grid_draws_by_the_rows_place(reverse: bool) -> None:
     resets = np.zeros((4, *grid), bool)
     resets[1], resets[3, 1, 2] = True, True
     xs = jnp.ones((4, *grid, 16))
-    _, ys = fdc.dropout_scan(
-        None,
-        xs[0, ..., 0],
-        xs,
-        KEY,
-        cell=echo,
-        dropout=spec,
-        resets=resets,
-        reverse=reverse,
-    )
+    options: Any = {"resets": resets, "reverse": reverse}
+    _, ys = fdc.dropout_scan(None, xs[0, ..., 0], xs, KEY, cell=echo, dropout=spec, **options)
     key = site_key(KEY, "input")
     masks = kept(key, *grid, 16)
     for t in range(4):
@@ -102,15 +93,7 @@ def test_a_mask_over_one_of_two_batch_dims_is_not_a_rows_own() -> None:
     """Rows share it, so it is drawn once for all, whatever their ids."""
     noise = fdc.Dropout(keep_prob=0.5, variational=True, broadcast_dims=(1,))
     xs = jnp.ones((2, 2, 3, 16))
-    _, ys = fdc.dropout_scan(
-        None,
-        None,
-        xs,
-        KEY,
-        cell=echo,
-        sequence_ids=np.arange(6).reshape(2, 3),
-        dropout=fdc.RecurrentDropout(input=noise),
-    )
+    ys = echoed(noise, xs, sequence_ids=np.arange(6).reshape(2, 3))
     mask = kept(site_key(KEY, "input"), 2, 1, 16)
     np.testing.assert_array_equal(ys, np.broadcast_to(np.where(mask, 2.0, 0.0), ys.shape))
 
@@ -121,19 +104,11 @@ def test_rows_with_ids_share_a_mask_over_their_own_dims(dims: tuple[int, ...]) -
     noise = fdc.Dropout(keep_prob=0.5, variational=True, broadcast_dims=dims)
     ids, shape = np.array([4, -1, 4]), (3, 5, 16)
     xs = jnp.ones((2, *shape))
-    _, ys = fdc.dropout_scan(
-        None,
-        None,
-        xs,
-        KEY,
-        cell=echo,
-        sequence_ids=ids,
-        dropout=fdc.RecurrentDropout(input=noise),
-    )
+    ys = echoed(noise, xs, sequence_ids=ids)
     alone = [1 if dim in [each % 3 for each in dims] else shape[dim] for dim in (1, 2)]
     masks = np.empty(shape, bool)
     for row, name in enumerate(ids):
-        masks[row] = kept_by_id(site_key(KEY, "input"), int(name), *alone)
+        masks[row] = kept(with_number(site_key(KEY, "input"), int(name)), *alone)
     np.testing.assert_array_equal(ys, np.broadcast_to(np.where(masks, 2.0, 0.0), ys.shape))
 
 
@@ -141,17 +116,9 @@ def test_rows_with_ids_share_a_mask_over_their_own_dims(dims: tuple[int, ...]) -
 def test_an_id_draws_alike_in_every_integer_type(dtype: str) -> None:
     """By its two words as an integer of 64 bits: the upper one of a small unsigned id is 0."""
     ids = np.array([7, np.iinfo(dtype).max & 0xFFFFFFFF, 200], dtype)  # beyond the signed type
-    _, ys = fdc.dropout_scan(
-        None,
-        None,
-        jnp.ones((1, 3, 32)),
-        KEY,
-        cell=echo,
-        sequence_ids=ids,
-        dropout=fdc.RecurrentDropout(input=ONCE),
-    )
+    ys = echoed(ONCE, jnp.ones((1, 3, 32)), sequence_ids=ids)
     for y, name in zip(ys[0], ids.tolist(), strict=True):
-        mask = kept_by_id(site_key(KEY, "input"), name, 32)
+        mask = kept(with_number(site_key(KEY, "input"), name), 32)
         np.testing.assert_array_equal(y, np.where(mask, 2.0, 0.0))
 
 

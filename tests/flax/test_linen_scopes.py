@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import errors
+from linen_cells import FromZeros
 from quick_prng import quick_key
 
 import flax_dropout_cell as fdc
@@ -220,21 +221,13 @@ def test_weights_that_two_scopes_share_are_told_apart(name: str) -> None:
     np.testing.assert_allclose(ys, wanted, rtol=1e-6)
 
 
-class Reads(nn.RNNCellBase):
+class Reads(FromZeros):
     """A cell that sows its inputs."""
 
     @nn.compact
     def __call__(self, carry: Any, inputs: Any) -> Any:
         self.sow("intermediates", "read", inputs)
         return carry, inputs
-
-    @nn.nowrap
-    def initialize_carry(self, rng: Any, input_shape: Any) -> Any:
-        return jnp.zeros(input_shape)
-
-    @property
-    def num_feature_axes(self) -> int:
-        return 1
 
 
 @pytest.mark.parametrize("keep_order", [False, True])
@@ -248,7 +241,7 @@ def test_sown_values_have_the_order_of_the_inputs(keep_order: bool) -> None:
     np.testing.assert_array_equal(ys, xs if keep_order else xs[:, ::-1])
 
 
-class Factors(nn.RNNCellBase):
+class Factors(FromZeros):
     """`h' = a h + b x`, with a and b in one variable, which `writes` counts up."""
 
     writes: bool = False
@@ -261,14 +254,6 @@ class Factors(nn.RNNCellBase):
             pair.value = (a + 1, b)
         carry = a * carry + b * inputs
         return carry, carry
-
-    @nn.nowrap
-    def initialize_carry(self, rng: Any, input_shape: Any) -> Any:
-        return jnp.zeros(input_shape)
-
-    @property
-    def num_feature_axes(self) -> int:
-        return 1
 
 
 FACTORS = {"consts": {"cell": {"pair": (jnp.float32(10), jnp.float32(20))}}}
@@ -293,7 +278,7 @@ def test_a_variable_that_is_a_tuple_is_not_written() -> None:
         layer.apply(FACTORS, jnp.ones((1, 3, 1)), mutable=["consts"])
 
 
-class Losses(Factors):
+class Losses(FromZeros):
     @nn.compact
     def __call__(self, carry: Any, inputs: Any) -> Any:
         self.sow("losses", "sum", inputs.sum())
@@ -311,7 +296,7 @@ def test_sown_values_follow_those_that_came() -> None:
         assert sown.tolist() == [0, 1, 2]
 
 
-class SowsUnderRemat(Factors):
+class SowsUnderRemat(FromZeros):
     @nn.compact
     def __call__(self, carry: Any, inputs: Any) -> Any:
         return nn.remat(Losses)()(carry, inputs)

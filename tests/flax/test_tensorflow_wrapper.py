@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hand_masks import kept, site_key, with_seed
+from linen_cells import FromZeros
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell._flax.tensorflow.arguments import fold_seed
@@ -149,18 +150,10 @@ class TestPortedFromTensorFlow:
         assert (kept[0] != kept[0, :1]).any(), "without broadcast_dims each example has its own"
 
     def test_dropped_inputs_of_a_counting_cell(self) -> None:
-        class Plus1(nn.RNNCellBase):
+        class Plus1(FromZeros):
             @nn.compact
             def __call__(self, carry: Any, inputs: Any) -> Any:
                 return carry + 1, inputs + 1
-
-            @nn.nowrap
-            def initialize_carry(self, rng: Any, input_shape: Any) -> Any:
-                return jnp.zeros(input_shape)
-
-            @property
-            def num_feature_axes(self) -> int:
-                return 1
 
         rnn = nn.RNN(RNNCellDropoutWrapper(Plus1(), input_keep_prob=KEEP_NOTHING, seed=0))
         outputs = rnn.apply({}, jnp.ones((2, 8, 5)), rngs={"dropout": RNG})

@@ -219,7 +219,7 @@ def test_a_step_is_cut_by_what_its_equations_depend_on() -> None:
 @pytest.mark.parametrize(
     "case", ["piece, output", "piece, read twice", "another width", "a summand", "a sum", "both"]
 )
-def test_what_is_added_up_may_be_read_elsewhere(case: str) -> None:
+def test_summands_may_be_read_elsewhere(case: str) -> None:
     """Its cotangent is then another than that of the sum that it goes into."""
     keys, width = jax.random.split(jax.random.key(0), 4), 48 if case == "another width" else 32
     wx, wh, h = (

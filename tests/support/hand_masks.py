@@ -32,12 +32,15 @@ def kept(key: jax.Array, *shape: int) -> np.ndarray:
     return (words >> np.arange(units, dtype=np.uint32)) & 1 == 0
 
 
-def with_seed(key: jax.Array, seed: int | None) -> jax.Array:
-    """TensorFlow's seed in a key: its lower 32 bits, then its upper ones."""
-    if seed is None:
-        return key
-    low, high = np.uint32(seed % 2**32), np.uint32((seed >> 32) % 2**32)
+def with_number(key: jax.Array, number: int) -> jax.Array:
+    """A number of 64 bits in a key: its lower 32 bits, then its upper ones."""
+    low, high = np.uint32(number % 2**32), np.uint32((number >> 32) % 2**32)
     return jax.random.fold_in(jax.random.fold_in(key, low), high)
+
+
+def with_seed(key: jax.Array, seed: int | None) -> jax.Array:
+    """TensorFlow's seed in a key."""
+    return key if seed is None else with_number(key, seed)
 
 
 def lstm_row(run: Callable[..., Any], params: Any, key: jax.Array, xs: jax.Array) -> np.ndarray:

@@ -26,6 +26,18 @@ class Delegating(nn.RNNCellBase):
         return 1
 
 
+class FromZeros(nn.RNNCellBase):
+    """Shared by cells of tests: their carry has the inputs' shape, and starts from zeros."""
+
+    @nn.nowrap
+    def initialize_carry(self, rng: jax.Array, input_shape: Any) -> Any:
+        return jnp.zeros(input_shape)
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
 class Subclassed(nn.LSTMCell):
     pass
 
