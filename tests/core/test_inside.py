@@ -292,5 +292,5 @@ def test_a_cell_under_a_checkpoint_is_one_clear_error() -> None:
     spec = fdc.RecurrentDropout(inside={"recurrent": fdc.Dropout(keep_prob=0.5)})
     cell = jax.checkpoint(fdc.gru_cell)  # type: ignore[attr-defined]
     args = fdc.init_gru(jax.random.key(0), 3, 8), jnp.zeros((2, 8)), jnp.ones((4, 2, 3))
-    with pytest.raises(TypeError, match="under a transformation such as jax.checkpoint"):
+    with pytest.raises(TypeError, match=r"under a transformation such as jax\.checkpoint"):
         fdc.dropout_scan(*args, jax.random.key(1), cell=cell, dropout=spec)

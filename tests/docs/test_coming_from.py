@@ -119,7 +119,7 @@ def test_a_state_of_the_cell_starts_tensorflows_wrapper() -> None:
     state = jax.random.normal(jax.random.key(3), (BATCH, UNITS))
     rnn, stock = nn.RNN(cell), nn.RNN(nn.GRUCell(UNITS))
     variables = stock.init(jax.random.key(2), XS)
-    ys = rnn.apply(variables, XS, initial_carry=cell.redraw_masks(state, XS[:, 0]))
+    ys: Any = rnn.apply(variables, XS, initial_carry=cell.redraw_masks(state, XS[:, 0]))
     assert_close(ys, stock.apply(variables, XS, initial_carry=state))
     trains = fdc.linen.RNNCellDropoutWrapper(nn.GRUCell(UNITS), output_keep_prob=0.5)
     carry = trains.redraw_masks(state, XS[:, 0], KEY)
