@@ -131,7 +131,8 @@ def cpu_time_in_turn(programs: dict[Any, Callable[[], Any]], rounds: int) -> dic
 def format_table(result: dict[str, Any]) -> str:
     """A Markdown table: each program's times, and the memory of its gradient, as ratios."""
     lines = [
-        f"| cell | steps | program | forward / {BY_HAND} | gradient / {BY_HAND} | its memory |",
+        f"| cell | steps | program | forward / {BY_HAND} | gradient / {BY_HAND} | "
+        "memory of the gradient |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

@@ -19,7 +19,7 @@ MEASURES = {
 
 def format_table(report: dict[str, Any]) -> str:
     """A row per task and way: means over the seeds, standard errors, and how it compares."""
-    head = ["task", "way", *MEASURES.values(), "clipped at first", "at worst"]
+    head = ["task", "way", *MEASURES.values(), "clipped, mean", "clipped, worst"]
     lines = [format_row(head), "|---" * len(head) + "|"]
     for row in report["rows"]:
         cells = [row["task"], row["way"], *(format_mean(report, row, name) for name in MEASURES)]

@@ -9,7 +9,7 @@ The public names:
 - Running a cell: `dropout_scan` over a sequence; `dropout_cell` for one step, with the masks of
   `draw_masks` and `draw_step_masks`; `Cell` is the type of a cell; `episode_ids` makes ids for
   rollouts.
-- The scan beneath: `scan` is a faster `jax.lax.scan` for any step; `explain_scan` gives a
+- The loop: `scan` is a faster `jax.lax.scan` for any step; `explain_scan` gives a
   `ScanExplanation`, a table of the parts of a step that run before, in and after the loop.
 - Cells: `lstm_cell` and `gru_cell`, with `init_lstm`, `init_gru`, `LSTMParams`, `GRUParams` and
   `LSTMState`; the linear `lru_cell`, `min_gru_cell`, `min_lstm_cell` and `rg_lru_cell`, with

@@ -49,7 +49,7 @@ class DisturbFn:
         if current_trace() != self._trace:
             raise ValueError(
                 f"disturb({site!r}, ..) was called under a transformation that the cell itself "
-                f"opens, such as jax.vmap, jax.lax.scan or jax.jit, in which rows or depths may "
+                f"opens, such as jax.vmap, jax.lax.scan or jax.jit, in which rows or steps may "
                 f"share one mask. Call it outside, or vmap dropout_scan with a key for each row."
             )
         if site in self._called:

@@ -147,9 +147,9 @@ def test_the_chorales_are_within_reach_of_what_is_published() -> None:
     nlls = [np.mean(row["test_nll"]) for row in rows_of("chorales", "lstm").values()]
     assert min(nlls) < 8.20 and np.median(nlls) < 8.35
     median = (
-        f"the median of all nine, the one without dropout among them, to {np.median(nlls):.2f};"
+        f"the median of all nine rows, including the one without dropout, is {np.median(nlls):.2f};"
     )
-    assert len(nlls) == 9 and f"the best row comes to {min(nlls):.2f}, and {median}" in page
+    assert len(nlls) == 9 and f"the best row is at {min(nlls):.2f}, and {median}" in page
 
 
 def test_what_the_readme_says_of_the_chorales() -> None:
@@ -159,7 +159,7 @@ def test_what_the_readme_says_of_the_chorales() -> None:
         for name in ("none", "Gal, tied", "Gal, tied, Monte Carlo")
     )
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"from {none} nats per step to {gal} with this scheme, and to {averaged}" in readme
+    assert f"from {none} nats per step to {gal} with `gal2016`, and to {averaged}" in readme
     index = " ".join((ROOT / "docs/index.md").read_text().split())
     assert f"from {none} nats per step to {gal}, and to {averaged} if predictions are av" in index
 

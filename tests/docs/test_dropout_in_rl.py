@@ -43,7 +43,7 @@ def test_the_setup_is_the_programs(modules: SimpleNamespace) -> None:
     assert REPORT["config"] == dataclasses.asdict(config)
     learns = f"An LSTM of {config.units} units learns from {config.iterations} rollouts of"
     places = f"{config.steps} steps in {config.environments} environments, four epochs each"
-    assert f"{learns} {places}, by Adam from {config.learning_rate}" in PAGE
+    assert f"{learns} {places}, by Adam from a learning rate of {config.learning_rate}" in PAGE
     assert config.seeds == 10 and config.epochs == 4 and modules.rl.LAST == 4
     assert f"the mean of {config.tests} tests" in PAGE
     shortest, longest = tasks.LONGER
@@ -52,7 +52,7 @@ def test_the_setup_is_the_programs(modules: SimpleNamespace) -> None:
     assert tasks.BACK == 3 and f"of three cards ago, of {tasks.SUITS} suits" in PAGE
     assert f"| noise of {tasks.CARD_NOISE} in the cards |" in PAGE
     assert f"share of {tasks.STEPS} steps" in PAGE
-    assert f"| half the pole, and noise of {tasks.POLE_NOISE} |" in PAGE
+    assert f"| a pole of half the length, and noise of {tasks.POLE_NOISE} in what is seen |" in PAGE
     spec = modules.rl.WAYS[ZONEOUT].dropout
     chances = f"{spec.state[0].prob} for c and {spec.inside['hidden'].prob} for h"
     assert f"**Zoneout**, with {chances}, half of the defaults" in PAGE

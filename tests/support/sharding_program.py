@@ -845,7 +845,7 @@ def in_loops(text: str, steps: int = STEPS) -> list[str]:
     return [line for line in lines if COLLECTIVE.search(line)]
 
 
-# The scan beneath, beside jax.lax.scan with the same step ----------------------------------------
+# The library's scan, beside jax.lax.scan with the same step ---------------------------------------
 
 # Large enough that a `[time, batch, units]` array cannot be taken for a weight.
 LONG, ROWS, WIDTH, WORDS = 12, 48, 16, 7
