@@ -37,13 +37,13 @@ def current_trace() -> Any:
 
 
 def as_weakly_typed(value: jax.Array) -> jax.Array:
-    """A value of the same dtype that widens no other value, as Python numbers do not."""
+    """The same value with a weak type: like a Python number, it widens no other operand."""
     # jax.lax.convert_element_type leaves a value of the same dtype as it is.
     return convert_element_type_p.bind(value, new_dtype=value.dtype, weak_type=True, sharding=None)
 
 
 def is_threefry_dtype(dtype: Any) -> bool:
-    """Whether typed keys of a dtype are of JAX's default PRNG."""
+    """Whether typed keys of a dtype are of threefry2x32."""
     return dtype.name == "key<fry>"
 
 
@@ -54,7 +54,7 @@ def varying_axes(aval: Any) -> frozenset[str]:
 
 
 def shape_struct(shape: Any, dtype: Any, sharding: Any, like: Any) -> jax.ShapeDtypeStruct:
-    """A shape whose type differs over the axes of `jax.shard_map` that the type `like` does."""
+    """A shape that varies over the same axes of `jax.shard_map` as the type `like`."""
     if not varying_axes(like):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     newer = getattr(like, "manual_axis_type", None)

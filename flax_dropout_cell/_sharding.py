@@ -21,7 +21,7 @@ from ._compat import ShapedArray, how_to_vary, vary_over, varying_axes
 
 
 def explicit_sharding(leaf: Any) -> NamedSharding | None:
-    """The sharding in the type of an array, or of its shape; None if it is not sharded there."""
+    """The sharding in the type of an array or a shape; None if no dim is on an explicit axis."""
     sharding = type_of(leaf).sharding
     if not isinstance(sharding, NamedSharding) or not any(
         axes is not None and _is_explicit(sharding.mesh, axes) for axes in sharding.spec
@@ -72,16 +72,16 @@ def draw_like(leaf: Any, draw: Callable[..., jax.Array], *args: Any) -> jax.Arra
     Args:
       leaf: the leaf, or its type.
       draw: makes an array. It must take all arrays that it reads from `args`.
-      *args: pytrees, whose leaves may be other things than arrays too.
+      *args: pytrees of arrays and of other values.
     """
     sharding = explicit_sharding(leaf)
     if sharding is None:
         return draw(*args)
     leaves, structure = jax.tree.flatten(args)
-    arrays = {at: leaf for at, leaf in enumerate(leaves) if hasattr(leaf, "dtype")}
+    arrays = {at: each for at, each in enumerate(leaves) if hasattr(each, "dtype")}
 
     def run(arrays: dict[int, Any]) -> jax.Array:
-        filled = [arrays.get(at, leaf) for at, leaf in enumerate(leaves)]
+        filled = [arrays.get(at, each) for at, each in enumerate(leaves)]
         return draw(*jax.tree.unflatten(structure, filled))
 
     drawn = jax.eval_shape(

@@ -218,7 +218,9 @@ def krueger2016(
       hidden_prob: for h.
 
     Returns:
-      A `RecurrentDropout` for an LSTM with the site `hidden` and a state `(c, h)`.
+      A `RecurrentDropout` for an LSTM with the site `hidden` and a state `(c, h)`. If a cell of
+      your own carries `(h, c)`, as Equinox's do, replace `state` by `(None, Zoneout(..))`: the pair
+      does not say which leaf is c.
 
     Raises:
       ValueError: if a probability is not in [0, 1].

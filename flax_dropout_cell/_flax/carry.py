@@ -70,8 +70,8 @@ class DropoutCarry(_Fields):
       cell_carry: the wrapped cell's carry, such as an LSTM's `(c, h)`.
       masks: the variational masks of this sequence; None in evaluation.
       rng: the key and step of the per-step masks; None if there are none.
-      arrays: the arrays that the masks were drawn with, such as a scheduled keep_prob; none of
-        noises that are `reparameterized`.
+      arrays: the arrays that the masks were drawn with, such as a scheduled keep_prob. A
+        `reparameterized` noise keeps none here, because its masks do not depend on its numbers.
       fingerprint: the spec that the masks were drawn for, as text. Orbax does not save it, so
         restore into a carry of the same spec: masks of another would not be noticed.
     """
@@ -109,8 +109,7 @@ def run_wrapped_step(
     params: PyTree,
     dropout: RecurrentDropout,
     deterministic: bool,
-    disturb_params: bool = True,
-    values: Callable[[PyTree], SiteValues] | None = None,
+    values: Callable[[PyTree], SiteValues],
 ) -> tuple[DropoutCarry, PyTree]:
     """One step of a wrapped cell.
 
@@ -118,18 +117,16 @@ def run_wrapped_step(
       carry: the wrapper's carry.
       x: the input.
       cell: the wrapped cell, `cell(params, carry, x) -> (carry, y)`.
-      params: its weights.
+      params: its weights if there is noise on them; None if the cell is to read its own.
       dropout: the noise at each site.
       deterministic: if True, this is evaluation.
-      disturb_params: False if the weights do not exist yet.
       values: each site's shapes and dtypes for an input.
 
     Returns:
       The next carry, and the output.
     """
-    check_carry(carry)
     if deterministic or (carry.masks is None and not active_noises(dropout)):
-        spec = dropout if disturb_params else _without_weights(dropout)
+        spec = dropout if params is not None else _without_weights(dropout)
         cell_carry, y = dropout_cell(params, carry.cell_carry, x, None, cell=cell, dropout=spec)
         return carry._replace(cell_carry=cell_carry), y
     if carry.masks is None:
@@ -141,10 +138,9 @@ def run_wrapped_step(
     if carry.arrays is not None:
         # Before the weights are left out, since the arrays are those of all sites.
         spec = with_fixed_arrays(dropout, [_first(array) for array in carry.arrays])
-    if not disturb_params:
-        spec = _without_weights(spec)
-    weights = jax.tree.map(_first, masks.params) if disturb_params else None
-    masks = masks._replace(params=weights)
+    if params is None:
+        spec, masks = _without_weights(spec), masks._replace(params=None)
+    masks = masks._replace(params=jax.tree.map(_first, masks.params))
     rng, step, next_rng = None, None, carry.rng
     if carry.rng is not None:
         prng = carry.fingerprint.prng if isinstance(carry.fingerprint, SpecFingerprint) else None
@@ -152,7 +148,7 @@ def run_wrapped_step(
         # If rows are at different steps, the furthest counts, so that no row sees a mask twice.
         step = jnp.max(carry.rng.step)
         next_rng = carry.rng._replace(step=jnp.full_like(carry.rng.step, step + 1))
-        if values is not None and _drawn_for_other_inputs(carry, x):
+        if _drawn_for_other_inputs(carry, x):
             masks = _redraw(masks, spec, values(x), rng)
     cell_carry, y = dropout_cell(
         params, carry.cell_carry, x, rng, cell=cell, dropout=spec, masks=masks, step=step

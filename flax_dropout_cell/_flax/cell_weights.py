@@ -15,8 +15,8 @@ LinearParams = LRUParams | MinGRUParams | MinLSTMParams | RGLRUParams
 def promote(x: jax.Array, params: Any, dtype: Any) -> tuple[jax.Array, Any]:
     """The input and the weights that it is multiplied with, in the dtype of the computation.
 
-    Eigenvalues and decays keep theirs: rounded to half precision, a memory of 1,000 steps is
-    another one.
+    Eigenvalues and decays keep their own dtype: half precision would round a memory of 1,000 steps
+    to a quite different length.
     """
     names = [name for name in params._fields if name.endswith(("kernel", "bias"))]
     weights = [getattr(params, name) for name in names]
@@ -34,7 +34,7 @@ def check_params(params: Any, shapes: Callable[[int], Any], cell: Any) -> None:
     """Raises if weights are not those of the cell; `shapes` takes the number of input features."""
     kind = type(shapes(1))
     if type(params) is not kind:
-        raise wrong_weights(cell, kind, params)
+        raise wrong_weights_error(cell, kind, params)
     in_features = params.input_kernel.shape[0] if params.input_kernel.ndim else 1
     for name, leaf, like in zip(params._fields, params, shapes(in_features), strict=True):
         if leaf.shape != like.shape:
@@ -42,14 +42,14 @@ def check_params(params: Any, shapes: Callable[[int], Any], cell: Any) -> None:
             raise ValueError(f"{name} must be {wanted}, got {list(leaf.shape)}.")
 
 
-def wrong_weights(cell: Any, wanted: type, params: Any) -> TypeError:
+def wrong_weights_error(cell: Any, wanted: type, params: Any) -> TypeError:
     """The error for weights of another kind of cell."""
     return TypeError(
         f"the weights of {type(cell).__name__} are {wanted.__name__}, got {type(params).__name__}."
     )
 
 
-def wrong_variables(cell: Any, wanted: Iterable[str], got: Iterable[Any]) -> ValueError:
+def wrong_variables_error(cell: Any, wanted: Iterable[str], got: Iterable[Any]) -> ValueError:
     """The error for variables of another kind of cell."""
     return ValueError(
         f"{type(cell).__name__} has the weights {', '.join(wanted)}; these variables hold "
@@ -57,7 +57,7 @@ def wrong_variables(cell: Any, wanted: Iterable[str], got: Iterable[Any]) -> Val
     )
 
 
-def has_no_weights(cell: Any) -> TypeError:
+def unknown_weights_error(cell: Any) -> TypeError:
     """The error for a cell that this library has no weights for."""
     return TypeError(
         f"only LSTMCell, OptimizedLSTMCell, GRUCell and this library's linear cells have such "
@@ -66,17 +66,17 @@ def has_no_weights(cell: Any) -> TypeError:
 
 
 def params_of(variables: Mapping[str, Any], shapes: Callable[[int], Any], cell: Any) -> Any:
-    """Variables as the core's weights, which `shapes` gives for a number of input features."""
+    """Variables as the core's weights; `shapes` takes the number of input features."""
     like = shapes(1)
     if set(like._fields) != set(variables):
-        raise wrong_variables(cell, like._fields, variables)
+        raise wrong_variables_error(cell, like._fields, variables)
     params = type(like)(**variables)
     check_params(without_stack(params), shapes, cell)
     return params
 
 
 def without_stack(params: Any) -> Any:
-    """The shapes of weights, of one cell if `jax.vmap` made several."""
+    """The shapes of one cell's weights, if `jax.vmap` has stacked those of several."""
 
     def shape(name: str, leaf: Any) -> Any:
         ndim = 2 if name.endswith("kernel") else 1

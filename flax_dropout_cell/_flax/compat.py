@@ -18,6 +18,11 @@ from ..noises.protocol import is_array
 static = getattr(nnx, "static", lambda value: value)
 
 
+def data_or_static(value: Any) -> Any:
+    """An attribute of an NNX module: an array is data and a number static, also in turn."""
+    return nnx.data(value) if is_array(value) else static(value)
+
+
 def raw_value(variable: nnx.Variable) -> Any:
     """A variable's value as it is stored, which its `get_value` may turn into another."""
     if not hasattr(variable, "get_raw_value"):  # Flax 0.11
@@ -96,6 +101,11 @@ def scope_at(outer: Any, variables: Any, mutable: Any) -> core.Scope:
     return scope
 
 
+def all_but_params(mutable: Any) -> Any:
+    """A filter of mutable collections, without `params`."""
+    return core.scope.subtract_filters(mutable, "params")
+
+
 def has_drawn(scope: core.Scope) -> bool:
     """Whether anything has drawn from the streams of a scope, or of one within it."""
     return _is_counted(scope.rng_counters)
@@ -125,11 +135,11 @@ class ConstantFields:
 
     def __get__(self, module: Any, cls: type | None = None) -> NoReturn:
         if module is not None:
-            _refuse_arrays(module)
+            _check_no_arrays(module)
         raise AttributeError("__fn_or_cls__")
 
 
-def _refuse_arrays(module: Any) -> None:
+def _check_no_arrays(module: Any) -> None:
     for field in (field.name for field in dataclasses.fields(module)):
         if field in ("parent", "name", "cell"):
             continue

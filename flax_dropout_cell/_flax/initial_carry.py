@@ -13,7 +13,9 @@ from ..cells import LSTMState
 
 
 @contextlib.contextmanager
-def naming_carry(carry: PyTree, make_carry: Callable[[], PyTree], shape: PyTree) -> Iterator[None]:
+def blame_initial_carry(
+    carry: PyTree, make_carry: Callable[[], PyTree], shape: PyTree
+) -> Iterator[None]:
     """Blames `initial_carry` if its structure caused the failure.
 
     It compares only after a failure, so a carry that works is never refused.

@@ -14,11 +14,11 @@ from .._messages import short_tree_repr
 from .._sequence.dropout_scan import at_a_step, dropout_scan
 from .._sequence.padding import check_lengths
 from .._sharding import place_rows
-from .._spec.recurrent_dropout import PyTree, RecurrentDropout, active_noises, draws_at_each_step
+from .._spec.recurrent_dropout import PyTree, RecurrentDropout, draws_at_each_step
 from .carry import DropoutCarry
 from .deterministic import is_evaluation
 from .framework import Framework
-from .initial_carry import naming_carry
+from .initial_carry import blame_initial_carry
 
 
 class Layout(NamedTuple):
@@ -68,10 +68,10 @@ class Layout(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """A layer's settings; an argument of the call wins.
+    """A layer's settings, with those of the call in their place.
 
-    A new one is a field here and of each layer, and is used in `run_layer`. One that goes on to the
-    loop also passes through `_hoist/checkpointed_scan.py` and `_hoist/hoisted_scan.py`.
+    To add one, make it a field here and of both layers, and use it in `run_layer`. If the loop
+    needs it, pass it through `_hoist/checkpointed_scan.py` and `_hoist/hoisted_scan.py` too.
     """
 
     time_major: bool
@@ -114,18 +114,12 @@ def check_bare_carries(**carries: PyTree) -> None:
             raise TypeError(f"{name} is a DropoutCarry: give {name}=carry.cell_carry.")
 
 
-def needs_key(layer: Any, deterministic: bool | None) -> bool:
-    """Whether a call of a layer draws: it trains, and some noise does something."""
-    evaluate = is_evaluation(deterministic, layer.deterministic)
-    return not evaluate and bool(active_noises(layer.dropout))
-
-
-def refuse_state(cell: Any, what: str) -> TypeError:
+def impure_cell_error(cell: Any, what: str) -> TypeError:
     """The error for a cell that is not a pure function of its weights."""
     return TypeError(
         f"{type(cell).__name__} {what} at each step; RNN runs its cell as a pure function of its "
-        f"weights. Use the stock RNN of Flax, which has arguments for that, around "
-        f"DropoutCell(cell, dropout)."
+        f"weights. Put DropoutCell(cell, dropout) into Flax's own RNN instead, which can carry "
+        f"variables and split streams."
     )
 
 
@@ -200,11 +194,11 @@ def run_layer(
     ids = _time_first("sequence_ids", sequence_ids, layout, settings, timed=resets is not None)
     if reset_carry is None and resets is not None:
         reset_carry = make_carry()
-    # The output is then a pair, and noise belongs to its first part.
+    # With `collect` the cell returns (y, sown), and the noise at `output` is for y alone.
     if collect is not None and dropout.output is not None:
         dropout = dataclasses.replace(dropout, output=(dropout.output, None))
-    # Only a failure asks for the cell's own carry: to make one may draw or write.
-    with naming_carry(carry, make_carry, layout.shape):
+    # `make_carry` may draw or write, so it is called only after a failure.
+    with blame_initial_carry(carry, make_carry, layout.shape):
         carry, ys = dropout_scan(
             params,
             carry,

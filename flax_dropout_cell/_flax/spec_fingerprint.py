@@ -105,7 +105,8 @@ def with_fixed_arrays(dropout: RecurrentDropout, arrays: list[Any]) -> Recurrent
 
 def _is_fixed(entry: Any) -> bool:
     noise = entry.noise if is_deferred(entry) else entry
-    # Fixed, a learned number would have no gradient in any window but the first.
+    # A learned number stays the spec's own: if the carry kept it, only the first window could have
+    # a gradient.
     return isinstance(noise, Noise) and bool(noise.variational) and not is_reparameterized(noise)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import jax
@@ -11,6 +11,7 @@ from jax import export
 
 from .._inspect.describe import Description, describe
 from .._messages import with_article
+from .._random.keys import cell_rng
 from .._spec.prefixes import shape_of
 from .._spec.recurrent_dropout import (
     PyTree,
@@ -22,18 +23,28 @@ from .._spec.recurrent_dropout import (
 from .._step.call_cell import trace_cell
 from .._step.draw_masks import inside_names
 from .carry import DropoutCarry, check_carry, run_wrapped_step, start_sequence
-from .deterministic import is_evaluation
+from .deterministic import draws, is_evaluation
 from .framework import Framework
 
 
 class CellWrapper:
-    """Shared by linen's and NNX's wrappers: the start of a sequence, and its steps."""
+    """The part of a wrapper that does not depend on the framework.
+
+    A subclass has `cell` and `deterministic`, `_spec_for` and `_sequence_rng`.
+    """
 
     cell: Any
     deterministic: bool
     _framework: ClassVar[Framework]
 
-    def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
+    def _spec_for(self, cell_carry: PyTree) -> RecurrentDropout:
+        """The noise at each site, resolved for the cell's carry."""
+        raise NotImplementedError
+
+    def _sequence_rng(
+        self, cell_carry: PyTree, rng: jax.Array | None, deterministic: bool | None = None
+    ) -> jax.Array | None:
+        """The key of a new sequence; None if it runs without dropout."""
         raise NotImplementedError
 
     def _params_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
@@ -60,7 +71,7 @@ class CellWrapper:
         """One step. While `initializing`, there are no weights yet, and the cell runs once."""
         check_carry(carry)
         evaluate = is_evaluation(deterministic, self.deterministic)
-        dropout = self._dropout(carry.cell_carry)
+        dropout = self._spec_for(carry.cell_carry)
         params = None
         if active_noises(dropout.params) and not initializing:
             weights = self._framework.weights(self.cell)
@@ -85,7 +96,6 @@ class CellWrapper:
             params=params,
             dropout=dropout,
             deterministic=evaluate or (initializing and carry.masks is None),
-            disturb_params=params is not None,
             values=lambda x: self._values(dropout, carry.cell_carry, jax.tree.map(shape_of, x)),
         )
 
@@ -103,7 +113,7 @@ class CellWrapper:
         carry = self._framework.carry_shapes(self.cell, shapes)
         params = self._framework.params_shapes(self.cell, carry, x)
         run = self._framework.traceable(self.cell)
-        shown = describe(params, carry, x, cell=run, dropout=self._dropout(carry))
+        shown = describe(params, carry, x, cell=run, dropout=self._spec_for(carry))
         return dataclasses.replace(shown, evaluates=is_evaluation(None, self.deterministic))
 
     @property
@@ -111,10 +121,9 @@ class CellWrapper:
         """The number of feature axes of the wrapped cell's inputs."""
         return self._framework.num_feature_axes(self.cell)
 
-    def _evaluates(self, cell_carry: PyTree, deterministic: bool | None) -> bool:
-        """Whether a sequence needs no key: it evaluates, or its noises do nothing."""
-        evaluate = is_evaluation(deterministic, self.deterministic)
-        return evaluate or not active_noises(self._dropout(cell_carry))
+    def _draws(self, cell_carry: PyTree, deterministic: bool | None) -> bool:
+        """Whether a sequence needs a key."""
+        return draws(self._spec_for(cell_carry), deterministic, self.deterministic)
 
     def _start(self, rng: jax.Array | None, cell_carry: PyTree, inputs: Any) -> DropoutCarry:
         """The carry of a new sequence; without a key, of one that runs without dropout.
@@ -126,19 +135,25 @@ class CellWrapper:
         """
         if rng is None:
             return DropoutCarry(cell_carry, None, None)
-        dropout = self._dropout(cell_carry)
+        dropout = self._spec_for(cell_carry)
         return start_sequence(cell_carry, rng, dropout, self._values(dropout, cell_carry, inputs))
+
+    def _redraw(
+        self, carry: PyTree, inputs: PyTree, rng: jax.Array | None, deterministic: bool | None
+    ) -> DropoutCarry:
+        """New masks on an old state, in this wrapper and in those that it holds."""
+        cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
+        if isinstance(self.cell, CellWrapper):
+            inner = None if rng is None else cell_rng(rng)
+            cell_carry = self.cell._redraw(cell_carry, inputs, inner, deterministic)
+        key = self._sequence_rng(cell_carry, rng, deterministic)
+        return self._start(key, cell_carry, inputs)
 
     def _values(self, dropout: RecurrentDropout, cell_carry: PyTree, inputs: Any) -> SiteValues:
         """The shapes and dtypes at each site, as far as masks are drawn there once."""
-        errors = []
-        # Hosts tell the inputs' shape and not their dtype, so likely ones are tried.
-        for x in guesses(inputs, cell_carry):
-            try:
-                return self._values_for(x, dropout, cell_carry)
-            except (TypeError, ValueError) as error:
-                errors.append(error)  # a cell of tokens does not take floats
-        raise errors[0]
+        return for_likely_inputs(
+            inputs, cell_carry, lambda x: self._values_for(x, dropout, cell_carry)
+        )
 
     def _values_for(self, x: PyTree, dropout: RecurrentDropout, cell_carry: PyTree) -> SiteValues:
         """`_values` for an input whose dtypes are known."""
@@ -181,11 +196,25 @@ def _restrict(tree: PyTree, masks: PyTree) -> PyTree:
     return {name: _restrict(tree[name], mask) for name, mask in masks.items() if name in tree}
 
 
-def guesses(inputs: Any, cell_carry: PyTree) -> Iterable[PyTree]:
-    """The inputs of a step, as far as they are known before they come, the likeliest first.
+def for_likely_inputs(inputs: Any, cell_carry: PyTree, use: Callable[[PyTree], Any]) -> Any:
+    """`use(x)` for the likeliest inputs of a step with which it does not fail.
 
-    Their dtype is not known yet. Most often it is the carry's; tokens are ints. A mask that depends
-    on it is drawn again if the inputs have another dtype.
+    Before the loop, hosts know the shapes of the inputs but not their dtypes.
+    """
+    errors = []
+    for x in _likely_inputs(inputs, cell_carry):
+        try:
+            return use(x)
+        except (TypeError, ValueError) as error:
+            errors.append(error)  # a cell of tokens does not take floats
+    raise errors[0]
+
+
+def _likely_inputs(inputs: Any, cell_carry: PyTree) -> Iterable[PyTree]:
+    """Likely inputs of a step, the likeliest first.
+
+    Their dtype is most often the carry's; tokens are ints. A mask that depends on it is drawn again
+    if the inputs have another dtype.
     """
     leaves, structure = jax.tree.flatten(inputs, is_leaf=is_shape)
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(cell_carry) if hasattr(leaf, "dtype")]
@@ -200,11 +229,6 @@ def guesses(inputs: Any, cell_carry: PyTree) -> Iterable[PyTree]:
                 for leaf, dtype in zip(leaves, picked, strict=True)
             ],
         )
-
-
-def input_shapes(inputs: Any, cell_carry: PyTree) -> PyTree:
-    """The likeliest inputs of a step for their shapes."""
-    return next(iter(guesses(inputs, cell_carry)))
 
 
 def is_shape(node: Any) -> bool:

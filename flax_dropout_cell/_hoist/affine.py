@@ -6,10 +6,9 @@ multiplies `a` and `b`, zoneout mixes `a` with 1, a reset sets `a` to 0 and padd
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
-from .._compat import Literal as Constant
 from .._compat import function_name
 from .flat_jaxpr import Equation, Program, is_inexact
 from .kept_values import find_computed
@@ -19,7 +18,7 @@ from .kept_values import find_computed
 # elements, such as a slice, do not if the size stays the same.
 _ANY = slice(None)
 _AFFINE = {
-    **dict.fromkeys(("add", "add_any", "sub", "mul", "neg", "copy", "copy_p"), _ANY),
+    **dict.fromkeys(("add", "add_any", "sub", "mul", "neg", "copy"), _ANY),
     **dict.fromkeys(("convert_element_type", "reshape", "squeeze", "expand_dims", "slice"), _ANY),
     **dict.fromkeys(("broadcast_in_dim", "sharding_constraint", "pvary", "pcast"), _ANY),
     "div": slice(0, 1),
@@ -46,7 +45,7 @@ class Obstacle(NamedTuple):
 
     Attributes:
       leaf: the carry, as an argument of the step.
-      equation: None if the new carry is another one as it is.
+      equation: None if the new carry is simply another carry.
       meets_another: whether it combines the carry with another that is not known either.
     """
 
@@ -139,7 +138,7 @@ def _obstacle_in(
         if value not in path.affine and value not in known:
             return Obstacle(leaf, equation, meets_another=True)
     # "mul" is affine in each operand, but h * h is not affine.
-    places = list(_places(equation, path.affine))
+    places = [at for at, value in enumerate(equation.arguments) if value in path.affine]
     allowed = range(len(equation.eqn.invars))[_AFFINE.get(equation.name, slice(0))]
     # One that changes the size mixes elements, and one that leaves the floats rounds them.
     size = math.prod(program.types[leaf].shape)
@@ -152,14 +151,6 @@ def _obstacle_in(
     if not set(places) <= set(allowed) or is_square or permutes or not fits:
         return Obstacle(leaf, equation, meets_another=False)
     return None
-
-
-def _places(equation: Equation, wanted: set[int]) -> Iterator[int]:
-    """The operands of an equation that are among the wanted values."""
-    inputs = iter(equation.inputs)
-    for place, atom in enumerate(equation.eqn.invars):
-        if not isinstance(atom, Constant) and next(inputs) in wanted:
-            yield place
 
 
 def _steppable(program: Program, updates: dict[int, int], waiting: set[int]) -> set[int]:

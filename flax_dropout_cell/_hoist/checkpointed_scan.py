@@ -1,4 +1,4 @@
-"""A scan that keeps little for the gradient: it knows nothing of dropout."""
+"""A scan in chunks, each of which is computed again for the gradient."""
 
 from collections.abc import Callable
 from typing import Any

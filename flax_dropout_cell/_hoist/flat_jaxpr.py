@@ -17,9 +17,8 @@ from .._compat import (
     jaxpr_of,
 )
 
-# JAX has given the one primitive both names.
-_CALLS = ("jit", "pjit")
-# Their parameters do not name the dtype of their operands, or `in_float32` exchanges it.
+_CALLS = ("jit", "pjit")  # JAX has given the one primitive both names
+# Primitives that run on any float dtype: their parameters name none, or `in_float32` replaces it.
 _ANY_DTYPE = frozenset(
     "add broadcast_in_dim concatenate convert_element_type copy expand_dims mul neg pcast pvary "
     "reshape select_n slice split squeeze sub transpose".split()
@@ -31,13 +30,13 @@ class Equation(NamedTuple):
 
     Attributes:
       eqn: the equation itself.
-      source: JAX's debug information about the function that it comes from.
+      debug_info: JAX's debug information about the function that it comes from.
       inputs: the values of its variables; its literals are in `eqn`.
       outputs: the values that it makes.
     """
 
     eqn: Any
-    source: Any
+    debug_info: Any
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
@@ -46,27 +45,33 @@ class Equation(NamedTuple):
         return self.eqn.primitive.name
 
     @property
-    def alone(self) -> Any:
+    def arguments(self) -> list[int | None]:
+        """The value of each operand, in order; None for a literal."""
+        inputs = iter(self.inputs)
+        return [None if isinstance(atom, Literal) else next(inputs) for atom in self.eqn.invars]
+
+    @property
+    def as_jaxpr(self) -> Any:
         """A jaxpr of this equation and nothing else."""
-        return jaxpr_of(self.eqn, self.source)
+        return jaxpr_of(self.eqn, self.debug_info)
 
     def __call__(self, *inputs: Any) -> list[Any]:
-        """Runs it; the shapes may be others than those it was traced with."""
+        """Runs the equation. Its inputs may have other shapes than those it was traced with."""
         # eval_jaxpr would assert the shapes and dtypes that it was traced with.
         if jax.config.jax_enable_checks and self._can_be_bound:
             results = self.eqn.primitive.bind(*inputs, **self.eqn.params)
             return results if self.eqn.primitive.multiple_results else [results]
         # JAX knows how to bind an equation that holds functions, in each version in its own way.
-        return eval_jaxpr(self.alone, [], *inputs)
+        return eval_jaxpr(self.as_jaxpr, [], *inputs)
 
     @property
     def _can_be_bound(self) -> bool:
-        return len(self.inputs) == len(self.eqn.invars) and not any(_functions(self.eqn))
+        return None not in self.arguments and not any(_functions(self.eqn))
 
     @property
     def runs_in_any_dtype(self) -> bool:
         """Whether the equation can be run on arrays of another dtype than it was traced with."""
-        return self.name in _ANY_DTYPE and len(self.inputs) == len(self.eqn.invars)
+        return self.name in _ANY_DTYPE and None not in self.arguments
 
     def in_float32(self) -> "Equation":
         """The same equation on float32 in place of float16 and bfloat16."""
@@ -79,13 +84,13 @@ class Program(NamedTuple):
 
     Attributes:
       types: the shape and dtype of each value.
-      constants: the values that are known.
+      literals: the values that are written in the program, such as 1.0.
       equations: the computation, in order.
       outputs: the values that the function returns.
     """
 
     types: list[Any]
-    constants: dict[int, Any]
+    literals: dict[int, Any]
     equations: list[Equation]
     outputs: list[int]
 
@@ -135,7 +140,7 @@ def flatten(closed: Any) -> Program:
     # Numbers, not JAX's variables: a call under jit that is inlined twice has the same variables
     # twice, and sets and dicts of numbers have an order that does not change from run to run.
     types: list[Any] = []
-    constants: dict[int, Any] = {}
+    literals: dict[int, Any] = {}
     equations: list[Equation] = []
 
     def number(variable: Any) -> int:
@@ -146,7 +151,7 @@ def flatten(closed: Any) -> Program:
         def read(atom: Any) -> int:
             if not isinstance(atom, Literal):
                 return known[atom]
-            constants[value := number(atom)] = atom.val
+            literals[value := number(atom)] = atom.val
             return value
 
         for eqn in jaxpr.eqns:
@@ -155,7 +160,7 @@ def flatten(closed: Any) -> Program:
                 inner = eqn.params["jaxpr"]
                 own = dict(zip(inner.jaxpr.invars, map(read, eqn.invars), strict=True))
                 for variable, constant in zip(inner.jaxpr.constvars, inner.consts, strict=True):
-                    constants[own.setdefault(variable, number(variable))] = constant
+                    literals[own.setdefault(variable, number(variable))] = constant
                 outputs = lay_out(inner.jaxpr, own)
             else:
                 variables = [atom for atom in eqn.invars if not isinstance(atom, Literal)]
@@ -167,7 +172,7 @@ def flatten(closed: Any) -> Program:
 
     jaxpr = closed.jaxpr
     arguments = {variable: number(variable) for variable in (*jaxpr.constvars, *jaxpr.invars)}
-    return Program(types, constants, equations, lay_out(jaxpr, arguments))
+    return Program(types, literals, equations, lay_out(jaxpr, arguments))
 
 
 def run_all(
@@ -223,7 +228,7 @@ def changes_under_vmap(equation: Equation) -> bool:
         keys = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jax.dtypes.prng_key)]
         return eqn.primitive.name == "rng_bit_generator" or not all(map(is_threefry_dtype, keys))
 
-    return any(map(is_changed, all_equations(equation.alone)))
+    return any(map(is_changed, all_equations(equation.as_jaxpr)))
 
 
 def _functions(eqn: Any) -> Iterator[Any]:

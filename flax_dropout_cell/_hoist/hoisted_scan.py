@@ -1,8 +1,8 @@
 """`jax.lax.scan` whose weights' gradients are not accumulated in its backward loop.
 
 `jax.lax.scan` differentiates `h @ W` as `dW += h.T @ dz` at each step of the backward loop, which
-reads and writes all of `dW`. Here the loop keeps `h` and gives out `dz`, and one product over all
-steps makes `dW` of them.
+reads and writes all of `dW`. Here the backward loop returns `dz` of all steps, and one product over
+all steps makes `dW` after it.
 """
 
 import functools
@@ -47,29 +47,30 @@ def scan_in_parts(
       parallel: True insists on all steps at once, False on a loop; None runs linear recurrences at
         once except on a CPU, where a loop is as fast and takes less memory.
     """
-    # The order of the questions: can the step be traced, is it a linear recurrence, can it be cut
-    # up, and does it have a weight whose gradient can wait? Each "no" leads to a plainer loop.
-    loop = functools.partial(jax.lax.scan, length=length, reverse=reverse, unroll=unroll)
+    # In this order: a step that cannot be traced runs as it is; a linear recurrence needs no loop;
+    # a step that cannot be cut up runs as it is; the others are cut, with a derivative rule for
+    # weights whose gradients can wait.
+    options: dict[str, Any] = {"length": length, "reverse": reverse, "unroll": unroll}
     carry, xs = jax.tree.map(jnp.asarray, (carry, xs))
-    traced = trace_scan(step, carry, xs, loop)
+    traced = trace_scan(step, carry, xs, **options)
     if isinstance(traced, str):
         if parallel:
             raise ValueError(
                 f"parallel=True cannot run this scan, because {traced}. Leave parallel=None to run "
                 f"it step by step."
             )
-        return loop(step, carry, xs)
+        return jax.lax.scan(step, carry, xs, **options)
     leaves = [*traced.closed.consts, *jax.tree.leaves((carry, xs))]
     results = _run_in_parallel(traced, carry, leaves, reverse, parallel)
     if results is None and traced.plain is not None:
-        return loop(step, carry, xs)
+        return jax.lax.scan(step, carry, xs, **options)
     if results is None:
         results = _run_with_rule(traced, leaves)
     return jax.tree.unflatten(traced.structure, results)
 
 
 def _run_with_rule(traced: TracedScan, leaves: list[Any]) -> list[Any]:
-    """The results of the scan as a loop, with the rule for its weights if some can wait."""
+    """Runs the scan as a loop, with a derivative rule if some weights' gradients can wait."""
     plan = traced.plan(traced.constants)
     # Without such a weight JAX differentiates the loop itself: there is no rule to give.
     if not plan.sums:
@@ -81,7 +82,7 @@ def _run_with_rule(traced: TracedScan, leaves: list[Any]) -> list[Any]:
     def run(*leaves: Any) -> list[Any]:
         # Not differentiated, this is the user's own loop: XLA compiles it as it compiles
         # jax.lax.scan.
-        if not traced.cut(plan).has_loop_alone:
+        if not traced.cut(plan).is_whole:
             return run_cut(traced, plan, list(leaves))
         consts, carry, xs = (
             [leaves[at] for at in part] for part in (traced.constants, traced.carry, traced.xs)
@@ -106,11 +107,11 @@ def _run_in_parallel(
     traced: TracedScan, carry: PyTree, leaves: list[Any], reverse: bool, parallel: bool | None
 ) -> list[Any] | None:
     """The results of the scan without a loop over its step; None if it is to run as a loop."""
-    # The platform that a program is traced on: one that is traced for several has one loop for all.
+    # The platform at trace time: a program that is lowered for several is the same on all of them.
     wanted = jax.default_backend() != "cpu" if parallel is None else parallel
     if not wanted or traced.steps == 0:
         return None
-    stages = find_stages(traced.program, traced.carry, len(leaves))
+    stages = find_stages(traced)
     if isinstance(stages, Obstacle):
         if not parallel:
             return None
@@ -123,18 +124,10 @@ def _run_in_parallel(
     # A scan without a recurrence is a map: its user may loop to save memory.
     if not parallel and not has_recurrence(stages):
         return None
-    return scan_in_parallel(
-        traced.program,
-        stages,
-        traced.constants,
-        traced.carry,
-        leaves,
-        steps=traced.steps,
-        reverse=reverse,
-    )
+    return scan_in_parallel(traced, stages, leaves, reverse=reverse)
 
 
-def say_obstacle(obstacle: Obstacle, leaves: range, carry: PyTree) -> str:
+def say_obstacle(obstacle: Obstacle, arguments: range, carry: PyTree) -> str:
     """Says which leaf of the carry meets an obstacle, and which obstacle it is."""
     paths = [keystr(path).lstrip(".") or "it" for path, _ in tree_leaves_with_path(carry)]
-    return f"{paths[obstacle.leaf - leaves.start]} {obstacle}"
+    return f"{paths[obstacle.leaf - arguments.start]} {obstacle}"

@@ -9,7 +9,7 @@ from .flat_jaxpr import Program, is_call
 
 # They move an array, or pick one of several; they do not pick by a float.
 _MOVES = frozenset(
-    "broadcast_in_dim copy copy_p expand_dims pcast pvary reshape select_n sharding_constraint "
+    "broadcast_in_dim copy expand_dims pcast pvary reshape select_n sharding_constraint "
     "squeeze".split()
 )
 
@@ -17,7 +17,7 @@ _MOVES = frozenset(
 class _Fate(enum.IntEnum):
     """The fate of a value, from the best to the worst; that of a result is the worst of all."""
 
-    UNREAD = 0
+    UNRELATED = 0
     KEPT = 1
     COMPUTED = 2
 
@@ -26,11 +26,7 @@ def find_computed(program: Program, values: Iterable[int]) -> set[int]:
     """Finds the values that a step computes from others, instead of keeping or replacing these."""
     fates = dict.fromkeys(values, _Fate.KEPT)
     for equation in program.equations:
-        inputs = iter(equation.inputs)
-        operands = [
-            _Fate.UNREAD if isinstance(atom, Literal) else fates.get(next(inputs), _Fate.UNREAD)
-            for atom in equation.eqn.invars
-        ]
+        operands = [fates.get(value, _Fate.UNRELATED) for value in equation.arguments]
         fates.update(zip(equation.outputs, _fates_after(equation.eqn, operands), strict=True))
     return {value for value, fate in fates.items() if fate is _Fate.COMPUTED}
 
@@ -38,12 +34,12 @@ def find_computed(program: Program, values: Iterable[int]) -> set[int]:
 def _fates_after(eqn: Any, operands: Sequence[_Fate]) -> list[_Fate]:
     """The fates of the results of an equation."""
     name = eqn.primitive.name
-    if name == "cond" and operands[0] is _Fate.UNREAD:
+    if name == "cond" and operands[0] is _Fate.UNRELATED:
         branches = [_fates_in(branch, operands[1:]) for branch in eqn.params["branches"]]
         return [max(fates) for fates in zip(*branches, strict=True)]
     if is_call(eqn):
         return _fates_in(eqn.params["jaxpr"], operands)
-    worst = max(operands, default=_Fate.UNREAD)
+    worst = max(operands, default=_Fate.UNRELATED)
     if worst is _Fate.KEPT and name not in _MOVES:
         worst = _Fate.COMPUTED
     return [worst] * len(eqn.outvars)
@@ -54,7 +50,7 @@ def _fates_in(closed: Any, arguments: Sequence[_Fate]) -> list[_Fate]:
     fates = dict(zip(closed.jaxpr.invars, arguments, strict=True))
 
     def read(atom: Any) -> _Fate:
-        return _Fate.UNREAD if isinstance(atom, Literal) else fates.get(atom, _Fate.UNREAD)
+        return _Fate.UNRELATED if isinstance(atom, Literal) else fates.get(atom, _Fate.UNRELATED)
 
     for eqn in closed.jaxpr.eqns:
         fates.update(zip(eqn.outvars, _fates_after(eqn, [*map(read, eqn.invars)]), strict=True))

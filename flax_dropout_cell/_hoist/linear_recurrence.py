@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from .._dtypes import wide_dtype
 from .affine import Obstacle, Stage, follow, plan_stages
 from .flat_jaxpr import Equation, Program, changes_under_vmap, run_all
+from .traced_scan import TracedScan
+from .weight_products import WeightUse, at_every_step
 
 
 def linear_recurrence(slope: jax.Array, offset: jax.Array, *, reverse: bool = False) -> jax.Array:
@@ -72,57 +74,45 @@ def _solve_at_once(slope: jax.Array, offset: jax.Array, *, reverse: bool) -> jax
     # A step is the function h -> a h + b. Two of them, one after the other, are such a function
     # too.
     def join(early: Any, late: Any) -> Any:
-        return early[0] * late[0], _advance(early[1], *late)
+        # 0 after a reset, even if the slopes before it overflowed: inf * 0 would be NaN.
+        slope = jnp.where(late[0] == 0, late[0], early[0] * late[0])
+        return slope, _advance(early[1], *late)
 
     return jax.lax.associative_scan(join, (slope, offset), reverse=reverse)[1]
 
 
-def find_stages(program: Program, carry: range, arguments: int) -> list[Stage] | Obstacle:
+def find_stages(traced: TracedScan) -> list[Stage] | Obstacle:
     """The order in which the carries of a step can be computed for all steps at once.
-
-    Args:
-      program: the step.
-      carry: those of its arguments that are the carry.
-      arguments: how many arguments it has.
 
     Returns:
       The stages, or why there are none: the carry is not a linear recurrence.
     """
-    changing, known = _changing_carries(program, carry, arguments)
+    changing, known = _changing_carries(traced)
     # Carries that a step returns unchanged are known at all steps, and need no stage.
-    return plan_stages(program, changing, [*known, *program.constants])
+    return plan_stages(traced.program, changing, [*known, *traced.program.literals])
 
 
 def scan_in_parallel(
-    program: Program,
-    stages: list[Stage],
-    constants: range,
-    carry: range,
-    leaves: list[Any],
-    *,
-    steps: int,
-    reverse: bool,
+    traced: TracedScan, stages: list[Stage], leaves: list[Any], *, reverse: bool
 ) -> list[Any]:
     """Runs a scan without a loop over its step.
 
     Args:
-      program: the step, whose arguments are the constants, the carry and the inputs.
+      traced: the scan, of at least one step.
       stages: the stages of its carries, from `find_stages`.
-      constants: those of its arguments that are the same at all steps.
-      carry: those that are the carry.
-      leaves: the scan's arguments, in the same order; the inputs are `[time, ...]`.
-      steps: how many steps there are, at least 1.
+      leaves: its arguments: constants, carry and inputs, which are `[time, ...]`.
       reverse: run from the last step to the first.
 
     Returns:
       The last carry and the outputs.
     """
-    changing, known = _changing_carries(program, carry, len(leaves))
+    program, carry = traced.program, traced.carry
+    changing, known = _changing_carries(traced)
     arguments = {at: leaves[at] for at in known}
-    same = {*constants, *known.intersection(carry)}
+    same = {*traced.constants, *known.intersection(carry)}
     # Turn by turn: run all equations whose inputs are known, then solve for the next carries, which
     # makes more inputs known. The last turn runs the equations of ys.
-    history = _History(program, arguments, same, steps)
+    history = _History(program, arguments, same, traced.steps)
     last = {leaf: leaves[leaf] for leaf in carry}
     for stage in stages:
         history.advance()
@@ -135,17 +125,15 @@ def scan_in_parallel(
     return [*last.values(), *map(history.at_all_steps, program.outputs[len(carry) :])]
 
 
-def _changing_carries(
-    program: Program, carry: range, arguments: int
-) -> tuple[dict[int, int], set[int]]:
+def _changing_carries(traced: TracedScan) -> tuple[dict[int, int], set[int]]:
     """The update of each carry that changes, and the arguments that do not depend on one."""
-    updates = dict(zip(carry, program.outputs, strict=False))
+    updates = dict(zip(traced.carry, traced.program.outputs, strict=False))
     changing = {leaf: update for leaf, update in updates.items() if leaf != update}
-    return changing, set(range(arguments)) - changing.keys()
+    return changing, set(range(traced.xs.stop)) - changing.keys()
 
 
 class _History:
-    """The values of a step, each for all steps; those that never change without a time axis.
+    """The values of a step at all steps; those that are the same at all steps have no time axis.
 
     Args:
       program: the step.
@@ -158,9 +146,9 @@ class _History:
         self, program: Program, arguments: dict[int, Any], same: set[int], steps: int
     ) -> None:
         self._program, self._steps = program, steps
-        self._same = {*same, *program.constants}
+        self._same = {*same, *program.literals}
         self._waiting = program.equations
-        self.values = program.constants | arguments
+        self.values = program.literals | arguments
 
     def know(self, value: int, at_all_steps: jax.Array) -> None:
         """Takes a value as it is, so that no equation makes it a second time."""
@@ -192,9 +180,27 @@ class _History:
             outputs = equation(*inputs)
         elif changes_under_vmap(equation):
             outputs = self._map(equation, inputs)
+        elif (use := self._as_weight_use(equation)) is not None:
+            at = equation.inputs.index(use.weight)
+            run = at_every_step(use, lambda weight, rows: equation(rows, weight)[0])
+            outputs = [run(inputs[at], inputs[1 - at])]
         else:
             outputs = jax.vmap(equation, tuple(map(self._axis, equation.inputs)))(*inputs)
         self.values.update(zip(equation.outputs, outputs, strict=True))
+
+    def _as_weight_use(self, equation: Equation) -> WeightUse | None:
+        """A product of rows and a weight, in which steps are more rows.
+
+        Under `jax.vmap` its gradient would be a sum over two axes, time and rows, which XLA adds up
+        in bfloat16 if the weight is in bfloat16.
+        """
+        weights = self._same.intersection(equation.inputs)
+        if equation.name != "dot_general" or len(set(equation.inputs)) != 2 or len(weights) != 1:
+            return None
+        (weight,) = weights
+        rows = tuple(value for value in equation.inputs if value != weight)
+        use = WeightUse(equation, weight, rows)
+        return use if use.rows_lead else None
 
     def _map(self, equation: Equation, inputs: list[Any]) -> list[Any]:
         """Runs an equation for one step after the other."""

@@ -72,7 +72,7 @@ def plan_operands(
         elif maker.outputs not in used:
             used.add(maker.outputs)
             left.extend(maker.inputs)
-    # It may also end at more values than it began with: `a + b + c` is one operand of three.
+    # The sources may be larger than the operands: `a + b + c` is one operand made of three.
     stacked = operands.difference(xs)
     if program.num_bytes(sources) >= program.num_bytes(stacked):
         return Recomputed(stacked, [])

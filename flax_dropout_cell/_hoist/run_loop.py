@@ -13,9 +13,12 @@ from .weight_products import Plan
 
 
 def run_cut(traced: TracedScan, plan: Plan, leaves: list[Any]) -> list[Any]:
-    """The loop; even if no weight waits, it keeps less for its gradient than `jax.lax.scan`."""
-    values = traced.program.constants | dict(enumerate(leaves))
-    run_all(plan.hoisted, values)
+    """Runs the parts of a step, without a rule for its weights.
+
+    It still keeps less for its gradient than `jax.lax.scan`.
+    """
+    values = traced.program.literals | dict(enumerate(leaves))
+    run_all(plan.once, values)
     return run_loop(traced, plan, values, {}, {})[0]
 
 
@@ -26,7 +29,18 @@ def run_loop(
     differentiated: dict[int, Any],
     sums: dict[int, Any],
 ) -> tuple[list[Any], dict[int, Any]]:
-    """The loop, whose weight uses read their weights from `fixed`; and their operands, stacked."""
+    """Runs the parts of a step before the loop, in it and after it.
+
+    Args:
+      traced: the scan.
+      plan: its plan.
+      fixed: the values that nothing differentiates here; each weight use reads its weight there.
+      differentiated: the values that are differentiated; every other reader reads these.
+      sums: zeros `[time, ...]`, one for each entry of `plan.sums`; their tangents enter there.
+
+    Returns:
+      The results of the scan, and the values of all steps that the weights' gradients need.
+    """
     values, cut = fixed | differentiated, traced.cut(plan)
     outputs = traced.program.outputs
     sources = traced.operands(plan).sources
@@ -45,7 +59,7 @@ def run_loop(
     run_at_all_steps = functools.partial(
         _run_at_all_steps, run=run, values=values, sequences=sequences, sums=sums
     )
-    run_at_all_steps(cut.ahead, steps=traced.steps)
+    run_at_all_steps(cut.before, steps=traced.steps)
     ys = outputs[len(traced.carry) :]
     # Values that are known at all steps, or made after the loop, do not come out of it.
     made_after = {value for equation in cut.after for value in equation.outputs}
@@ -70,9 +84,7 @@ def run_loop(
     if not traced.is_complex:
         step = jax.checkpoint(step, policy=_is_kept, prevent_cse=False)
     first = [values[at] for at in traced.carry]
-    # A step that reads none of its inputs leaves no array that tells how long the loop is.
-    inputs = pick(sequences, read), pick(sums, made)
-    last, stacks = traced.loop(step, first, inputs, length=traced.steps)
+    last, stacks = traced.loop(step, first, (pick(sequences, read), pick(sums, made)))
     # Known at all steps now, so that the equations after the loop read them as they read xs.
     sequences.update(stacks)
     run_at_all_steps(cut.after, steps=traced.steps)
@@ -123,8 +135,9 @@ def _with_tangent(value: Any, summand: Any) -> Any:
 _with_tangent.defjvp(lambda primals, tangents: (primals[0], tangents[0] + tangents[1]))
 
 
-# For jax.checkpoint: of a step the gradient keeps the results of matmuls and of functions such as
-# tanh, and computes sums, products and casts again. Kept too, these are five arrays of an LSTM.
+# For jax.checkpoint. The results of matmuls and of functions such as tanh are kept for the
+# gradient; sums, products and casts are computed again. To keep those too would take five more
+# arrays per step of an LSTM.
 def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in CHEAP
 

@@ -1,6 +1,5 @@
 """The public scan: `jax.lax.scan` with its signature, and a table of how a step is cut."""
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -118,8 +117,8 @@ def explain_scan(
 
     Args:
       step: as in `scan`.
-      init: the initial carry.
-      xs: the inputs.
+      init: the initial carry, or its shapes.
+      xs: the inputs, or their shapes.
       length: the number of steps; needed only if `xs` has no arrays.
 
     Returns:
@@ -144,16 +143,30 @@ def explain_scan(
       gradients in the loop     nothing
       a linear recurrence       no: it goes through dot_general
     """
-    traced = trace_scan(step, init, xs, functools.partial(jax.lax.scan, length=length))
+    found: list[ScanExplanation] = []
+
+    def explain(init: PyTree, xs: PyTree) -> None:
+        traced = trace_scan(step, init, xs, length=length)
+        steps = None if isinstance(traced, str) else traced.steps
+        found.append(explain_traced(traced, init, steps))
+
+    jax.eval_shape(explain, init, xs)  # so that both may be shapes
+    return found[0]
+
+
+def explain_traced(
+    traced: TracedScan | str, init: PyTree, steps: int | None = None
+) -> ScanExplanation:
+    """Explains a traced scan, or one that runs as it is.
+
+    Args:
+      traced: as `trace_scan` returns it.
+      init: the initial carry.
+      steps: leads the shapes outside of the loop, if it is given.
+    """
     if isinstance(traced, str):
         return ScanExplanation(traced, obstacle=traced)
-    return explain_traced(traced, init, traced.steps)
-
-
-def explain_traced(traced: TracedScan, init: PyTree, steps: int | None = None) -> ScanExplanation:
-    """Explains a traced scan; `steps` leads the shapes outside the loop, if it is given."""
-    program = traced.program
-    stages = find_stages(program, traced.carry, traced.xs.stop)
+    program, stages = traced.program, find_stages(traced)
     obstacle = None
     if isinstance(stages, Obstacle):
         obstacle = say_obstacle(stages, traced.carry, init)
@@ -167,8 +180,8 @@ def explain_traced(traced: TracedScan, init: PyTree, steps: int | None = None) -
     weights = dict.fromkeys(use.weight for use in plan.uses.values())
     return ScanExplanation(
         None,
-        tuple(_summary(program, plan.hoisted)),
-        tuple(_summary(program, cut.ahead, steps)),
+        tuple(_summary(program, plan.once)),
+        tuple(_summary(program, cut.before, steps)),
         tuple(_summary(program, cut.loop)),
         tuple(_summary(program, cut.after, steps)),
         tuple(_type(program, weight) for weight in weights),
@@ -198,7 +211,7 @@ def _type(program: Program, value: int, steps: int | None = None) -> str:
 
 
 def _why_accumulated(program: Program, plan: Plan) -> Iterator[str]:
-    """The values before the loop whose gradients are added up in it."""
+    """A line for each weight whose gradient is added up in the loop, with the reason."""
     # A weight that waits in one use may be read in others, of which the first is named.
     left = plan.used_elsewhere(program.outputs)
     for equation in plan.loop:

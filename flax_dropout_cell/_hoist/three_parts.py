@@ -68,20 +68,21 @@ class Cut(NamedTuple):
     """Where the equations of a loop run.
 
     Attributes:
-      ahead: before it, for all steps at once.
+      before: before it, for all steps at once.
       loop: in it.
       after: after it, for all steps at once. Cheap ones may be in the loop as well.
       kept: the values that the loop keeps for those after it.
     """
 
-    ahead: list[Equation]
+    before: list[Equation]
     loop: list[Equation]
     after: list[Equation]
     kept: set[int]
 
     @property
-    def has_loop_alone(self) -> bool:
-        return not self.ahead and not self.after
+    def is_whole(self) -> bool:
+        """Whether the whole step runs in the loop."""
+        return not self.before and not self.after
 
 
 def cut_loop(program: Program, plan: Plan, carry: range, xs: Iterable[int], steps: int) -> Cut:
@@ -94,32 +95,29 @@ def cut_loop(program: Program, plan: Plan, carry: range, xs: Iterable[int], step
       xs: the inputs.
       steps: the number of steps.
     """
-    ahead = products_ahead(program, plan, carry)
-    made = _made_by(ahead)
+    before = products_before(program, plan, carry)
+    made = _made_by(before)
     loop = [equation for equation in plan.loop if made.isdisjoint(equation.outputs)]
     after, kept = products_after(program, plan, loop, carry, made.union(xs), steps)
     # A y that is a carry as well is made in the loop.
     results = {*program.outputs[: len(carry)], *kept}
-    return Cut(ahead, _needed_for(results, loop, after), after, kept)
+    return Cut(before, _needed_for(results, loop, after), after, kept)
 
 
-def products_ahead(program: Program, plan: Plan, carry: Iterable[int]) -> list[Equation]:
+def products_before(program: Program, plan: Plan, carry: Iterable[int]) -> list[Equation]:
     """The equations of a loop that run before it: large products, and what they are made of."""
     before, _ = split_by_carry(plan.loop, carry)
     makers = {value: equation for equation in before for value in equation.outputs}
     uses = plan.uses
     chosen: set[tuple[int, ...]] = set()
     for product in before:
-        if product.outputs in uses:  # its weight is read from before the loop
-            inputs = uses[product.outputs].operands
-        elif plan.narrowed.isdisjoint(product.inputs):
-            inputs = product.inputs
-        else:
-            continue  # its weight's gradient adds up in float32, at each step
-        needed = _makers_of(inputs, makers)
-        # Random bits stay: drawn for all steps at once they are others with some PRNGs.
-        if _is_faster_at_once(program, product, plan.known) and all(
-            each.name in CHEAP for each in needed
+        use = uses.get(product.outputs)
+        needed = _makers_of(use.operands if use else product.inputs, makers)
+        # Random bits are not cheap, so they stay: for all steps at once some PRNGs draw others.
+        if (
+            _is_faster_at_once(program, product, plan.known)
+            and all(each.name in CHEAP for each in needed)
+            and all(_may_leave_loop(each, plan) for each in (product, *needed))
         ):
             chosen.update(each.outputs for each in (product, *needed))
     return [equation for equation in before if equation.outputs in chosen]
@@ -152,7 +150,7 @@ def products_after(
         if _is_faster_at_once(program, product, plan.known):
             # Whatever reads a product that has moved has to move with it.
             followers = _followers(product, only_ys)
-            if all(_may_follow(equation, plan) for equation in followers):
+            if all(_may_leave_loop(equation, plan) for equation in followers):
                 chosen.update(equation.outputs for equation in followers)
     after = [equation for equation in only_ys if equation.outputs in chosen]
     if not after:
@@ -178,7 +176,7 @@ def _followers(product: Equation, equations: list[Equation]) -> list[Equation]:
     return found
 
 
-def _may_follow(equation: Equation, plan: Plan) -> bool:
+def _may_leave_loop(equation: Equation, plan: Plan) -> bool:
     """Whether an equation may run for all steps at once."""
     use = plan.uses.get(equation.outputs)
     read = set(equation.inputs) - ({use.weight} if use else set())
@@ -198,14 +196,14 @@ def _with_cheap_makers(
     Returns:
       The equations, and the values that the loop keeps.
     """
-    # `h @ V` may read `dropout(h)`: to keep h and its mask, which the loop has anyway, is no gain
-    # if one array is all that the product reads. So a step back must not make what is kept larger.
+    # `h @ V` may read `dropout(h)`. Keeping h and its mask instead of `dropout(h)` gains nothing,
+    # so an equation is added only if its inputs are no larger than its outputs.
     known, made, ys = plan.known | at_hand, _made_by(after), set(program.outputs)
     kept = {value for equation in after for value in equation.inputs} - made - known
     added: set[tuple[int, ...]] = set()
     for equation in reversed(loop):
         is_read = not kept.isdisjoint(equation.outputs)
-        is_cheap = equation.name in CHEAP and _may_follow(equation, plan)
+        is_cheap = equation.name in CHEAP and _may_leave_loop(equation, plan)
         # A y is kept in any case.
         if not is_read or not is_cheap or not ys.isdisjoint(equation.outputs):
             continue
@@ -255,6 +253,7 @@ def _is_faster_at_once(program: Program, product: Equation, known: set[int]) -> 
     if batch or len(program.types[rows[0]].shape) < 2:
         return False
     weight = program.size(set(product.inputs) - set(rows))
-    # An accelerator has rows to spare: the loop has a kernel less to start at each step.
+    # On an accelerator it always pays: the loop starts one kernel less at each step (argued, not
+    # measured).
     share = AHEAD if jax.default_backend() == "cpu" else 0
     return weight >= max(AHEAD_SIZE, share * program.size([*rows, *product.outputs]))

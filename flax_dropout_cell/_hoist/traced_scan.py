@@ -24,6 +24,13 @@ class TracedScan(NamedTuple):
     Attributes:
       closed: the step as a jaxpr.
       structure: the structure of its results.
+      program: the step with its values numbered: first constants, then carry, then xs.
+      constants: the numbers of the arrays that the step closes over.
+      carry: the numbers of the leaves of the carry.
+      xs: the numbers of the leaves of the inputs.
+      steps: the number of steps.
+      is_complex: whether the step makes complex numbers.
+      loop: `jax.lax.scan` with the user's options.
       plain: why the step cannot be cut up, so that its loop is `jax.lax.scan`; None if it can.
     """
 
@@ -51,7 +58,7 @@ class TracedScan(NamedTuple):
 
 
 def trace_scan(
-    step: Step, carry: PyTree, xs: PyTree, loop: functools.partial[Any]
+    step: Step, carry: PyTree, xs: PyTree, *, length: int | None = None, **options: Any
 ) -> TracedScan | str:
     """The traced scan, or why nothing is known of its step, so that it runs as it is.
 
@@ -59,10 +66,11 @@ def trace_scan(
       step: as in `jax.lax.scan`.
       carry: the initial carry.
       xs: the inputs.
-      loop: `jax.lax.scan` with its options, `length` among them.
+      length: the number of steps, if `xs` does not tell.
+      **options: other options of `jax.lax.scan`.
     """
     carry, xs = jax.tree.map(jnp.asarray, (carry, xs))
-    found = _trace_step(step, carry, xs, loop.keywords["length"])
+    found = _trace_step(step, carry, xs, length)
     if isinstance(found, str):
         return found
     closed, structure = found
@@ -71,6 +79,7 @@ def trace_scan(
     # Inside of the step too: an LRU's x and y are real, and its h is not.
     made = (variable for eqn in all_equations(closed.jaxpr) for variable in eqn.outvars)
     is_complex = any(jnp.issubdtype(it.aval.dtype, jnp.complexfloating) for it in made)
+    steps: Any = xs[0].shape[0] if xs else length
     return TracedScan(
         closed=closed,
         structure=structure,
@@ -78,9 +87,10 @@ def trace_scan(
         constants=range(first),
         carry=range(first, second),
         xs=range(second, second + len(xs)),
-        steps=xs[0].shape[0] if xs else loop.keywords["length"],
+        steps=steps,
         is_complex=is_complex,
-        loop=loop,
+        # A step that reads none of its inputs leaves no array that tells how long the loop is.
+        loop=functools.partial(jax.lax.scan, length=steps, **options),
         plain=_why_plain(closed),
     )
 
@@ -105,8 +115,10 @@ def _trace_step(step: Step, carry: PyTree, xs: PyTree, length: int | None) -> tu
     if jax.tree.structure(results[0]) != jax.tree.structure(carry):
         return changes
     # jax.debug.print is an effect: for all steps at once it would print once.
-    if closed.effects or any(map(_has_symbolic_shape, closed.consts)):
-        return "the step has side effects, or reads an array of a symbolic shape"
+    if closed.effects:
+        return "the step has side effects, or names an axis as jax.lax.pmean does"
+    if any(map(_has_symbolic_shape, closed.consts)):
+        return "the step reads an array of a symbolic shape"
     leaves = jax.tree.leaves(carry)
     outputs: list[Any] = closed.out_avals
     for got, wanted in zip(outputs[: len(leaves)], map(jax.typeof, leaves), strict=True):
@@ -147,8 +159,8 @@ def _why_plain(closed: Any) -> str | None:
             # derivative, as spiking networks have it.
             return "the step has a jax.custom_jvp, which needs JAX 0.12"
         if name == "cond":
-            # Linearized first and mapped then, a branch cannot be transposed any more. Before JAX
-            # 0.12 one that picks masks cannot be linearized inside of jax.checkpoint either.
+            # A cond that is linearized and then mapped by jax.vmap cannot be transposed. Before JAX
+            # 0.12, one that picks masks cannot be linearized inside of jax.checkpoint either.
             dtypes = [variable.aval.dtype for variable in eqn.outvars]
             masks = IS_BEFORE_0_12 and any(jnp.issubdtype(dtype, jnp.bool_) for dtype in dtypes)
             if masks or any(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):

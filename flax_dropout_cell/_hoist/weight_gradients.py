@@ -1,7 +1,6 @@
 """The derivative of a scan, in which weights' gradients are products over all steps."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from .._sharding import explicit_sharding
 from .flat_jaxpr import is_inexact, run_all
 from .run_loop import pick, run_loop
 from .traced_scan import TracedScan
-from .weight_products import SUMMANDS, Plan, WeightUse
+from .weight_products import SUMMANDS, Plan, WeightUse, at_every_step
 
 
 def differentiate(traced: TracedScan, primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
@@ -30,13 +29,13 @@ def differentiate(traced: TracedScan, primals: Any, tangents: Any) -> tuple[list
 
     # First what depends on constants alone, such as `W * mask`: it runs once, before the loop, and
     # its tangents with it. From here on the weights of the loop are the results.
-    def run_hoisted(moving: dict[int, Any]) -> tuple[Any, dict[int, Any]]:
-        values = traced.program.constants | pick(leaves, traced.constants) | moving
-        run_all(plan.hoisted, values)
+    def run_once(moving: dict[int, Any]) -> tuple[Any, dict[int, Any]]:
+        values = traced.program.literals | pick(leaves, traced.constants) | moving
+        run_all(plan.once, values)
         return (pick(values, plan.differentiated), _run_wide(plan, values)), values
 
     (hoisted, weights), (hoisted_dots, weight_dots), fixed = jax.jvp(
-        run_hoisted, (pick(leaves, of_constants),), (of_constants,), has_aux=True
+        run_once, (pick(leaves, of_constants),), (of_constants,), has_aux=True
     )
     fixed |= hoisted
     run_fixed = functools.partial(run_loop, traced, plan, leaves | fixed)
@@ -71,7 +70,7 @@ def _run_wide(plan: Plan, values: dict[int, Any]) -> dict[int, Any]:
     """
     # Only the casts run again, and what follows them up to the loop.
     wide = dict(values)
-    casts = (each for each in plan.hoisted if plan.narrowed.intersection(each.outputs))
+    casts = (each for each in plan.once if plan.narrowed.intersection(each.outputs))
     run_all(casts, wide, lambda each, inputs: each.in_float32()(*map(_as_float32, inputs)))
     return {use.weight: wide[use.weight] for use in plan.uses.values()}
 
@@ -119,7 +118,7 @@ def _push_weight_use(
 
     # By jax.jvp, as the equation need not be a product of matrices: a convolution, a lookup in a
     # table and a product by element are linear in their weight too.
-    every_step = _at_every_step(use, run)
+    every_step = at_every_step(use, run)
     return jax.jvp(lambda weight: every_step(weight, *operands), (weight,), (dot,))[1]
 
 
@@ -127,29 +126,6 @@ def _align(pushed: jax.Array, ndim: int) -> jax.Array:
     """Inserts the axes after time that a scalar lacks if it is added to an array."""
     missing = ndim - pushed.ndim
     return pushed.reshape(pushed.shape[:1] + (1,) * missing + pushed.shape[1:])
-
-
-def _at_every_step(use: WeightUse, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a product with a weight at all steps at once, on operands `[time, ...]`."""
-    many = jax.device_count() > 1
-    if not use.rows_lead or (many and use.equation.name == "dot_general"):
-        # The gradient of a product over `[time, batch]` contracts both axes. That keeps a batch
-        # that is sharded as it is, but the compiler for CPUs transposes both operands for it.
-        return lambda weight, *operands: jax.vmap(run, (None, *[0] * len(operands)))(
-            weight, *operands
-        )
-
-    def run_rows(weight: Any, operand: Any) -> Any:
-        # Steps become more rows. If the batch may be sharded it has to lead: `[time * batch]`
-        # would interleave the shards, so each device would gather all rows.
-        time, batch, *features = operand.shape
-        if many:
-            operand = operand.swapaxes(0, 1)
-        result = run(weight, operand.reshape(time * batch, *features))
-        result = result.reshape(*operand.shape[:2], *result.shape[1:])
-        return result.swapaxes(0, 1) if many else result
-
-    return run_rows
 
 
 def _zeros(traced: TracedScan, value: int) -> jax.Array:

@@ -1,6 +1,6 @@
 """Where a loop's step is linear in a weight, so that its gradient can wait for the loop's end."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +20,10 @@ _PRODUCTS = {  # equations of two values
 SUMMANDS = {"add": (0, 1), "add_any": (0, 1)}
 _CUTS = ("slice", "split")
 
-# A gradient that is accumulated in the loop is read and written at each step; one that waits for
-# the end needs its equation's operands and cotangents to be kept instead. From this share of the
-# latter on the former costs more: measured, see docs/benchmarks.md. A batched product over all
-# steps wants its batch to lead, before time, so both are transposed first.
+# In the loop, a gradient reads and writes all elements of the weight at each step. After the loop,
+# it needs the operands and cotangents of all steps, which are kept. It waits if the weight has at
+# least this many elements for each one that a step keeps: measured, see docs/benchmarks.md. A
+# batched product over all steps transposes both arrays first, so its bound is higher.
 WORTHWHILE = 0.8
 WORTHWHILE_BATCHED = 5.0
 
@@ -66,10 +66,10 @@ class WeightUse(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A step, cut in two.
+    """Which equations run once, and which weights' gradients wait for the end of the loop.
 
     Attributes:
-      hoisted: equations that depend on the loop's constants alone: they run once, before it.
+      once: equations that depend on the loop's constants alone; they run once, before it.
       differentiated: the values before the loop that are differentiated.
       narrowed: the values before the loop that were cast from a wide dtype to half precision.
       loop: the other equations, and casts that are repeated so that gradients add up in the wide
@@ -79,7 +79,7 @@ class Plan(NamedTuple):
         cotangent.
     """
 
-    hoisted: list[Equation]
+    once: list[Equation]
     differentiated: set[int]
     narrowed: set[int]
     loop: list[Equation]
@@ -113,9 +113,9 @@ def plan_weight_uses(
       constants: the arguments that are the same at all steps.
       differentiated: those of them that are differentiated.
     """
-    hoisted, loop, known, narrowed = _split(program, {*constants, *program.constants})
+    once, loop, known, narrowed = _split(program, {*constants, *program.literals})
     differentiated = set(differentiated)
-    for equation in hoisted:
+    for equation in once:
         if differentiated.intersection(equation.inputs):
             differentiated.update(filter(program.is_inexact, equation.outputs))
     # Products that are added up, such as `x @ W + h @ U + b`, have one cotangent. Kept once for all
@@ -127,10 +127,10 @@ def plan_weight_uses(
         if use is not None:
             sums.setdefault(paths.sum_of(equation.outputs[0]), []).append(use)
     worth = {total: uses for total, uses in sums.items() if _saves_work(program, total, uses)}
-    plan = Plan(hoisted, differentiated, narrowed, loop, known, worth)
+    plan = Plan(once, differentiated, narrowed, loop, known, worth)
     # A gradient that is added up in the loop is added up in the wide dtype, as jax.lax.scan does.
     casts, needed = [], _read_elsewhere(loop, plan.uses) | set(program.outputs)
-    for equation in reversed(hoisted):
+    for equation in reversed(once):
         if narrowed.intersection(equation.outputs) and needed.intersection(equation.outputs):
             casts.append(equation)
             needed.update(equation.inputs)
@@ -205,7 +205,7 @@ def _split(
     program: Program, known: set[int]
 ) -> tuple[list[Equation], list[Equation], set[int], set[int]]:
     """The equations that can run before the loop, the others, and the values known before it."""
-    hoisted, loop = [], []
+    once, loop = [], []
     narrowed: set[int] = set()
     for equation in program.equations:
         is_known = known.issuperset(equation.inputs)
@@ -215,11 +215,11 @@ def _split(
         if not is_known or (narrows and not equation.runs_in_any_dtype):
             loop.append(equation)
             continue
-        hoisted.append(equation)
+        once.append(equation)
         known.update(equation.outputs)
         if narrows:
             narrowed.update(filter(program.is_inexact, equation.outputs))
-    return hoisted, loop, known, narrowed
+    return once, loop, known, narrowed
 
 
 def is_linear(equation: Equation, value: int) -> bool:
@@ -233,7 +233,7 @@ def _as_weight_use(
 ) -> WeightUse | None:
     weights = [value for value in equation.inputs if value in known]
     # With a literal, or with two weights, it runs before the loop or is no product.
-    if len(equation.eqn.invars) != len(equation.inputs) or len(weights) != 1:
+    if None in equation.arguments or len(weights) != 1:
         return None
     (weight,) = weights
     if weight not in differentiated or not is_linear(equation, weight):
@@ -252,3 +252,26 @@ def _saves_work(program: Program, total: int, uses: list[WeightUse]) -> bool:
     accumulated = program.size(use.weight for use in products)
     share = WORTHWHILE_BATCHED if any(use.is_batched for use in products) else WORTHWHILE
     return bool(products) and accumulated >= share * program.size([*operands, total])
+
+
+def at_every_step(use: WeightUse, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a product with a weight at all steps at once, on operands `[time, ...]`."""
+    many = jax.device_count() > 1
+    if not use.rows_lead or (many and use.equation.name == "dot_general"):
+        # The gradient of a product over `[time, batch]` contracts both axes. That keeps a batch
+        # that is sharded as it is, but the compiler for CPUs transposes both operands for it.
+        return lambda weight, *operands: jax.vmap(run, (None, *[0] * len(operands)))(
+            weight, *operands
+        )
+
+    def run_rows(weight: Any, operand: Any) -> Any:
+        # Steps become more rows. If the batch may be sharded it has to lead: `[time * batch]`
+        # would interleave the shards, so each device would gather all rows.
+        time, batch, *features = operand.shape
+        if many:
+            operand = operand.swapaxes(0, 1)
+        result = run(weight, operand.reshape(time * batch, *features))
+        result = result.reshape(*operand.shape[:2], *result.shape[1:])
+        return result.swapaxes(0, 1) if many else result
+
+    return run_rows

@@ -188,12 +188,7 @@ def _explain(
 
         xs = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x)
         at = jnp.zeros(1, jnp.uint32), xs, ahead
-        traced = trace_scan(step, carry, at, functools.partial(jax.lax.scan, length=1))
-        explained.append(
-            ScanExplanation(traced, obstacle=traced)
-            if isinstance(traced, str)
-            else explain_traced(traced, carry)
-        )
+        explained.append(explain_traced(trace_scan(step, carry, at), carry))
 
     eval_shape(run, params, carry, x)
     return explained[0]
@@ -272,14 +267,14 @@ def _cells(place: Place) -> tuple[str, ...]:
     drawn = "once" if place.noise.variational else "each step"
     shapes = (_type(place.value), _type(place.mask))
     shared = ", ".join(place.shared_over)
-    return (place.path, shapes[0], written(place.noise), drawn, shapes[1], shared)
+    return (place.path, shapes[0], noise_str(place.noise), drawn, shapes[1], shared)
 
 
 def _type(value: Any) -> str:
     return f"{dtype_of(value)}{list(np.shape(value))}"
 
 
-def written(noise: Noise) -> str:
+def noise_str(noise: Noise) -> str:
     """A noise as written in code, without defaults and without facts that have their own column."""
     if not dataclasses.is_dataclass(noise):
         return type(noise).__name__

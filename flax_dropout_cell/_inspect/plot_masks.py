@@ -10,7 +10,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from .._arguments import check_count
-from .._random.keys import as_rng
+from .._random.keys import need_rng
 from .._sequence.dropout_scan import at_a_step, count_steps
 from .._sequence.step_masks import draw_all_steps
 from .._spec.match_leaves import match_leaves
@@ -27,7 +27,7 @@ from .._step.call_cell import Cell
 from .._step.checks import as_spec, check_start
 from .._step.draw_masks import draw_sites, site_values
 from ..noises.protocol import Noise, needs_previous
-from .describe import written
+from .describe import noise_str
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -158,7 +158,7 @@ def _draw(axes: "Axes", path: str, strip: Strip, start: int, max_units: int) -> 
         extent=(start - 0.5, start + mask.shape[1] - 0.5, len(mask) - 0.5, -0.5),
         **limits,
     )
-    axes.set_title(f"{path}: {written(strip.noise)}", loc="left", fontsize="medium")
+    axes.set_title(f"{path}: {noise_str(strip.noise)}", loc="left", fontsize="medium")
     if meaning:
         axes.set_title(meaning, loc="right", fontsize="small")
     else:
@@ -193,9 +193,7 @@ def draw_strips(
     Without `batch_ndim`, the batch is the dims that the inputs and the carry share.
     """
     dropout = as_spec(dropout, carry, cell)
-    key = as_rng(rng)
-    if key is None:
-        raise ValueError("plot_masks needs a key such as jax.random.key(0), got rng=None.")
+    key = need_rng("plot_masks", rng)
     steps = count_steps(xs)
     check_start(start, steps)
     x = at_a_step(xs)
@@ -242,6 +240,8 @@ def _strips_at(
         if drawn is not None and noise is not None:
             shape = (steps, *np.shape(leaf))
             whole = np.broadcast_to(_with_ndim(np.asarray(drawn), len(shape)), shape)
+            if np.iscomplexobj(whole):
+                whole = whole.real  # a picture has one number for each unit
             axis = f"weight {list(np.shape(leaf))}" if site == PARAMS else "unit"
             strip = Strip(_units(site, whole, row, batch_ndim), noise, axis)
             strips[f"{site}{keystr(path)}"] = strip
@@ -255,12 +255,12 @@ def _leaf_of(masks: PyTree, index: int) -> Any:
 
 
 def _with_ndim(masks: np.ndarray, ndim: int) -> np.ndarray:
-    """Puts the axes in that broadcasting puts in, behind time."""
+    """Inserts the axes that broadcasting would add, after time."""
     return masks.reshape(masks.shape[:1] + (1,) * (ndim - masks.ndim) + masks.shape[1:])
 
 
 def _units(site: Site, masks: np.ndarray, row: int, batch_ndim: int) -> np.ndarray:
-    """One row's units over time, gate by gate; all of a weight's, for rows share it."""
+    """One row's units over time; for a weight, which rows share, all of its units."""
     steps, (batch, rest) = len(masks), np.split(masks.shape[1:], [batch_ndim])
     if site == PARAMS:
         return masks.reshape(steps, -1).T

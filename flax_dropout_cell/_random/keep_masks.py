@@ -69,8 +69,8 @@ def _split_words(words: jax.Array, bits: int) -> jax.Array:
     per_word = 32 // bits
     shape = (*words.shape[:-1], words.shape[-1] * per_word)
     words = jnp.broadcast_to(words[..., None], (*words.shape, per_word)).reshape(shape)
-    places = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-    return (words >> (places % per_word * bits)) & (2**bits - 1)
+    positions = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    return (words >> (positions % per_word * bits)) & (2**bits - 1)
 
 
 def _bytes(words: jax.Array) -> jax.Array:
@@ -78,8 +78,8 @@ def _bytes(words: jax.Array) -> jax.Array:
     if all(isinstance(dim, int) for dim in words.shape):
         return jax.lax.bitcast_convert_type(words, jnp.uint8)
     # JAX cannot export a bitcast of a symbolic shape.
-    places = jax.lax.broadcasted_iota(jnp.uint32, (*words.shape, 4), words.ndim)
-    return (words[..., None] >> (places * 8)) & 0xFF
+    positions = jax.lax.broadcasted_iota(jnp.uint32, (*words.shape, 4), words.ndim)
+    return (words[..., None] >> (positions * 8)) & 0xFF
 
 
 def drop_prob_in_24_bits(keep_prob: Number | jax.Array) -> jax.Array:

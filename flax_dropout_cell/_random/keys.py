@@ -6,7 +6,7 @@ A draw's key depends on the sequence's key, the step, the site and the leaf, and
     site s, leaf i          fold_in(step or sequence key, 2**31 + s * 2**28 + i)
     site inside, leaf i     the same for the slot `inside` and leaf 0, then the name, then i
     word types              fold_in(rng, EMBEDDING)
-    wrapper around d more   fold_in(rng, 2**31 + 7 * 2**28 + d) for its rng, where d > 0
+    wrapper of d wrappers   fold_in(rng, 2**31 + 7 * 2**28 + d) for its rng, if d > 0
     a wrapper's cell        fold_in(rng, CELL) for its rng, if the cell draws too
 """
 
@@ -48,7 +48,7 @@ def name_hash(name: str) -> int:
 
 
 def nested_rng(rng: jax.Array, depth: int) -> jax.Array:
-    """A wrapper's own key, by the number of wrappers inside it: nested ones get equal keys."""
+    """A wrapper's own key: nested ones are given the same `rng`, so their number goes into it."""
     return rng if depth == 0 else fold_in(rng, np.uint32(_FIRST_SITE + _NESTED * 2**28 + depth))
 
 
@@ -71,6 +71,13 @@ def as_rng(rng: Any) -> jax.Array | None:
       TypeError: if it is neither one key, typed or raw, nor None.
     """
     return None if rng is None else as_key("rng", rng, f"{_ONE_KEY}, or None")
+
+
+def need_rng(caller: str, rng: Any) -> jax.Array:
+    """A key that must be given, checked and with a type."""
+    if rng is None:
+        raise ValueError(f"{caller} needs a key such as jax.random.key(0), got rng=None.")
+    return as_key("rng", rng, f"{_ONE_KEY}, or None")
 
 
 def as_key(name: str, key: Any, wanted: str = _ONE_KEY) -> jax.Array:
@@ -105,7 +112,7 @@ def is_typed(rng: jax.Array) -> bool:
 
 
 def is_threefry(rng: jax.Array) -> bool:
-    """Whether a key is one of JAX's default PRNG."""
+    """Whether a key is one of threefry2x32, whatever `jax_default_prng_impl` says."""
     return jax.random.key_impl(rng) == "threefry2x32"
 
 

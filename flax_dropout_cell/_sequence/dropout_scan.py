@@ -28,7 +28,7 @@ from .._step.apply_noise import StepNoise
 from .._step.call_cell import Cell
 from .._step.checks import as_rows, as_spec, check_masks, check_start
 from .._step.draw_masks import draw_sites, site_values
-from .._step.rows import Rows, rows_by_start
+from .._step.rows import RowIds, ids_from_starts
 from .padding import find_valid, stand_ins
 from .resets import BEFORE, RowMasks, Sequences, check_reset_carry, plan_sequences
 from .scan_step import ScanCarry, SequenceStep, StepInput, disturb_once
@@ -100,7 +100,9 @@ def dropout_scan(
       reverse: run from the last step to the first; `ys` keep the order of `xs`.
       start: the absolute index of `xs[0]`, at least 0. A sequence that is cut in pieces, each
         run with the same `rng` and its own `start`, gives the uncut result. With `resets` this
-        needs `sequence_ids` too, because a piece does not know which sequence its rows are in.
+        needs `sequence_ids` too, because a piece does not know which sequence its rows are in. With
+        `reverse` as well, a piece does not know that the next one begins with a reset: put
+        `reset_carry` into the carry of those rows before running the piece.
       unroll: as in `jax.lax.scan`.
       checkpoint_every: for long sequences, keep the carry only every so many steps for the
         gradient, and compute the steps between again, with the same masks. Memory grows with
@@ -115,9 +117,9 @@ def dropout_scan(
       `(carry, ys)`: the last carry, and the outputs `[time, ...]`.
 
     Raises:
-      ValueError: as in `dropout_cell`, and if a shape, `start` or a length in a NumPy array does
-        not fit, two options exclude each other, one lacks another that it needs, or the carry does
-        not permit `parallel=True`. Lengths on a device are clipped.
+      ValueError: as in `dropout_cell`; if a shape, `start` or a length in a NumPy array is out of
+        range; if options contradict each other, or one is given without another that it needs; or
+        if the carry does not permit `parallel=True`. Lengths on a device are clipped.
       TypeError: as in `dropout_cell`, and if an option has the wrong dtype.
 
     Example:
@@ -139,44 +141,36 @@ def dropout_scan(
     check_masks(masks, dropout)
     loop = _Loop.of(reverse, unroll, checkpoint_every, parallel)
     rng = as_rng(rng)
-    steps = count_steps(xs)
+    steps, x = count_steps(xs), at_a_step(xs)
     check_start(start, steps)
+    by_row = {"seq_lengths": seq_lengths, "valid": valid, "resets": resets}
     valid = find_valid(seq_lengths, valid, steps)
     if sequence_ids is not None and resets is None:
-        _check_ids(np.shape(sequence_ids), carry, at_a_step(xs))
+        _check_ids(np.shape(sequence_ids), carry, x)
     plan = _plan(carry, steps, resets, reset_carry, sequence_ids, valid, start, loop.reverse)
-    if valid is not None:
-        padded_by = "valid" if seq_lengths is None else "seq_lengths"
-        check_rows_apart(cell, params, carry, at_a_step(xs), valid.shape[1:], padded_by)
-    elif resets is not None:
-        check_rows_apart(cell, params, carry, at_a_step(xs), np.shape(resets)[1:], "resets")
+    option = next((name for name, given in by_row.items() if given is not None), None)
+    if option is not None:
+        batch = np.shape(resets if valid is None else valid)[1:]
+        check_rows_apart(cell, params, carry, x, batch, option)
+    values_of = functools.partial(site_values, params, carry, x, cell)
+    ahead = checkpoint_every is None
     drawn = _draw(
-        functools.partial(site_values, params, carry, at_a_step(xs), cell),
-        masks,
-        plan,
-        dropout=dropout,
-        rng=rng,
-        steps=steps,
-        start=start,
-        ahead=loop.checkpoint_every is None,
+        values_of, masks, plan, dropout=dropout, rng=rng, steps=steps, start=start, ahead=ahead
     )
     step_noise = StepNoise(dropout, drawn.masks, rng, plan.first_ids)
-    weights = disturb_once(step_noise, params)
-    running, ys = scan_in_chunks(
-        SequenceStep(
-            cell,
-            weights,
-            step_noise,
-            start,
-            None if valid is None else stand_ins(xs, valid),
-            plan.reset_carry,
-            drawn.of_rows,
-        ),
-        plan.begin(carry, drawn.of_rows),
-        StepInput(jnp.arange(steps, dtype=jnp.uint32), xs, valid, plan.sequences, drawn.of_steps),
-        steps=steps,
-        **loop._asdict(),
+    step = SequenceStep(
+        cell=cell,
+        weights=disturb_once(step_noise, params),
+        step_noise=step_noise,
+        start=start,
+        stand_ins=None if valid is None else stand_ins(xs, valid),
+        reset_carry=plan.reset_carry,
+        row_masks=drawn.of_rows,
     )
+    offsets = jnp.arange(steps, dtype=jnp.uint32)
+    inputs = StepInput(offsets, xs, valid, plan.sequences, drawn.of_steps)
+    begin = plan.begin(carry, drawn.of_rows)
+    running, ys = scan_in_chunks(step, begin, inputs, steps=steps, **loop._asdict())
     return running.carry, ys
 
 
@@ -207,12 +201,12 @@ class _Plan(NamedTuple):
 
     Attributes:
       sequences: the sequence of each row at each step; None if there are no resets.
-      first_ids: the rows by their ids as the scan begins; None if rows draw by their place.
+      first_ids: the ids of the rows as the scan begins; None if rows have no ids.
       reset_carry: the carry of a new sequence.
     """
 
     sequences: Sequences | None
-    first_ids: Rows | None
+    first_ids: RowIds | None
     reset_carry: PyTree
 
     @property
@@ -220,18 +214,18 @@ class _Plan(NamedTuple):
         return self.first_ids is not None
 
     @property
-    def first_rows(self) -> Rows:
+    def first_rows(self) -> RowIds:
         """The rows as the scan begins."""
         if self.first_ids is not None:
             return self.first_ids
         assert self.sequences is not None
         batch = self.sequences.is_first_step.shape[1:]
-        first = rows_by_start(jnp.full((1, *batch), BEFORE))
+        first = ids_from_starts(jnp.full((1, *batch), BEFORE))
         return jax.tree.map(
             lambda first, rows: place_like(first[0], rows[0]), first, self.sequences.rows
         )
 
-    def row_masks(self, masks: Masks, draw: Callable[[Rows], Masks]) -> RowMasks | None:
+    def row_masks(self, masks: Masks, draw: Callable[[RowIds], Masks]) -> RowMasks | None:
         """The masks of rows that change sequences; None if none do."""
         if self.sequences is None:
             return None
@@ -254,9 +248,10 @@ def _plan(
     start: Any,
     reverse: bool,
 ) -> _Plan:
+    """Finds the sequence of each row at each step; checks resets, ids and reset_carry."""
     if resets is None:
         if reset_carry is not None:
-            raise ValueError("reset_carry was given without resets, which say where it goes.")
+            raise ValueError("reset_carry needs resets, which mark the steps that begin with it.")
         return _Plan(None, as_rows(ids), None)
     sequences = plan_sequences(resets, ids, valid, steps, start, reverse=reverse)
     reset_carry = check_reset_carry(reset_carry, carry, sequences.is_first_step.ndim - 1)
@@ -340,7 +335,8 @@ def _check_ids(batch: tuple[int, ...], carry: PyTree, x: PyTree) -> None:
         if shapes:
             break
     name = "carry" if tree is carry else "input at a step"
-    raise ValueError(f"sequence_ids has shape {batch}, but the {name} is {short_tree_repr(tree)}.")
+    got = f"sequence_ids has shape {batch}, but the {name} is {short_tree_repr(tree)}"
+    raise ValueError(f"{got}. Ids [time, *batch] need resets.")
 
 
 def at_a_step(xs: PyTree) -> PyTree:
@@ -348,7 +344,7 @@ def at_a_step(xs: PyTree) -> PyTree:
     return jax.tree.map(type_at_a_step, xs)
 
 
-def _check_resets_draw_nothing(values: SiteValues, dropout: RecurrentDropout, rows: Rows) -> None:
+def _check_resets_draw_nothing(values: SiteValues, dropout: RecurrentDropout, rows: RowIds) -> None:
     """Raises if rows have variational masks of their own, which a reset would draw anew."""
 
     def draw(rng: jax.Array) -> Masks:

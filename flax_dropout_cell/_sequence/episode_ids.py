@@ -1,4 +1,4 @@
-"""Ids of episodes: which masks belong to which, over all rows and rollouts."""
+"""Episode ids, which tie an episode to its masks in every row and rollout."""
 
 from typing import Any
 

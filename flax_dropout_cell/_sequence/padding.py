@@ -25,8 +25,8 @@ def find_valid(seq_lengths: Any, valid: Any, steps: int) -> jax.Array | None:
         if seq_lengths is None:
             return None
         lengths = check_lengths(seq_lengths, steps)
-        places = jnp.arange(steps, dtype=jnp.int32)
-        return jnp.less(places.reshape(steps, *[1] * lengths.ndim), lengths[None])
+        indices = jnp.arange(steps, dtype=jnp.int32)
+        return jnp.less(indices.reshape(steps, *[1] * lengths.ndim), lengths[None])
     if seq_lengths is not None:
         raise ValueError("give seq_lengths or valid, not both: valid alone is enough.")
     return check_bools("valid", valid, steps)
@@ -79,8 +79,8 @@ def stand_ins(xs: PyTree, valid: jax.Array) -> PyTree:
     """The inputs that replace padding: each row's first valid input.
 
     The results at padding are thrown away, but their gradient is 0 times the derivative there: a
-    NaN in the padding would make it NaN, and so would zeros in a norm, a root or a logarithm. A
-    row without a valid step reads zeros.
+    NaN in the padding would make it NaN, and so would zeros in a norm, a root or a logarithm. For
+    the same reason a row without a valid step reads ones.
     """
     steps, ndim = valid.shape[0], valid.ndim - 1
 
@@ -89,7 +89,7 @@ def stand_ins(xs: PyTree, valid: jax.Array) -> PyTree:
             return leaf[0]
         first = jnp.argmax(valid, 0).reshape(1, *valid.shape[1:], *[1] * (leaf.ndim - ndim - 1))
         row = jnp.take_along_axis(leaf, first, 0)[0]
-        return jax.lax.stop_gradient(select_rows(valid.any(0), row, jnp.zeros_like(row)))
+        return jax.lax.stop_gradient(select_rows(valid.any(0), row, jnp.ones_like(row)))
 
     if steps == 0:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), xs)

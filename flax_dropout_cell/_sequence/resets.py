@@ -12,10 +12,10 @@ from .._arguments import as_ints
 from .._sharding import broadcast_like
 from .._spec.prefixes import broadcasts, structure_str, weaken_like
 from .._spec.recurrent_dropout import Masks, PyTree, Site, make_masks, sites_of
-from .._step.rows import Rows, rows_by_id, rows_by_start
+from .._step.rows import RowIds, ids_from_starts, row_ids
 from .padding import check_bools, keep_rows, select_rows
 
-# Stands for a first step before the scan's own. No step is as large.
+# The first step of sequences that began before this scan. Steps are below 2**31, so none is equal.
 BEFORE = np.uint32(2**32 - 1)
 
 
@@ -30,7 +30,7 @@ class Sequences(NamedTuple):
     """
 
     is_first_step: jax.Array
-    rows: Rows
+    rows: RowIds
 
 
 def plan_sequences(
@@ -49,22 +49,22 @@ def plan_sequences(
             raise ValueError(f"resets {resets.shape} and padding {valid.shape} differ in shape.")
         resets &= valid  # nothing begins in padding
     if sequence_ids is None:
-        rows = _rows_by_start(resets, steps, start)
+        rows = _ids_from_resets(resets, steps, start)
     else:
         ids = as_ints("sequence_ids", sequence_ids)
         if ids.shape != resets.shape:
             raise ValueError(
                 f"sequence_ids must have the shape {resets.shape} of resets, got {ids.shape}."
             )
-        rows = rows_by_id(ids)
+        rows = row_ids(ids)
     return Sequences(_begin_backward(resets, valid) if reverse else resets, rows)
 
 
-def _rows_by_start(resets: jax.Array, steps: int, start: Any) -> Rows:
+def _ids_from_resets(resets: jax.Array, steps: int, start: Any) -> RowIds:
     indices = jnp.arange(steps, dtype=jnp.int32).reshape((steps,) + (1,) * (resets.ndim - 1))
     first = jax.lax.cummax(jnp.where(resets, indices, jnp.int32(-1)), axis=0)
     absolute = first.astype(jnp.uint32) + jnp.asarray(start).astype(jnp.uint32)
-    return rows_by_start(jnp.where(first < 0, BEFORE, absolute))
+    return ids_from_starts(jnp.where(first < 0, BEFORE, absolute))
 
 
 def _begin_backward(resets: jax.Array, valid: jax.Array | None) -> jax.Array:
@@ -99,8 +99,8 @@ def check_reset_carry(reset_carry: PyTree, carry: PyTree, batch_ndim: int) -> Py
             is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
             if is_key and np.ndim(leaf) >= batch_ndim:
                 raise ValueError(
-                    f"carry{keystr(path)} holds keys, and at a reset each would become the key of "
-                    f"zeros: give reset_carry."
+                    f"carry{keystr(path)} holds keys, and a reset would replace each with the key "
+                    f"of zeros: give reset_carry."
                 )
         return jax.tree.map(lambda leaf: jnp.zeros((), jnp.result_type(leaf)), carry)
     if jax.tree.structure(reset_carry) != jax.tree.structure(carry):
@@ -127,7 +127,9 @@ class RowMasks:
       uses_ids: whether sequences have ids, or are named by their first step.
     """
 
-    def __init__(self, masks: Masks, draw: Callable[[Rows], Masks], rows: Rows, *, uses_ids: bool):
+    def __init__(
+        self, masks: Masks, draw: Callable[[RowIds], Masks], rows: RowIds, *, uses_ids: bool
+    ):
         self._masks, self._draw, self._uses_ids = masks, draw, uses_ids
         drawn = jax.eval_shape(draw, rows)
 
@@ -138,7 +140,7 @@ class RowMasks:
 
         self.first: Masks = _map_masks(pick, drawn, masks)
 
-    def redraw(self, own: Masks, rows: Rows, new_rows: Rows) -> Masks:
+    def redraw(self, own: Masks, rows: RowIds, new_rows: RowIds) -> Masks:
         """The masks, drawn again for rows whose sequence has changed."""
         changed = (rows.id_low != new_rows.id_low) | (rows.id_high != new_rows.id_high)
 

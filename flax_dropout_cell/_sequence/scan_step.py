@@ -12,7 +12,7 @@ from .._spec.recurrent_dropout import PARAMS, Masks, PyTree, draws_at_each_step,
 from .._step.apply_noise import StepNoise
 from .._step.call_cell import Cell
 from .._step.dropout_cell import run_step
-from .._step.rows import Rows
+from .._step.rows import RowIds
 from .padding import check_rows, keep_rows
 from .resets import RowMasks, Sequences, reset_carry_rows
 
@@ -46,7 +46,7 @@ class ScanCarry(NamedTuple):
 
     carry: PyTree
     masks: Any = None
-    rows: Rows | None = None
+    rows: RowIds | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,14 +104,14 @@ class SequenceStep:
         return keep_rows(at.valid, new_carry, carry), keep_rows(at.valid, y, blank)
 
     def _run_cell(
-        self, carry: PyTree, index: jax.Array, x: PyTree, step_noise: StepNoise
+        self, carry: PyTree, offset: jax.Array, x: PyTree, step_noise: StepNoise
     ) -> tuple[PyTree, PyTree]:
         """The cell's step, with the step's own key and with noise on the weights."""
         dropout, rng, weights = step_noise.dropout, step_noise.rng, self.weights
         if rng is not None and draws_at_each_step(dropout):
-            step = jnp.asarray(self.start).astype(jnp.uint32) + index
+            step = jnp.asarray(self.start).astype(jnp.uint32) + offset
             step_noise = dataclasses.replace(step_noise, rng=step_rng(rng, step))
-        # Weights with noise that is drawn once come disturbed, from `disturb_once`.
+        # `weights` has the noise that is drawn once (`disturb_once`); that of each step comes here.
         if draws_at_each_step(dropout.params) and not step_noise.evaluates:
             weights = step_noise(PARAMS, weights, where=lambda leaf: not is_known_before_loop(leaf))
         return run_step(weights, carry, x, self.cell, step_noise, scanned=True)

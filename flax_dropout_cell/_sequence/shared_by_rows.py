@@ -22,12 +22,11 @@ def check_rows_apart(
     batch: tuple[int, ...],
     option: str,
 ) -> None:
-    """Raises if padding or resets of one row would change a value that is not this row's alone.
+    """Raises if padding or resets of one row would change a value that all rows share.
 
-    A value with enough dims has to start with the batch dims. If it does so by chance, and the cell
-    reads it as one for all rows, the part of it that has the row's number would change. So the cell
-    is traced for a batch of sizes that occur nowhere else: a value that has to keep its size there
-    has no rows.
+    A value of enough dims counts as having rows if it starts with the batch dims. It may do so by
+    chance, such as a table `[8, 3]` in a batch of 8. To find out, the cell is traced for a batch of
+    another size: a value that has to keep its size there has no rows.
 
     Args:
       cell: `cell(params, carry, x) -> (carry, y)`.
@@ -35,8 +34,8 @@ def check_rows_apart(
       carry: the carry.
       x: the shapes of the inputs at a step.
       batch: the batch dims.
-      option: the option that the batch dims are of. All but `resets` are padding, which changes
-        inputs too.
+      option: the option that gave the batch dims. `resets` change carries only, the others, which
+        are padding, inputs too.
     """
     padded = option != "resets"
     check_rows("carry", carry, batch, option)
@@ -48,7 +47,8 @@ def check_rows_apart(
     with_rows = [leaf for _, leaf in leaves if np.ndim(leaf) >= len(batch)]
     if not batch or len(with_rows) < 2 or not all(isinstance(size, int) for size in sizes):
         return
-    # Multiples, for a cell may cut its batch into parts; of primes, which no product of sizes has.
+    # Multiples, because a cell may split its batch; of primes larger than any size, so that no size
+    # of the cell's matches by chance.
     primes = _primes_above(max(sizes))
     other = tuple(max(size, 1) * next(primes) for size in batch)
 

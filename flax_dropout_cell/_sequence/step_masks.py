@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._random.keep_masks import bits_per_unit
-from .._random.keys import as_rng, is_threefry, step_rng
+from .._random.keys import as_rng, is_threefry, need_rng, step_rng
 from .._spec.prefixes import is_prefix_leaf
 from .._spec.recurrent_dropout import (
     Masks,
@@ -22,7 +22,7 @@ from .._spec.recurrent_dropout import (
 from .._step.call_cell import Cell
 from .._step.checks import as_rows, as_spec, check_start, check_step
 from .._step.draw_masks import draw_sites, site_values
-from .._step.rows import Rows
+from .._step.rows import RowIds
 from ..noises.base import NamedNoise
 
 # Masks of more steps than fit stay in the loop. Long sequences and wide cells gain little from
@@ -84,10 +84,9 @@ def draw_step_masks(
     check_step("num_steps", num_steps)
     check_start(start, num_steps)
     key = as_rng(rng)
-    if key is None:
-        if active_noises(dropout):
-            raise ValueError("draw_step_masks needs a key such as jax.random.key(0), got rng=None.")
+    if key is None and not active_noises(dropout):
         return Masks()
+    key = need_rng("draw_step_masks", key)
     values = site_values(params, carry, x, cell, dropout, draws_at_each_step)
     return draw_all_steps(dropout, values, key, num_steps, start, as_rows(sequence_ids))
 
@@ -99,7 +98,7 @@ def draw_ahead(
     *,
     dropout: RecurrentDropout,
     start: Any,
-    rows: Rows | None,
+    rows: RowIds | None,
 ) -> Masks | None:
     """Draws the masks of all steps that are faster to draw before a loop than in it.
 
@@ -138,14 +137,14 @@ def draw_ahead(
 
 
 def _is_faster_ahead(entry: Any) -> bool:
-    name = _probability_of(entry)
+    name = _keep_mask_field(entry)
     return name is not None and not entry.variational and bits_per_unit(getattr(entry, name)) == 8
 
 
-def _probability_of(entry: Any) -> str | None:
+def _keep_mask_field(entry: Any) -> str | None:
     """The field that a noise's keep-mask is drawn from; None if it draws another kind of mask."""
     # Not inherited: a subclass may draw in another way.
-    return vars(type(entry)).get("probability") if isinstance(entry, NamedNoise) else None
+    return vars(type(entry)).get("keep_mask_field") if isinstance(entry, NamedNoise) else None
 
 
 def draw_all_steps(
@@ -154,7 +153,7 @@ def draw_all_steps(
     rng: jax.Array,
     steps: int,
     start: Any,
-    rows: Rows | None,
+    rows: RowIds | None,
 ) -> Masks:
     """Draws the masks of the per-step noises at all steps."""
 
@@ -164,7 +163,7 @@ def draw_all_steps(
 
     drawn = [noise for noise in active_noises(dropout) if not noise.variational]
     indices = jnp.asarray(start).astype(jnp.uint32) + jnp.arange(steps, dtype=jnp.uint32)
-    if is_threefry(rng) and all(map(_probability_of, drawn)):
+    if is_threefry(rng) and all(map(_keep_mask_field, drawn)):
         return jax.vmap(draw)(indices)
     # Under vmap, rbg gives all keys the bits of the first, and noises that compute with their bits
     # may round differently.

@@ -39,7 +39,7 @@ def match_leaves(
     if (
         site == PARAMS
         and active_noises(site.of(dropout))
-        and not any(leaf.noise for leaf in leaves)
+        and all(leaf.noise is None for leaf in leaves)
     ):
         raise ValueError(
             "dropout.params has noise, but no weights came for it: pass them as params."

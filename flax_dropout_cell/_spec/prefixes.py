@@ -90,8 +90,8 @@ def is_deferred(node: Any) -> bool:
 
 
 def dtype_of(leaf: Any) -> Any:
-    """A leaf's dtype; for a Python number, the dtype that JAX gives it."""
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    """A leaf's dtype as JAX has it: NumPy's float64 is float32, unless x64 is on."""
+    return jnp.result_type(leaf)
 
 
 def weaken_like(value: jax.Array, leaf: Any) -> jax.Array:

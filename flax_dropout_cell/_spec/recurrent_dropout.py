@@ -35,10 +35,9 @@ class RecurrentDropout:
     Args:
       input: noise on the cell's input at a step.
       state: noise on the carry that the cell returns. One noise for an LSTM's whole state means h
-        alone, because dropout on c would scale it by `1 / keep_prob` at each step. So it does in
-        any cell that adds to its state, such as a leaky one of your own: use `scale=False` or
-        `Zoneout` there. If the state of another cell has several leaves, give a structure such as
-        `state=(None, noise)`.
+        alone, because dropout on c would scale it by `1 / keep_prob` at each step. The same happens
+        in every cell that adds to its state: use `scale=False` or `Zoneout` there. If the state of
+        another cell has several leaves, give a structure such as `state=(None, noise)`.
       output: noise on the cell's output, independent of `state` even if the output is h.
       params: noise on the cell's weights (weight-drop: Merity et al. 2017, arXiv:1708.02182,
         section 2).

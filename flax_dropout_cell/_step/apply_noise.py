@@ -16,7 +16,7 @@ from .._spec.recurrent_dropout import STATE, Masks, PyTree, RecurrentDropout, Si
 from ..noises.protocol import Noise, is_identity, needs_previous
 from .call_cell import DisturbFn
 from .draw_masks import draw_leaf, inside_names, site_rng
-from .rows import Rows
+from .rows import RowIds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +27,13 @@ class StepNoise:
       dropout: the noise at each site.
       masks: the masks that are already drawn.
       rng: the step's key, typed. Without a key and without masks, this is evaluation.
-      rows: the ids of the rows; None if rows draw by their place.
+      rows: the ids of the rows; None if they have none.
     """
 
     dropout: RecurrentDropout
     masks: Masks | None
     rng: jax.Array | None
-    rows: Rows | None = None
+    rows: RowIds | None = None
 
     @property
     def evaluates(self) -> bool:

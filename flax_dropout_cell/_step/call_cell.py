@@ -75,7 +75,7 @@ class DisturbFn:
         """Raises if there is noise at a site that the cell does not have."""
         for site in sorted(self._names.difference(self._called)):
             known = sorted(self.known - {site})
-            has = f"it has {', '.join(known)}." if known else "it has none."
+            has = f"it has {', '.join(known)}." if known else "it has no sites."
             if ours := cells_with(site):
                 has += f" Use {ours} of this library."
             problem = f"dropout.inside has noise at {site!r}, but the cell has no site of that name"
@@ -165,8 +165,8 @@ def _call_disturbed(
     try:
         return cell(params, carry, x, disturb=disturb)
     except TypeError as error:
-        # A Flax module's `apply` takes any keyword, and its `__call__` does not. A cell that names
-        # the argument takes it: then it is a function of the cell's own that does not.
+        # A Flax module's apply accepts any keyword, so only the call shows that its __call__ has no
+        # `disturb`. If the cell names it, a function that the cell calls has raised the error.
         if not _names_disturb(cell) and "unexpected keyword argument 'disturb'" in str(error):
             return _NO_SITES
         if DisturbFn.__name__ in str(error):

@@ -12,7 +12,7 @@ from .._messages import must_be
 from .._spec.recurrent_dropout import Masks, PyTree, RecurrentDropout, sites_of
 from .._spec.state_noise import resolve_state_noise
 from ..cells.known import family_of
-from .rows import Rows, rows_by_id
+from .rows import RowIds, row_ids
 
 
 def check_dropout(dropout: Any) -> None:
@@ -63,6 +63,6 @@ def check_start(start: Any, steps: int) -> None:
         raise ValueError(f"start + time must be at most 2**31, got {start} + {steps}.")
 
 
-def as_rows(sequence_ids: Any) -> Rows | None:
-    """The rows' ids, checked; None if rows draw by their place."""
-    return None if sequence_ids is None else rows_by_id(as_ints("sequence_ids", sequence_ids))
+def as_rows(sequence_ids: Any) -> RowIds | None:
+    """The rows' ids, checked; None if they have none."""
+    return None if sequence_ids is None else row_ids(as_ints("sequence_ids", sequence_ids))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._random.keys import as_rng, fold_in, is_threefry, leaf_rng
+from .._random.keys import as_rng, fold_in, is_threefry, leaf_rng, need_rng
 from .._sharding import check_shards_differ, draw_like
 from .._spec.match_leaves import Leaf, match_leaves
 from .._spec.prefixes import broadcasts, dtype_of
@@ -32,7 +32,7 @@ from .._spec.recurrent_dropout import (
 from ..noises.protocol import Noise, shared_dims
 from .call_cell import Cell, trace_cell
 from .checks import as_rows, as_spec
-from .rows import Rows
+from .rows import RowIds
 
 IsDrawn = Callable[[PyTree], bool]
 """Tells the noises that are drawn now: `draws_once` or `draws_at_each_step`."""
@@ -87,10 +87,9 @@ def draw_masks(
     key = as_rng(rng)
     dropout = as_spec(dropout, carry, cell)
     rows = as_rows(sequence_ids)
-    if key is None:
-        if active_noises(dropout):
-            raise ValueError("draw_masks needs a key such as jax.random.key(0), got rng=None.")
+    if key is None and not active_noises(dropout):
         return Masks()
+    key = need_rng("draw_masks", key)
     values = site_values(params, carry, x, cell, dropout)
     return draw_sites(dropout, values, key, rows)
 
@@ -120,7 +119,7 @@ def draw_sites(
     dropout: RecurrentDropout,
     values: SiteValues,
     rng: jax.Array,
-    rows: Rows | None = None,
+    rows: RowIds | None = None,
     *,
     is_drawn: IsDrawn = draws_once,
     brought: Masks | None = None,
@@ -150,7 +149,7 @@ def draw_site(
     dropout: RecurrentDropout,
     value: PyTree,
     rng: jax.Array,
-    rows: Rows | None = None,
+    rows: RowIds | None = None,
     *,
     is_drawn: IsDrawn = draws_once,
     brought: Masks | None = None,
@@ -179,7 +178,9 @@ def site_rng(rng: jax.Array, site: Site, index: int) -> jax.Array:
     return leaf_rng(rng, site.name, index)
 
 
-def draw_leaf(site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: Rows | None) -> jax.Array:
+def draw_leaf(
+    site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: RowIds | None
+) -> jax.Array:
     """Draws one leaf's mask; raises if it does not broadcast to the leaf."""
     shape, dtype = tuple(np.shape(leaf)), dtype_of(leaf)
     if rows is not None and not _by_row(site, noise, leaf, rows):
@@ -188,7 +189,7 @@ def draw_leaf(site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: Rows | 
         otherwise = ", or give sequence_ids=, the numbers of the rows in the whole batch"
         check_shards_differ(f"dropout.{site}: the value", leaf, (rng, rows), otherwise)
 
-    def draw(noise: Noise, rng: jax.Array, rows: Rows | None) -> jax.Array:
+    def draw(noise: Noise, rng: jax.Array, rows: RowIds | None) -> jax.Array:
         if rows is None:
             return _draw_mask(noise, rng, shape, dtype)
         return draw_rows(noise, rng, shape, dtype, rows)
@@ -199,7 +200,8 @@ def draw_leaf(site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: Rows | 
             f"dropout.{site}: {type(noise).__name__}.draw_mask gave the shape {np.shape(mask)}, "
             f"which does not broadcast to the value's shape {shape}."
         )
-    return mask
+    # A mask of the user's noise may have fewer dims than the value; hosts index rows and steps.
+    return mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
 
 
 def _draw_mask(noise: Noise, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -209,7 +211,7 @@ def _draw_mask(noise: Noise, rng: jax.Array, shape: tuple[int, ...], dtype: Any)
     return mask
 
 
-def _by_row(site: Site, noise: Noise, leaf: Any, rows: Rows) -> bool:
+def _by_row(site: Site, noise: Noise, leaf: Any, rows: RowIds) -> bool:
     shape = tuple(np.shape(leaf))
     if site != PARAMS and shape[: len(rows.batch)] != rows.batch:
         raise ValueError(
@@ -225,7 +227,7 @@ def draws_by_row(site: Site, noise: Noise, shape: tuple[int, ...], batch_ndim: i
 
 
 def draw_rows(
-    noise: Noise, rng: jax.Array, shape: tuple[int, ...], dtype: Any, rows: Rows
+    noise: Noise, rng: jax.Array, shape: tuple[int, ...], dtype: Any, rows: RowIds
 ) -> jax.Array:
     """Draws each row's mask from the row's own key."""
     batch_ndim = len(rows.batch)
@@ -234,7 +236,7 @@ def draw_rows(
         inner = tuple(dim - batch_ndim for dim in dims)
         noise = dataclasses.replace(noise, broadcast_dims=inner)  # type: ignore[type-var]
 
-    def draw_row(row: Rows) -> jax.Array:
+    def draw_row(row: RowIds) -> jax.Array:
         row_rng = fold_in(fold_in(rng, row.id_low), row.id_high)
         return _draw_mask(noise, row_rng, shape[batch_ndim:], dtype)
 

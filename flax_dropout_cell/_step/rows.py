@@ -1,4 +1,4 @@
-"""The ids of rows: masks follow a row's id, not its position in the batch."""
+"""The ids of rows, so that masks follow a row's id and not its position in the batch."""
 
 import math
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-class Rows(NamedTuple):
+class RowIds(NamedTuple):
     """The id of each row as two 32-bit words, `[*batch]` each; equal ids draw equal masks."""
 
     id_low: jax.Array
@@ -20,21 +20,21 @@ class Rows(NamedTuple):
         return self.id_low.shape
 
 
-def rows_by_id(ids: jax.Array | np.ndarray) -> Rows:
-    """Rows that draw by integer ids; an id gives the same words in every integer type."""
+def row_ids(ids: jax.Array | np.ndarray) -> RowIds:
+    """Integer ids as words; an id gives the same words in every integer type."""
     # The upper word is that of the id as a 64-bit integer: the sign of a signed one, else 0.
     bits = jnp.iinfo(ids.dtype).bits
     high = ids >> (32 if bits == 64 else bits - 1)
     if bits < 64 and jnp.issubdtype(ids.dtype, jnp.unsignedinteger):
         high = high >> 1
-    return Rows(jnp.asarray(ids.astype(jnp.uint32)), jnp.asarray(high.astype(jnp.uint32)))
+    return RowIds(jnp.asarray(ids.astype(jnp.uint32)), jnp.asarray(high.astype(jnp.uint32)))
 
 
-def rows_by_start(steps: jax.Array) -> Rows:
-    """Rows that draw by their place, and by the step at which their sequence starts.
+def ids_from_starts(steps: jax.Array) -> RowIds:
+    """Ids for sequences that were given none: the step at which each starts, and its row's number.
 
     Args:
       steps: ints `[time, *batch]`.
     """
-    places = jnp.arange(math.prod(steps.shape[1:]), dtype=jnp.uint32).reshape(steps.shape[1:])
-    return Rows(steps.astype(jnp.uint32), jnp.broadcast_to(places, steps.shape))
+    numbers = jnp.arange(math.prod(steps.shape[1:]), dtype=jnp.uint32).reshape(steps.shape[1:])
+    return RowIds(steps.astype(jnp.uint32), jnp.broadcast_to(numbers, steps.shape))

@@ -99,7 +99,7 @@ def _keep_types(rng: jax.Array, types: jax.Array, drop: jax.Array, per_example: 
 
 
 def _words(rng: jax.Array, types: jax.Array) -> jax.Array:
-    """`jax.random.bits(rng, [num_embeddings])[types]`, without the others; rng is threefry."""
+    """`jax.random.bits(rng, [num_embeddings])[types]`, drawing only these; rng is threefry."""
     left, right = threefry_2x32(jax.random.key_data(rng), types)
     return left ^ right
 

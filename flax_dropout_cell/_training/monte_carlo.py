@@ -12,7 +12,7 @@ from .._arguments import check_count
 from .._compat import is_traced
 from .._dtypes import wide_dtype
 from .._messages import must_be
-from .._random.keys import as_rng, fold_in, is_threefry
+from .._random.keys import fold_in, is_threefry, need_rng
 
 PyTree = Any
 
@@ -67,9 +67,7 @@ def mc_samples(
     """
     if not callable(predict):
         raise TypeError(must_be("predict", "a function of a key", predict))
-    typed = as_rng(rng)
-    if typed is None:
-        raise ValueError("mc_samples needs a key such as jax.random.key(0), got rng=None.")
+    typed = need_rng("mc_samples", rng)
     num_samples = check_count("num_samples", num_samples)
     chunk_size = num_samples if chunk_size is None else check_count("chunk_size", chunk_size)
     if not is_threefry(typed):

@@ -24,7 +24,9 @@ def activation_regularization(
     Args:
       ys: the dropped outputs, `[time, *batch, features]`, or with time at `time_axis`.
       seq_lengths: `[*batch]`; steps past a sequence's end do not count. If None, all steps count.
-      time_axis: which axis of `ys` is time.
+      time_axis: which axis of `ys` is time. With `seq_lengths` and a layer's outputs,
+        `[batch, time, features]`, pass 1: if there are as many rows as steps, the wrong axis is not
+        an error.
 
     Returns:
       A scalar, in float32 or wider; 0 if no step is valid.

@@ -134,8 +134,9 @@ def _read(params: GRUParams, x: jax.Array, h: jax.Array, disturb: Disturb) -> li
         of_h = gates_matmul(disturb, "recurrent_per_gate", h, params.recurrent_kernel, 3)
         (x_r, x_z, x_n), (h_r, h_z, h_n) = add_bias(of_x, params.bias), of_h
         return [x_r + h_r, x_z + h_z, x_n, h_n]
-    # Products that are added up are computed together, and no others: a loop then keeps their
-    # cotangent once, and of `h @ recurrent_kernel` only n's part for the gradient.
+    # r and z need only the sum of their products with x and h, so both products share a cotangent,
+    # which a loop keeps once. n does not: the reset gate scales its product with h alone, which
+    # the gradient needs. So r and z are one product, and n is another.
     both = 2 * h.shape[-1]
     (x_kernel, x_kernel_n), (h_kernel, h_kernel_n), (bias, bias_n) = (
         jnp.split(weights, [both], axis=-1) for weights in params[:3]

@@ -142,8 +142,8 @@ def lru_cell(
       disturb: called at each site, `disturb(site, value, previous=None) -> value`.
 
     Returns:
-      `(h, y)`: the new h with the dtype of the old, and the real y, `[*batch, features]`, with the
-      dtype of x.
+      `(h, y)`: the new h with the dtype of the old, and the real y, `[*batch, features]`, in the
+      dtype of `x @ skip_kernel`.
 
     Raises:
       TypeError: if the carry is not a complex array, x is not floating-point, or the weights are

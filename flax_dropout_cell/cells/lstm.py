@@ -149,8 +149,9 @@ def _read(params: LSTMParams, x: jax.Array, h: jax.Array, disturb: Disturb) -> l
         of_x = gates_matmul(disturb, "input_per_gate", x, params.input_kernel, 4)
         of_h = gates_matmul(disturb, "recurrent_per_gate", h, params.recurrent_kernel, 4)
         return add_bias([a + b for a, b in zip(of_x, of_h, strict=True)], params.bias)
-    # One product of [x, h] would compute the gradient of x along with that of h, even if nobody
-    # wants it. One sum, bias included, gives all three weights the same cotangent to wait for.
+    # Not one product of [x, h]: its gradient would include that of x, wanted or not. The bias is in
+    # the same sum, so that the gradients of all three weights, computed after the loop, need one
+    # stored cotangent.
     read = x @ params.input_kernel + h @ params.recurrent_kernel
     return jnp.split(read + expand_bias(params.bias, read), 4, axis=-1)
 

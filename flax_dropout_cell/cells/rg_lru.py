@@ -13,7 +13,7 @@ from .gates import Disturb, expand_bias
 from .linear import LINEAR_SITES, init_gates, read_gates, update
 
 _POWER = 8.0
-"""c of the paper: how far a closed recurrence gate, r = 0, is from an open one, a**(c r)."""
+"""The paper's c: the decay is a**(c r), from 1 for a closed gate, r = 0, to a**c for an open."""
 
 
 class RGLRUParams(NamedTuple):

@@ -13,11 +13,11 @@ from .._flax.cell_weights import (
     LinearParams,
     check_params,
     features_of,
-    has_no_weights,
     params_of,
+    unknown_weights_error,
     without_stack,
-    wrong_variables,
-    wrong_weights,
+    wrong_variables_error,
+    wrong_weights_error,
 )
 from .._messages import must_be
 from ..cells.disturb import undisturbed
@@ -192,7 +192,7 @@ def cell_params(params: Params, cell: nn.RNNCellBase) -> dict[str, Any]:
         return {"params": params._asdict()}
     wanted = _kind(cell)
     if not isinstance(params, wanted):
-        raise wrong_weights(cell, wanted, params)
+        raise wrong_weights_error(cell, wanted, params)
     gates = "ifgo" if wanted is LSTMParams else "rzn"
     _check_features("cell_params", params, cell)
     inputs = jnp.split(params.input_kernel, len(gates), -1)
@@ -244,7 +244,7 @@ def core_params(variables: Mapping[str, Any], cell: nn.RNNCellBase) -> Params:
     gates = "ifgo" if kind is LSTMParams else "rzn"
     names = [side + gate for side in "ih" for gate in gates]
     if not set(names) <= set(params):
-        raise wrong_variables(cell, names, params)
+        raise wrong_variables_error(cell, names, params)
 
     def join(side: str, leaf: str) -> jax.Array:
         return jnp.concatenate([params[side + gate][leaf] for gate in gates], axis=-1)
@@ -271,4 +271,4 @@ def _kind(cell: nn.RNNCellBase) -> type[LSTMParams] | type[GRUParams]:
         return LSTMParams
     if isinstance(cell, nn.GRUCell):
         return GRUParams
-    raise has_no_weights(cell)
+    raise unknown_weights_error(cell)

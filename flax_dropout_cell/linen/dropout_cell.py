@@ -56,7 +56,7 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
         self, cell_carry: PyTree, rng: jax.Array | None, deterministic: bool | None = None
     ) -> jax.Array | None:
         """The key of a new sequence; None if it runs without dropout."""
-        if self._evaluates(cell_carry, deterministic):
+        if not self._draws(cell_carry, deterministic):
             return None
         if rng is not None:
             return rng
@@ -88,11 +88,11 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
         Raises:
           ValueError: in training, if there is no `dropout` stream.
         """
-        own = None
+        key = None
         if self._stream() is None and not self.deterministic:
-            own, rng = rng, cell_rng(rng)
+            key, rng = rng, cell_rng(rng)
         cell_carry = self.cell.initialize_carry(rng, input_shape)
-        return self._start(self._sequence_rng(cell_carry, own), cell_carry, input_shape)
+        return self._start(self._sequence_rng(cell_carry, key), cell_carry, input_shape)
 
     @nn.nowrap
     def redraw_masks(
@@ -131,14 +131,7 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
           >>> carry.masks.input.shape
           (4, 32)
         """
-        cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
-        if isinstance(self.cell, Wrapper):
-            inner = None if rng is None else cell_rng(rng)
-            cell_carry = self.cell.redraw_masks(
-                cell_carry, inputs, inner, deterministic=deterministic
-            )
-        key = self._sequence_rng(cell_carry, rng, deterministic)
-        return self._start(key, cell_carry, jax.tree.map(shape_of, inputs))
+        return self._redraw(carry, jax.tree.map(shape_of, inputs), rng, deterministic)
 
     def __call__(
         self, carry: DropoutCarry, inputs: PyTree, *, deterministic: bool | None = None
@@ -199,5 +192,5 @@ class DropoutCell(Wrapper):
         super().__post_init__()
 
     @nn.nowrap
-    def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
+    def _spec_for(self, cell_carry: PyTree) -> RecurrentDropout:
         return self._resolve_noise(self.dropout, cell_carry)

@@ -10,6 +10,7 @@ from flax.core import unfreeze
 
 from .._flax.compat import copy_into
 from .._flax.framework import Framework
+from .._flax.wrapper import CellWrapper
 from .._spec.recurrent_dropout import PyTree
 from .cells import GRUCell, LSTMCell
 from .pure_cell import LinenPureCell
@@ -71,9 +72,23 @@ class Linen(Framework):
 
     def carry_shapes(self, cell: Any, input_shape: Any) -> PyTree:
         """The shapes of a cell's initial carry."""
-        return jax.eval_shape(
-            lambda rng: cell.initialize_carry(rng, input_shape), jax.random.key(0)
-        )
+
+        def run(rng: jax.Array) -> PyTree:
+            if not any(isinstance(part, CellWrapper) for part in parts_of(cell)):
+                return cell.initialize_carry(rng, input_shape)
+            # A wrapper inside would draw from the running module's stream, and so move the masks
+            # of that module's other draws. A free copy has a stream of its own.
+            params = {} if cell.scope is None else weights_of(cell)
+            free = copy_into(None, cell, renamed=True)
+            return free.apply(
+                {"params": params},
+                rng,
+                input_shape,
+                rngs={"dropout": rng},
+                method=type(free).initialize_carry,
+            )
+
+        return jax.eval_shape(run, jax.random.key(0))
 
 
 LINEN = Linen()

@@ -7,8 +7,8 @@ import jax
 from flax import errors
 from flax.core import unfreeze
 
-from .._flax.compat import copy_into, has_drawn, scope_at
-from .._flax.layer import refuse_state
+from .._flax.compat import all_but_params, copy_into, has_drawn, scope_at
+from .._flax.layer import impure_cell_error
 from .._spec.recurrent_dropout import PyTree
 from .submodules import fields_of
 
@@ -32,7 +32,7 @@ class LinenPureCell:
         self._cell = cell
         self._scope: Any = cell.scope
         self._free, _ = cell.unbind()
-        self._variables = nn.unbox(_variables(cell, {}))
+        self._variables = nn.unbox(_variables(cell, set()))
         self._variables.pop(_CAPTURED, None)
         self.params: PyTree = self._variables.pop("params", {})
 
@@ -46,7 +46,8 @@ class LinenPureCell:
     ) -> tuple[PyTree, PyTree]:
         """One step; with `collects`, the output is `(y, sown)`."""
         cell, variables = self._cell, {"params": params, **self._variables}
-        mutable = self._scope.mutable if self.collects else False
+        # Weights are an argument: a cell may not write them, and nn.remat would return new ones.
+        mutable = all_but_params(self._scope.mutable) if self.collects else False
         try:
             with scope_at(self._scope, variables, mutable).temporary() as scope:
                 free = copy_into(scope, self._free)
@@ -55,10 +56,10 @@ class LinenPureCell:
         except errors.InvalidRngError:
             carry, y, drew, written = None, None, True, {}
         except errors.ModifyScopeVariableError:
-            raise refuse_state(cell, "writes a variable") from None
+            raise impure_cell_error(cell, "writes a variable") from None
         if drew:
             # A key from outside of the scan would be the same at every step.
-            raise refuse_state(cell, "draws from an rng stream")
+            raise impure_cell_error(cell, "draws from an rng stream")
         return carry, (y, self._sown(variables, written)) if self.collects else y
 
     def put_back(self, sown: PyTree) -> None:
@@ -86,7 +87,7 @@ class LinenPureCell:
         if isinstance(new, tuple) and isinstance(old, tuple) and len(new) > len(old):
             return new[len(old) :]  # nn.remat and others replace the values before
         if _identities(new) != _identities(old):
-            raise refuse_state(self._cell, "writes a variable")
+            raise impure_cell_error(self._cell, "writes a variable")
         return ()
 
 
@@ -100,7 +101,7 @@ def _appended(old: PyTree, new: PyTree) -> PyTree:
     return (*(old or ()), *new)
 
 
-def _variables(module: nn.Module, seen: dict[int, None]) -> dict[str, Any]:
+def _variables(module: nn.Module, seen: set[int]) -> dict[str, Any]:
     """A bound module's variables, as they lie in it once it is unbound.
 
     A module in a field that is bound elsewhere, as one that was made inside a compact method is,
@@ -111,7 +112,7 @@ def _variables(module: nn.Module, seen: dict[int, None]) -> dict[str, Any]:
     for name, part in fields_of(module):
         if id(part) in seen or part.scope is None or module.scope is None:
             continue
-        seen[id(part)] = None
+        seen.add(id(part))
         inside = part.scope.path[:-1] == module.scope.path
         for collection, tree in _variables(part, seen).items():
             if inside:  # under the name that it was given, which unbinding takes away

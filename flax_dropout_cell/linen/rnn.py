@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 import jax
 
-from .._flax.initial_carry import naming_carry
+from .._flax.deterministic import draws
+from .._flax.initial_carry import blame_initial_carry
 from .._flax.layer import (
     Settings,
     check_bare_carries,
     check_one_step,
     describe_layer,
-    needs_key,
     plot_layer,
     read_layout,
     run_layer,
@@ -48,10 +48,10 @@ class RNN(nn.Module):
       dropout: the noise at each site. One noise at the `state` of an LSTM is for h alone.
       deterministic: if True, this is evaluation. Arguments at the call take precedence.
       time_major: whether inputs are `[time, *batch, *features]`, not `[*batch, time, *features]`.
-      return_carry: whether to return `(carry, outputs)`. Noise at `output` is not on the carry: to
-        classify by the last step under it, read that step of the outputs.
-      reverse: whether to run from each sequence's end to its start. Outputs then come in the
-        order in which they were made; padding by `seq_lengths` is still at the end.
+      return_carry: whether to return `(carry, outputs)`. The carry has no noise of
+        `output`. To classify by the last step with that noise, read it in the outputs.
+      reverse: whether to run from each sequence's end to its start. Outputs then
+        come last step first, unless `keep_order`; padding by `seq_lengths` stays at the end.
       keep_order: with `reverse`, outputs come in the order of the inputs.
       unroll: as in `jax.lax.scan`.
       checkpoint_every: as in `dropout_scan`.
@@ -165,7 +165,11 @@ class RNN(nn.Module):
             keep_order=keep_order,
         )
         rng = as_rng(rng)
-        key = dropout_key(self, rng, "RNN") if needs_key(self, deterministic) else None
+        key = (
+            dropout_key(self, rng, "RNN")
+            if draws(self.dropout, deterministic, self.deterministic)
+            else None
+        )
         layout = read_layout(inputs, LINEN.num_feature_axes(self.cell), settings.time_major)
 
         def make_carry() -> PyTree:
@@ -177,7 +181,7 @@ class RNN(nn.Module):
         if key is not None:
             check_one_step(self, start, layout, initial_carry, rng)
         if self.is_initializing():
-            with naming_carry(carry, make_carry, layout.shape):
+            with blame_initial_carry(carry, make_carry, layout.shape):
                 self.cell(carry, layout.first)  # makes the weights
         # The weights are an argument of the scan, which then knows their gradients.
         cell = LINEN.pure(self.cell)

@@ -31,5 +31,5 @@ def dropout_key(
         f"{' or rng=key at the call' if at_call else ''}, or evaluate with deterministic=True."
         + (_LIFTED if at_call else " In nn.scan, call initialize_carry before the scan.")
         # Flax's own modules fall back to it.
-        + (" The 'params' stream draws no masks." if module.has_rng("params") else "")
+        + (" Masks are never drawn from the 'params' stream." if module.has_rng("params") else "")
     )

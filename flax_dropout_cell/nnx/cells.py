@@ -12,11 +12,11 @@ from .._flax.cell_weights import (
     LinearParams,
     check_params,
     features_of,
-    has_no_weights,
     params_of,
+    unknown_weights_error,
     without_stack,
-    wrong_variables,
-    wrong_weights,
+    wrong_variables_error,
+    wrong_weights_error,
 )
 from .._messages import must_be, with_article
 from ..cells.disturb import undisturbed
@@ -176,7 +176,7 @@ def cell_params(params: Params, cell: nnx.RNNCellBase) -> dict[str, Any]:
         return params._asdict()
     kind = _kind(cell)
     if not isinstance(params, kind):
-        raise wrong_weights(cell, kind, params)
+        raise wrong_weights_error(cell, kind, params)
     _check_sizes("cell_params", params, cell)
     if isinstance(params, GRUParams):
         return _gru_variables(params, cell)
@@ -224,7 +224,7 @@ def core_params(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> Params:
         params = _gates_of(variables, cell)
     except KeyError:
         wanted = nnx.to_pure_dict(nnx.state(cell, nnx.Param))
-        raise wrong_variables(cell, wanted, variables) from None
+        raise wrong_variables_error(cell, wanted, variables) from None
     _check_sizes("core_params", without_stack(params), cell)
     return params
 
@@ -291,4 +291,4 @@ def _kind(cell: nnx.RNNCellBase) -> type[LSTMParams] | type[GRUParams]:
         return LSTMParams
     if isinstance(cell, nnx.GRUCell):
         return GRUParams
-    raise has_no_weights(cell)
+    raise unknown_weights_error(cell)

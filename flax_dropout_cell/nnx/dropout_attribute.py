@@ -42,7 +42,7 @@ class DropoutAttribute:
 
         def __setattr__(self, name: str, value: Any) -> None:
             # Flax up to 0.12.8 looks for arrays in a value before it looks for a property.
-            if name == "dropout":
+            if name == "dropout" and not isinstance(value, nnx.State | dict):
                 object.__setattr__(self, name, value)
             else:
                 super().__setattr__(name, value)
@@ -63,13 +63,13 @@ class DropoutAttribute:
     @dropout.setter
     def dropout(self, dropout: RecurrentDropout) -> None:
         check_dropout(dropout)
-        leaves, structure = tree_flatten_with_path(dropout, is_leaf=_is_array)
-        kept = [... if _is_array(leaf) else leaf for _, leaf in leaves]
+        leaves, structure = tree_flatten_with_path(dropout, is_leaf=_is_state_leaf)
+        kept = [... if _is_state_leaf(leaf) else leaf for _, leaf in leaves]
         self.noises = Static(jax.tree.unflatten(structure, kept))
         # By their paths, so that the numbers of another spec do not load at the wrong site.
         # Variables, for Flax cannot update a bare array inside of a dict.
         self._noise_arrays = nnx.data(
-            {_name(path): _as_variable(leaf) for path, leaf in leaves if _is_array(leaf)}
+            {_name(path): _as_variable(leaf) for path, leaf in leaves if _is_state_leaf(leaf)}
         )
 
 
@@ -77,7 +77,7 @@ def _name(path: Any) -> str:
     return keystr(path).lstrip(".")
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_state_leaf(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | nnx.Variable)
 
 

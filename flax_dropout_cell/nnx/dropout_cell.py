@@ -4,30 +4,31 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from .._arguments import check_flag
 from .._flax.carry import DropoutCarry
-from .._flax.compat import static
+from .._flax.compat import data_or_static
 from .._flax.deterministic import is_evaluation
 from .._flax.wrapper import CellWrapper
-from .._random.keys import cell_rng, nested_rng
+from .._random.keys import nested_rng
 from .._spec.prefixes import shape_of
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout
+from ..noises.protocol import is_array
 from .dropout_attribute import DropoutAttribute
 from .framework import NNX_FRAMEWORK
 from .streams import RngSource, dropout_key, fork_stream
+from .switchable import Switchable
 
 
-class Wrapper(CellWrapper, nnx.RNNCellBase):
+class Wrapper(CellWrapper, Switchable, nnx.RNNCellBase):
     """Shared by both wrappers. A subclass adds its noises."""
 
     _framework = NNX_FRAMEWORK
 
     def __init__(self, cell: nnx.RNNCellBase, deterministic: bool, rngs: RngSource) -> None:
         NNX_FRAMEWORK.check_cell(cell)
-        self.cell = cell
+        self._wrapped = cell
         self.deterministic = check_flag("deterministic", deterministic)
         # Not `rngs`: a bare cell may keep a stream there, and its state is loaded into this module.
         self.dropout_stream: nnx.RngStream | None = fork_stream(rngs)
@@ -35,21 +36,32 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
     if not TYPE_CHECKING:
 
         def __setattr__(self, name: str, value: Any) -> None:
-            if name not in vars(self) and _is_state(value) and _cell_has(self, name):
+            if name not in vars(self) and _is_state(value):
                 # nnx.update sets the bare cell's state here: the cell is one level deeper than its
                 # path says.
-                nnx.update(_unwrap(self), {name: value})
+                cell = _unwrap(self)
+                of_cell = name in vars(cell) and _fits(value, vars(cell)[name])
+                nnx.update(cell, {name: value} if of_cell or name != "cell" else value)
+            elif name == "cell":
+                super().__setattr__("_wrapped", value)
             else:
-                if _is_array(value) != _is_array(vars(self).get(name)):
+                if is_array(value) != is_array(vars(self).get(name)):
                     # Flax lets an attribute be data, or static, and no longer the other.
-                    value = nnx.data(value) if _is_array(value) else static(value)
+                    value = data_or_static(value)
                 super().__setattr__(name, value)
+
+    @property
+    def cell(self) -> Any:
+        """The wrapped cell."""
+        # Not an attribute of that name: nnx.update would take the state of a cell that the bare
+        # cell holds as its own field `cell` for the bare cell's, and add it there as new fields.
+        return self._wrapped
 
     def _sequence_rng(
         self, cell_carry: PyTree, rng: jax.Array | None = None, deterministic: bool | None = None
     ) -> jax.Array | None:
         """The key of a new sequence; None if it runs without dropout."""
-        if self._evaluates(cell_carry, deterministic):
+        if not self._draws(cell_carry, deterministic):
             return None
         if rng is not None:
             return rng
@@ -123,29 +135,12 @@ class Wrapper(CellWrapper, nnx.RNNCellBase):
           >>> carry.masks.input.shape
           (4, 32)
         """
-        inputs = jax.tree.map(shape_of, inputs)
-        cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
         # In evaluation nothing is drawn, so the stream is not counted on. A wrapper inside may
         # train even if this one does not.
         wrappers = (node for node in _chain(self) if isinstance(node, Wrapper))
         trains = any(not is_evaluation(deterministic, node.deterministic) for node in wrappers)
         rng = self._key(rngs, None) if rngs is not None and trains else None
-        if isinstance(self.cell, Wrapper):
-            inner = None if rng is None else cell_rng(rng)
-            cell_carry = self.cell.redraw_masks(
-                cell_carry, inputs, inner, deterministic=deterministic
-            )
-        key = self._sequence_rng(cell_carry, rng, deterministic)
-        return self._start(key, cell_carry, inputs)
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """Switches between training and evaluation; `nnx.view` calls it.
-
-        Args:
-          deterministic: if True, this is evaluation.
-        """
-        if deterministic is not None:
-            self.deterministic = deterministic
+        return self._redraw(carry, jax.tree.map(shape_of, inputs), rng, deterministic)
 
     def __call__(
         self, carry: DropoutCarry, inputs: PyTree, *, deterministic: bool | None = None
@@ -213,12 +208,8 @@ class DropoutCell(DropoutAttribute, Wrapper):
         super().__init__(cell, deterministic, rngs)
         self.dropout = dropout
 
-    def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
+    def _spec_for(self, cell_carry: PyTree) -> RecurrentDropout:
         return self._resolve_noise(self.dropout, cell_carry)
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, jax.Array | np.ndarray)
 
 
 def _is_state(value: Any) -> bool:
@@ -229,7 +220,7 @@ def _chain(cell: Any) -> Iterator[Any]:
     """A cell, the cell that it wraps, and so on, down to the user's own."""
     while cell is not None:
         yield cell
-        cell = vars(cell).get("cell") if isinstance(cell, Wrapper) else None
+        cell = vars(cell).get("_wrapped") if isinstance(cell, Wrapper) else None
 
 
 def _unwrap(cell: Any) -> Any:
@@ -238,6 +229,7 @@ def _unwrap(cell: Any) -> Any:
     return innermost
 
 
-def _cell_has(wrapper: Wrapper, name: str) -> bool:
-    cell = _unwrap(wrapper)
-    return cell is not wrapper and name in vars(cell)
+def _fits(state: Any, node: Any) -> bool:
+    """Whether a state's names are all attributes of a node; a variable has none."""
+    names = state if isinstance(state, nnx.State | dict) else ()
+    return all(not hasattr(node, "__dict__") or name in vars(node) for name in names)

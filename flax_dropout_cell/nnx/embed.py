@@ -7,16 +7,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .._arguments import check_flag
-from .._flax.compat import static
+from .._flax.compat import data_or_static
 from .._flax.deterministic import is_evaluation
 from .._training.embedding import check_embed, embedding_dropout
 from ..noises.arguments import check_probability
 from ..noises.dropout import Dropout
-from ..noises.protocol import is_array
-from .streams import check_rngs, dropout_key, has_dropout
+from .streams import check_rngs, dropout_key, fork_stream
+from .switchable import Switchable
 
 
-class Embed(nnx.Embed):
+class Embed(Switchable, nnx.Embed):
     """`nnx.Embed` with dropout of whole word types, as `fdc.embedding_dropout` does it.
 
     In training a call draws from the module's own `dropout` stream once, for all of its ids.
@@ -60,17 +60,14 @@ class Embed(nnx.Embed):
         self.keep_prob = keep_prob
         self.per_example = per_example
         self.deterministic = check_flag("deterministic", deterministic)
-        # A missing stream is not an error yet, because evaluation does not need one.
-        self.rngs: nnx.RngStream | None
-        self.rngs = rngs["dropout"].fork() if has_dropout(rngs) else nnx.data(None)
+        self.dropout_stream: nnx.RngStream | None = fork_stream(rngs)
 
     if not TYPE_CHECKING:
 
         def __setattr__(self, name: str, value: Any) -> None:
-            # A number is static and an array is data, also when one replaces the other.
             if name == "keep_prob":
                 check_probability(name, value)
-                value = nnx.data(value) if is_array(value) else static(value)
+                value = data_or_static(value)
             super().__setattr__(name, value)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -101,17 +98,9 @@ class Embed(nnx.Embed):
         rows = embedding_dropout(
             self.embedding[...],
             inputs,
-            None if evaluate else dropout_key("Embed", rngs, self.rngs),
+            None if evaluate else dropout_key("Embed", rngs, self.dropout_stream),
             keep_prob=self.keep_prob,
             per_example=self.per_example,
         )
-        return rows.astype(self.dtype)
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """Switches between training and evaluation; `nnx.view` calls it.
-
-        Args:
-          deterministic: if True, this is evaluation. None changes nothing.
-        """
-        if deterministic is not None:
-            self.deterministic = deterministic
+        (rows,) = self.promote_dtype((rows,), dtype=self.dtype, inexact=False)
+        return rows

@@ -8,7 +8,7 @@ from flax import nnx
 
 from .._flax.compat import raw_value
 from .._flax.framework import Framework, PureCell
-from .._flax.layer import refuse_state
+from .._flax.layer import impure_cell_error
 from .._spec.recurrent_dropout import PyTree
 from .cells import GRUCell, LSTMCell
 
@@ -91,7 +91,7 @@ class NNXPureCell:
         # By identity: comparing values would wait for the device. Not of Params, all of which
         # nnx.remat and nnx.jit replace.
         if not _same(nnx.state(copy, nnx.Not(nnx.Param)), before):
-            raise refuse_state(self._cell, "writes a variable, or draws from an rng stream,")
+            raise impure_cell_error(self._cell, "writes a variable, or draws from an rng stream,")
         return result
 
 

@@ -7,12 +7,12 @@ import jax
 from flax import nnx
 
 from .._arguments import check_flag
+from .._flax.deterministic import draws
 from .._flax.layer import (
     Settings,
     check_bare_carries,
     check_one_step,
     describe_layer,
-    needs_key,
     plot_layer,
     read_layout,
     run_layer,
@@ -23,13 +23,14 @@ from .._spec.recurrent_dropout import PyTree, RecurrentDropout
 from .dropout_attribute import DropoutAttribute
 from .framework import NNX_FRAMEWORK
 from .streams import RngSource, as_source, carry_stream, dropout_key, fork_stream
+from .switchable import Switchable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-class RNN(DropoutAttribute, nnx.Module):
+class RNN(DropoutAttribute, Switchable, nnx.Module):
     """`nnx.RNN` under recurrent dropout: any cell over whole sequences.
 
     In training a call draws one key from the module's own `dropout` stream, or takes `rngs`; from
@@ -46,14 +47,15 @@ class RNN(DropoutAttribute, nnx.Module):
     Args:
       cell: any `nnx.RNNCellBase`, bare.
       dropout: the noise at each site. One noise at the `state` of an LSTM is for h alone. `params`
-        takes a prefix of the cell's parameters (`nnx.Param`) as a plain dict. Arrays in it are data
-        of this module, so that a new `dropout` with other values does not retrace.
+        takes a prefix of the cell's parameters (`nnx.Param`) as a plain dict. Arrays in `dropout`
+        are state of this module: a new `dropout` that differs only in their values does not
+        retrace.
       deterministic: if True, this is evaluation. Arguments at the call take precedence.
       time_major: whether inputs are `[time, *batch, *features]`, not `[*batch, time, *features]`.
-      return_carry: whether to return `(carry, outputs)`. Noise at `output` is not on the carry: to
-        classify by the last step under it, read that step of the outputs.
-      reverse: whether to run from each sequence's end to its start. Outputs then come in the
-        order in which they were made; padding by `seq_lengths` is still at the end.
+      return_carry: whether to return `(carry, outputs)`. The carry has no noise of
+        `output`. To classify by the last step with that noise, read it in the outputs.
+      reverse: whether to run from each sequence's end to its start. Outputs then
+        come last step first, unless `keep_order`; padding by `seq_lengths` stays at the end.
       keep_order: with `reverse`, outputs come in the order of the inputs.
       unroll: as in `jax.lax.scan`.
       checkpoint_every: as in `dropout_scan`.
@@ -110,15 +112,6 @@ class RNN(DropoutAttribute, nnx.Module):
         # Not `rngs`: there nnx.RNN keeps its stream for carries, with the same key in all layers. A
         # checkpoint of it would give all layers the same masks.
         self.dropout_stream: nnx.RngStream | None = fork_stream(rngs)
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """Switches between training and evaluation; `nnx.view` calls it.
-
-        Args:
-          deterministic: if True, this is evaluation.
-        """
-        if deterministic is not None:
-            self.deterministic = deterministic
 
     def __call__(
         self,
@@ -199,7 +192,11 @@ class RNN(DropoutAttribute, nnx.Module):
         carry = make_carry() if initial_carry is None else initial_carry
         # A draw counts the stream on, which is a side effect: only a call that uses it may have it.
         own = self.dropout_stream
-        key = dropout_key("RNN", rngs, own) if needs_key(self, deterministic) else None
+        key = (
+            dropout_key("RNN", rngs, own)
+            if draws(self.dropout, deterministic, self.deterministic)
+            else None
+        )
         if key is not None:
             check_one_step(self, start, layout, initial_carry, rngs)
         cell = NNX_FRAMEWORK.pure(self.cell)

@@ -14,7 +14,7 @@ RngSource = nnx.Rngs | nnx.RngStream | None
 _AT_THE_CALL = "rngs=nnx.Rngs(dropout=key) at the call"
 
 _CARRY = "carry"
-"""The stream that Flax's hosts hand on for `initialize_carry`; masks never come from it."""
+"""The stream that Flax's RNN layers pass to `initialize_carry`; masks never come from it."""
 
 
 def fork_stream(rngs: Any) -> nnx.RngStream | None:
@@ -49,8 +49,8 @@ def dropout_key(
       ValueError: if there is nothing to draw from, or a transformation closes over the stream.
       TypeError: if `rngs` is none of these.
     """
-    # A stock wrapper hands its stream for carries on to whatever it holds. It starts from one key
-    # each time, so masks from it would never change.
+    # nnx.Bidirectional passes its `carry` stream to the layers that it holds. By default it starts
+    # from key 0 in every model and every run, so all models would draw the same masks.
     source = own if rngs is None or is_for_carries(rngs) else rngs
     if isinstance(source, nnx.Rngs) and has_dropout(source):
         source = source["dropout"]

@@ -1,4 +1,4 @@
-"""The numbers of a noise: what may be given, by name, and how they meet a value."""
+"""Checks of a noise's numbers, and their form as arrays that broadcast to a value."""
 
 import math
 from typing import Any
@@ -60,8 +60,8 @@ def check_fits(name: str, value: Any, shape: tuple[int, ...]) -> None:
         )
 
 
-def as_wide(number: float | jax.Array, value: jax.Array, dtype: Any) -> jax.Array:
-    """A noise's number as an array of a dtype, with as many dims as the value, or none."""
+def cast_and_expand(number: float | jax.Array, value: jax.Array, dtype: Any) -> jax.Array:
+    """A noise's number in a dtype, with as many dims as the value, of size 1 in front."""
     number = jnp.asarray(number).astype(dtype)
     # Users may have rank promotion raise, so dims are added by hand.
     missing = value.ndim - number.ndim
@@ -69,8 +69,8 @@ def as_wide(number: float | jax.Array, value: jax.Array, dtype: Any) -> jax.Arra
 
 
 def as_share(probability: float | jax.Array, value: jax.Array, dtype: Any) -> jax.Array:
-    """A probability as `as_wide` gives a number; above 1 it counts as 1, below 0 as 0."""
-    share = as_wide(probability, value, dtype)
+    """A probability as `cast_and_expand` gives a number; above 1 it counts as 1, below 0 as 0."""
+    share = cast_and_expand(probability, value, dtype)
     # Not jnp.clip, which halves the derivative at 0 and 1 themselves.
     outside = jnp.where(share.real > 1, jnp.ones_like(share), jnp.zeros_like(share))
     return jnp.where((share.real < 0) | (share.real > 1), outside, share)

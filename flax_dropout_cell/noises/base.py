@@ -13,20 +13,21 @@ class NamedNoise:
     """A noise whose numbers go by name, with `variational` and `broadcast_dims`.
 
     A subclass is a frozen dataclass with these two fields and its own, whose first one has no
-    default. It sets `amplifies`, `needs_previous` and `is_identity` where `Noise` says so: without
-    `amplifies`, noise that makes a kept unit grow is accepted where it grows at every step. Noises
-    of users need not be a subclass, because `Noise` is a protocol.
+    default. It sets `amplifies`, `needs_previous` and `is_identity` if they apply (see `Noise`). Do
+    not forget `amplifies`: without it, noise that makes kept units larger is accepted at places
+    where it does so at every step, and values explode. A user's noise need not be a subclass,
+    because `Noise` is a protocol.
 
     Attributes:
-      written: the way to write one, for the error of a number without a name.
+      how_to_write: shown in the error for a number without a name.
       mask_kind: the kind of its masks' dtype, as `Noise` says.
-      probability: the name of the field from which `draw_keep_mask` draws the mask; such masks are
-        the same bits under `jax.vmap`, so a scan may draw those of all steps at once.
+      keep_mask_field: the field whose probability `draw_keep_mask` takes; such masks are the same
+        bits under `jax.vmap`, so a scan may draw those of all steps at once.
     """
 
-    written: ClassVar[str]
+    how_to_write: ClassVar[str]
     mask_kind: ClassVar[Any]
-    probability: ClassVar[str | None] = None
+    keep_mask_field: ClassVar[str | None] = None
     variational: bool
     broadcast_dims: Sequence[int]
 
@@ -59,7 +60,9 @@ def explain_missing_names(cls: Any) -> Any:
     def __init__(self: Any, *positional: Any, **named: Any) -> None:
         if positional or first not in named:
             got = ", ".join([*map(short_repr, positional), *named]) or "nothing"
-            raise TypeError(f"{cls.__name__} takes its numbers by name: {cls.written}, got {got}.")
+            raise TypeError(
+                f"{cls.__name__} takes its numbers by name: {cls.how_to_write}, got {got}."
+            )
         init(self, **named)
 
     cls.__init__ = __init__

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._dtypes import wide_dtype
-from .arguments import as_wide, check_fits, check_number
+from .arguments import cast_and_expand, check_fits, check_number
 from .base import NamedNoise, explain_missing_names
 from .protocol import register_noise
 
@@ -54,7 +54,7 @@ class ConcreteDropout(NamedNoise):
     variational: bool = False
     broadcast_dims: Sequence[int] = ()
 
-    written: ClassVar[str] = "write ConcreteDropout(logit=params['logit'])"
+    how_to_write: ClassVar[str] = "write ConcreteDropout(logit=params['logit'])"
     mask_kind: ClassVar[Any] = jnp.floating
 
     amplifies = True
@@ -101,10 +101,10 @@ class ConcreteDropout(NamedNoise):
         check_fits("temperature", self.temperature, value.shape)
         wide = wide_dtype(value.dtype)
         real = jnp.finfo(wide).dtype
-        logit, uniform = as_wide(self.logit, value, real), mask.astype(real)
+        logit, uniform = cast_and_expand(self.logit, value, real), mask.astype(real)
         relaxed = logit + jnp.log(uniform) - jnp.log1p(-uniform)
         # As a difference of logarithms, because 1 - p may round to 0.
-        log_kept = jax.nn.log_sigmoid(-relaxed / as_wide(self.temperature, value, real))
+        log_kept = jax.nn.log_sigmoid(-relaxed / cast_and_expand(self.temperature, value, real))
         factor = jnp.exp(log_kept - jax.nn.log_sigmoid(-logit))
         factor = jnp.broadcast_to(factor, value.shape)
         # Select first: what a dropped unit holds, NaN included, goes neither forward nor backward.

@@ -11,7 +11,7 @@ from .._dtypes import wide_dtype
 from .._messages import must_be
 from .._random.keep_masks import Number, draw_keep_mask
 from .._sharding import broadcast_like
-from .arguments import as_share, as_wide, check_fits, check_probability
+from .arguments import as_share, cast_and_expand, check_fits, check_probability
 from .base import NamedNoise, explain_missing_names
 from .protocol import register_noise
 
@@ -54,9 +54,9 @@ class Dropout(NamedNoise):
     broadcast_dims: Sequence[int] = ()
     scale: bool = True
 
-    written: ClassVar[str] = "nn.Dropout(0.2) is Dropout(keep_prob=0.8)"
+    how_to_write: ClassVar[str] = "nn.Dropout(0.2) is Dropout(keep_prob=0.8)"
     mask_kind: ClassVar[Any] = jnp.bool_
-    probability: ClassVar[str | None] = "keep_prob"
+    keep_mask_field: ClassVar[str | None] = "keep_prob"
 
     def __post_init__(self) -> None:
         check_probability("keep_prob", self.keep_prob)
@@ -115,7 +115,7 @@ class Dropout(NamedNoise):
         kept = jnp.where(mask, value, jnp.zeros((), value.dtype))
         if self.is_identity or not self.scale:
             return kept
-        keep_prob = as_wide(self.keep_prob, value, wide)
+        keep_prob = cast_and_expand(self.keep_prob, value, wide)
         if not isinstance(self.keep_prob, Number):
             # At 0 there is nothing to divide, and above 1 nothing is dropped.
             unscaled = (keep_prob == 0) | (keep_prob > 1)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from .._dtypes import wide_dtype
 from .._random.keep_masks import Number
 from .._sharding import broadcast_like
-from .arguments import as_wide, check_fits, check_number
+from .arguments import cast_and_expand, check_fits, check_number
 from .base import NamedNoise, explain_missing_names
 from .protocol import register_noise
 
@@ -49,7 +49,7 @@ class GaussianNoise(NamedNoise):
     variational: bool = False
     broadcast_dims: Sequence[int] = ()
 
-    written: ClassVar[str] = "write GaussianNoise(stddev=0.1)"
+    how_to_write: ClassVar[str] = "write GaussianNoise(stddev=0.1)"
     mask_kind: ClassVar[Any] = jnp.inexact
 
     reparameterized = True
@@ -96,7 +96,7 @@ class GaussianNoise(NamedNoise):
         # In float32, so that the sum is rounded once.
         wide = wide_dtype(value.dtype)
         deviates = broadcast_like(mask, value).astype(wide)
-        stddev = as_wide(self.stddev, value, wide)
+        stddev = cast_and_expand(self.stddev, value, wide)
         return (value.astype(wide) + stddev * deviates).astype(value.dtype)
 
     def expected(self, value: jax.Array, previous: jax.Array | None = None) -> jax.Array:

@@ -14,18 +14,19 @@ from .._messages import must_be, short_repr, with_article
 class Noise(Protocol):
     """The protocol of a noise: an object with these four members is a noise.
 
-    Make it a frozen dataclass with `register_noise` on top: then its numbers are static and its
-    arrays can be traced, mapped and differentiated. Four more attributes are optional, each a
-    bool: `is_identity` (True: the noise is skipped and draws nothing), `needs_previous` (True: it
-    is refused at sites that have no previous value), `amplifies` (True: a kept unit grows, so
-    the noise is refused where that would grow at every step), and `reparameterized` (True: the mask
-    is a deviate that does not depend on the noise's numbers, so a wrapper's carry does not
-    keep those numbers, and a learned number has a gradient in every window). A noise whose mask is
-    shared over some of the value's dims says so in a field `broadcast_dims`, a tuple of ints: a
-    mask that is shared over the batch is then drawn once for all rows, whatever their ids. With
-    `mask_kind`, a
-    kind of dtype such as `jnp.bool_`, masks that a caller brings are refused if theirs is another;
-    a subclass of `Dropout` that draws other masks than booleans sets its own.
+    Make it a frozen dataclass with `register_noise` on top: its numbers are then static, and its
+    arrays can be traced, mapped and differentiated. More attributes are optional:
+
+    - `is_identity`, a bool: if True, the noise is skipped and draws nothing.
+    - `needs_previous`, a bool: if True, the noise is an error at sites without a previous value.
+    - `amplifies`, a bool: if True, kept units grow, and the noise is an error at sites where they
+      would grow at every step.
+    - `reparameterized`, a bool: if True, the mask does not depend on the noise's numbers. A
+      wrapper's carry then does not keep them, and a learned number has a gradient in every window.
+    - `broadcast_dims`, a tuple of ints: the dims that share a mask. A mask that is shared over the
+      batch is drawn once for all rows, whatever their ids.
+    - `mask_kind`, a kind of dtype such as `jnp.bool_`: masks of another kind that a caller gives
+      are an error. A subclass of `Dropout` whose masks are not booleans sets its own.
 
     Example:
       >>> import dataclasses, jax

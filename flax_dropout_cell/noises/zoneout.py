@@ -54,9 +54,9 @@ class Zoneout(NamedNoise):
     variational: bool = False
     broadcast_dims: Sequence[int] = ()
 
-    written: ClassVar[str] = "write Zoneout(prob=0.1)"
+    how_to_write: ClassVar[str] = "write Zoneout(prob=0.1)"
     mask_kind: ClassVar[Any] = jnp.bool_
-    probability: ClassVar[str | None] = "prob"
+    keep_mask_field: ClassVar[str | None] = "prob"
 
     needs_previous = True
 

@@ -349,7 +349,7 @@ def test_new_masks_are_drawn_where_a_row_resets_and_nowhere_else() -> None:
         ),
         ({"resets": RESETS, "sequence_ids": jnp.zeros((T, B))}, TypeError, "must be ints"),
         ({"sequence_ids": jnp.zeros((T, B), int)}, ValueError, r"sequence_ids has shape"),
-        ({"reset_carry": first_carry()}, ValueError, "without resets"),
+        ({"reset_carry": first_carry()}, ValueError, "reset_carry needs resets"),
         ({"resets": RESETS, "reset_carry": 0.0}, ValueError, "reset_carry has the structure"),
         (
             {"resets": RESETS, "reset_carry": {"h": jnp.zeros(5), "seen": 0.0}},

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import flax_dropout_cell as fdc
+from flax_dropout_cell._flax.deterministic import draws
 from flax_dropout_cell._flax.framework import Framework
 from flax_dropout_cell._flax.layer import (
     Settings,
     describe_layer,
-    needs_key,
     read_layout,
     run_layer,
 )
@@ -106,7 +106,7 @@ class RNN(eqx.Module):
             cell.params,
             carry,
             layout,
-            key if needs_key(self, deterministic) else None,
+            key if draws(self.dropout, deterministic, self.deterministic) else None,
             cell=cell,
             dropout=EQUINOX.resolve_noise(self.dropout, self.cell, carry),
             make_carry=lambda: carry,

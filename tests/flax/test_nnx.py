@@ -282,7 +282,7 @@ def test_a_view_of_a_layer_evaluates() -> None:
 def test_a_view_of_an_embedding_evaluates() -> None:
     ids = jnp.arange(20).reshape(2, 10)
     embed = fdc.nnx.Embed(20, 3, 0.5, rngs=nnx.Rngs(params=0, dropout=1))
-    table, stream = embed.embedding[...], embed.rngs
+    table, stream = embed.embedding[...], embed.dropout_stream
     assert stream is not None
     view = view_of(embed)
     assert_same(view(ids), table[ids])

@@ -138,7 +138,7 @@ def test_every_number_of_a_loop_that_is_cut(name, monkeypatch) -> None:
 
     monkeypatch.setattr(traced_scan, "cut_loop", spy)
     assert_numbers_of_jax_lax_scan(CASES[name])
-    counts = [(len(cut.ahead), len(cut.after)) for cut in found]
+    counts = [(len(cut.before), len(cut.after)) for cut in found]
     assert max(counts, key=sum) == CUTS[name]
 
 

@@ -13,7 +13,8 @@ from ..._spec.recurrent_dropout import PyTree, RecurrentDropout
 from ...noises.arguments import check_probability
 from ...noises.dropout import Dropout
 from ..carry import DropoutCarry
-from ..wrapper import CellWrapper, input_shapes, is_shape
+from ..cell_weights import complex_dtype
+from ..wrapper import CellWrapper, for_likely_inputs, is_shape
 from .configs import keep_prob_to_config, plan_wrapper, to_config
 from .state_filters import Visitor, place_visited
 from .trusted_names import TrustedNames, collect_names, to_name
@@ -45,7 +46,7 @@ class TensorFlowWrapper(CellWrapper):
     def _arguments(self, cell: Any) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _dropout(self, cell_carry: PyTree) -> RecurrentDropout:
+    def _spec_for(self, cell_carry: PyTree) -> RecurrentDropout:
         def noise(keep_prob: Any) -> Dropout | None:
             return keep_prob_noise(keep_prob, self.variational_recurrent, self.broadcast_dims)
 
@@ -90,7 +91,9 @@ class TensorFlowWrapper(CellWrapper):
 
         def of(features: Any) -> PyTree:
             cell_carry = self._framework.carry_shapes(self.cell, features)
-            return self._output_shapes(cell_carry, input_shapes(features, cell_carry))
+            return for_likely_inputs(
+                features, cell_carry, lambda x: self._output_shapes(cell_carry, x)
+            )
 
         return jax.tree.map(lambda leaf: size_of(leaf.shape), self._of_any_width(of))
 
@@ -101,8 +104,12 @@ class TensorFlowWrapper(CellWrapper):
         """
         if hasattr(self.cell, "zero_state"):
             return self.cell.zero_state(batch_size, dtype)
-        shapes = self._batched_state_shapes((batch_size,))
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), shapes)
+
+        def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+            return jnp.zeros(leaf.shape, complex_dtype(dtype) if is_complex else dtype)
+
+        return jax.tree.map(zeros, self._batched_state_shapes((batch_size,)))
 
     def _batched_state_shapes(self, batch: tuple[int, ...]) -> PyTree:
         def of(features: Any) -> PyTree:

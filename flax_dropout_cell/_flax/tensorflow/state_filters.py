@@ -31,7 +31,7 @@ def place_visited(
     named = _name_pairs(state) if knows_pairs else state
     answers = visit_state(visitor or leave_lstm_memory_alone, named)
     if visitor is None and all(jax.tree.leaves(answers)):
-        _refuse_lstms_within(framework, cell)
+        _check_no_lstms_within(framework, cell)
     # Leaf by leaf, because one noise on a state of several leaves is refused where it may explode,
     # and TensorFlow puts it on all of them.
     answers = jax.tree.leaves(jax.tree.broadcast(answers, named))
@@ -119,7 +119,7 @@ def leave_lstm_memory_alone(state: Any) -> Any:
     return True
 
 
-def _refuse_lstms_within(framework: Framework, cell: Any) -> None:
+def _check_no_lstms_within(framework: Framework, cell: Any) -> None:
     for part in framework.parts(cell):
         if isinstance(part, CellWrapper) or family_of_module(part) is LSTM:
             raise ValueError(
