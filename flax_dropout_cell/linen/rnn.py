@@ -130,7 +130,8 @@ class RNN(nn.Module):
             same masks.
           start: the absolute index of the first step, 0 by default. A sequence that is cut into
             windows, each with the same `rng`, its own `start` and the carry of the one before,
-            gives the uncut result. With `resets` this needs `sequence_ids` too.
+            gives the uncut result. With `resets` this needs `sequence_ids` too. With `reverse` as
+            well, see `dropout_scan`.
           reset_carry: the carry at a reset, such as a learned initial state; that of
             `initialize_carry` by default.
           deterministic: if True, this is evaluation. None uses the layer's own setting, here and

@@ -239,6 +239,16 @@ def plot(spec, key: Any = KEY, **options):
     )
 
 
+def test_masks_of_complex_numbers_are_plotted_by_their_real_part() -> None:
+    xs = jnp.ones((STEPS, ROWS, UNITS), jnp.complex64)
+    figure = fdc.plot_masks(
+        None, xs[0], xs, KEY, cell=lambda params, h, x: (h, x),
+        dropout=fdc.RecurrentDropout(input=fdc.GaussianNoise(stddev=1.0)),
+    )  # fmt: skip
+    (image,) = figure.axes[0].get_images()
+    assert image.get_array().shape == (UNITS, STEPS)
+
+
 def test_what_cannot_be_plotted(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = fdc.RecurrentDropout(input=FRESH)
     with pytest.raises(ValueError, match="no masks to plot"):

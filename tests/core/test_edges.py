@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from added_noise import Added
 from jax import export
 from quick_prng import quick_key
 
@@ -119,10 +120,13 @@ def test_weakly_typed_inputs_widen_nothing(site, given) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_numpy_float64_inputs_warn_of_nothing() -> None:
-    spec = fdc.RecurrentDropout(output=FROZEN)
-    _, ys = scan(spec, jnp.ones(6), XS[0], np.ones(XS.shape), cell=cell)
-    assert ys.dtype == jnp.float32
+@pytest.mark.parametrize("noise", [FROZEN, Added(), Added(variational=False)], ids=str)
+def test_numpy_float64_values_warn_of_nothing(noise: Any) -> None:
+    """Also if the mask has the dtype of the value: that is float32 by then."""
+    spec = fdc.RecurrentDropout(input=noise, state=noise, output=noise, params=noise)
+    weights, h, xs = np.ones(6), np.ones(XS.shape[1:]), np.ones(XS.shape)
+    carry, ys = scan(spec, weights, h, xs, cell=cell)
+    assert carry.dtype == ys.dtype == jnp.float32
 
 
 @MODES

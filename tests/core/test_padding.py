@@ -137,9 +137,6 @@ def test_cells_that_are_singular_at_zero(valid) -> None:
             total += h.sum()
         return total
 
-    rows = valid.any(0)
-    if not rows.all():  # nothing of its own could stand in for the inputs of such a row
-        valid = valid | ~rows
     assert_close(jax.grad(loss)(PARAMS), jax.grad(loss_by_hand)(PARAMS))
 
 

@@ -92,6 +92,32 @@ def test_padded_windows_one_after_the_other(host: str, spec: str) -> None:
     ]
 
 
+def test_pieces_that_run_backward_and_begin_with_a_reset() -> None:
+    """A piece cannot see a reset at the start of the next one, so the caller resets its carry."""
+    steps, cut, ids = 6, 3, jnp.array([7, 8])
+    xs = jax.random.normal(jax.random.key(0), (steps, 2, 4))
+    resets = jnp.zeros((steps, 2), bool).at[cut, 0].set(True)
+    noise = fdc.Dropout(keep_prob=0.5, variational=True)
+    options: Any = {
+        "cell": lambda params, h, x: (jnp.tanh(h + x),) * 2,
+        "dropout": fdc.RecurrentDropout(input=noise, output=fdc.Dropout(keep_prob=0.5)),
+        "reverse": True,
+    }
+
+    def run(h: jax.Array, part: slice) -> Any:
+        count = part.stop - part.start
+        return fdc.dropout_scan(
+            None, h, xs[part], quick_key(1), resets=resets[part], start=part.start,
+            sequence_ids=jnp.broadcast_to(ids, (count, 2)), **options,
+        )  # fmt: skip
+
+    zeros = jnp.zeros((2, 4))
+    _, whole = run(zeros, slice(0, steps))
+    h, late = run(zeros, slice(cut, steps))
+    _, early = run(jnp.where(resets[cut][:, None], 0, h), slice(0, cut))
+    np.testing.assert_allclose(jnp.concatenate([early, late]), whole, rtol=1e-6)
+
+
 def test_a_new_window_first_reads_the_state_that_the_old_mask_left() -> None:
     """Noise at `state` has multiplied the carry that comes in; inside the cell it does not."""
     noise = fdc.Dropout(keep_prob=0.5, variational=True)

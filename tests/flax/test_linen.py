@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
+from added_noise import Added
 from hand_masks import lstm_row
 from quick_prng import QUICK, quick_key
 
@@ -103,6 +104,26 @@ def test_nn_rnn_is_dropout_scan(name) -> None:
         want_carry,
     )
     assert (np.asarray(ys) == 0).any()
+
+
+@fdc.register_noise
+@dataclasses.dataclass(frozen=True)
+class OneForAllRows(Added):
+    """A mask of fewer dims than the value."""
+
+    def draw_mask(self, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return super().draw_mask(rng, shape[-1:], dtype)
+
+
+def test_a_mask_of_fewer_dims_goes_through_padded_rows() -> None:
+    """`nn.RNN` indexes each leaf of a carry by row, so a mask must have the rows' axis."""
+    xs, noise = jnp.ones((3, 4, 5)), OneForAllRows()
+    cell = DropoutCell(nn.SimpleCell(8), fdc.RecurrentDropout(input=noise))
+    rnn = nn.RNN(cell, return_carry=True)
+    variables = rnn.init(RNG, xs)
+    carry, _ = rnn.apply(variables, xs, seq_lengths=jnp.array([4, 2, 1]), rngs={"dropout": RNG})
+    assert carry.masks.input.shape == (3, 5)
+    np.testing.assert_array_equal(carry.masks.input, carry.masks.input[:1].repeat(3, 0))
 
 
 @cells

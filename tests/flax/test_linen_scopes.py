@@ -296,6 +296,15 @@ def test_sown_values_follow_those_that_came() -> None:
         assert sown.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("mutable", [True, ["params"], ["params", "losses"]], ids=str)
+def test_a_cell_under_remat_runs_if_its_weights_are_mutable(mutable: Any) -> None:
+    cell = nn.remat(nn.SimpleCell)(4)
+    layer, stock = fdc.linen.RNN(cell, fdc.RecurrentDropout()), nn.RNN(cell)
+    variables = stock.init(KEY, X)
+    ys, _ = layer.apply(variables, X, mutable=mutable)
+    np.testing.assert_allclose(ys, stock.apply(variables, X), rtol=1e-6)
+
+
 class SowsUnderRemat(FromZeros):
     @nn.compact
     def __call__(self, carry: Any, inputs: Any) -> Any:

@@ -279,6 +279,20 @@ def test_a_view_of_a_layer_evaluates() -> None:
     assert view.deterministic
 
 
+def test_an_embedding_casts_as_flaxs_does() -> None:
+    """By `promote_dtype`, an option of `nnx.Embed`, in the lookup and in `attend`."""
+
+    def doubled(arrays: Any, **_: Any) -> Any:
+        return tuple(2 * array for array in arrays)
+
+    options: Any = {"promote_dtype": doubled, "rngs": nnx.Rngs(params=0, dropout=1)}
+    ours, flaxs = fdc.nnx.Embed(20, 3, 1.0, **options), nnx.Embed(20, 3, **options)
+    ours.embedding[...] = flaxs.embedding[...]
+    ids, query = jnp.arange(5), jnp.ones((2, 3))
+    assert_same(ours(ids), flaxs(ids))
+    assert_same(ours.attend(query), flaxs.attend(query))
+
+
 def test_a_view_of_an_embedding_evaluates() -> None:
     ids = jnp.arange(20).reshape(2, 10)
     embed = fdc.nnx.Embed(20, 3, 0.5, rngs=nnx.Rngs(params=0, dropout=1))

@@ -313,6 +313,36 @@ def test_weights_of_a_bare_layer_load_whatever_its_cells_fields_are_called() -> 
     assert_same(nnx.state(rnn.cell.cell, nnx.Param), nnx.state(bare.cell, nnx.Param))
 
 
+@pytest.mark.parametrize("as_dict", [False, True], ids=["state", "pure dict"])
+@pytest.mark.parametrize("wrappers", [1, 2])
+def test_a_model_loads_if_its_cell_holds_a_cell(wrappers: int, as_dict: bool) -> None:
+    """Its state is at `cell.cell`, as that of a wrapped cell would be."""
+    bare, rnn = (nnx.RNN(Outer(seed)) for seed in (1, 2))
+    cell = rnn.cell
+    for _ in range(wrappers):
+        rnn.cell = DropoutCell(rnn.cell, fdc.RecurrentDropout())
+    kept, weights = jax.tree.structure(nnx.state(rnn)), nnx.state(bare, nnx.Param)
+    nnx.update(rnn, nnx.to_pure_dict(weights) if as_dict else weights)
+    assert_same(nnx.state(cell, nnx.Param), nnx.state(bare.cell, nnx.Param))
+    assert jax.tree.structure(nnx.state(rnn)) == kept
+
+
+class WithDropout(Sum):
+    """A cell with an attribute that a wrapper has too."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(seed))
+
+
+def test_a_model_loads_if_its_cell_holds_a_dropout() -> None:
+    bare, rnn = (nnx.RNN(WithDropout(seed)) for seed in (1, 2))
+    rnn.cell = DropoutCell(rnn.cell, fdc.RecurrentDropout())
+    nnx.update(rnn.cell, nnx.state(bare.cell))
+    keys = [cell.dropout.rngs.key[...] for cell in (rnn.cell.cell, bare.cell)]
+    assert_same(*map(jax.random.key_data, keys))
+
+
 def test_weights_of_a_bare_cell_with_weights_of_its_own_load() -> None:
     """Its weights stand in the cell itself, not in a layer of it."""
     bare, cell = NnxProbe(jnp.full(UNITS, 3.0)), DropoutCell(NnxProbe(), fdc.RecurrentDropout())

@@ -420,6 +420,26 @@ class TestSizes:
         with pytest.raises(ValueError, match="depend on 3 feature axes; give input_size"):
             _ = RNNCellDropoutWrapper(nn.ConvLSTMCell(4, kernel_size=(3, 3))).state_size
 
+    def test_a_complex_state_stays_complex(self) -> None:
+        state = RNNCellDropoutWrapper(fdc.linen.LRUCell(8)).zero_state(3, jnp.float32)
+        assert (state.shape, state.dtype) == ((3, 8), jnp.complex64)
+
+    def test_the_sizes_of_a_cell_of_tokens(self) -> None:
+        class Tokens(nn.RNNCellBase):
+            @nn.compact
+            def __call__(self, carry, inputs):
+                return carry, nn.Embed(7, 4)(inputs)
+
+            def initialize_carry(self, rng, input_shape):
+                return jnp.zeros((*input_shape[:-1], 3))
+
+            @property
+            def num_feature_axes(self) -> int:
+                return 1
+
+        wrapper = RNNCellDropoutWrapper(Tokens(), input_size=2)
+        assert (wrapper.state_size, wrapper.output_size) == (3, (2, 4))
+
     def test_zero_states(self) -> None:
         wrapper = RNNCellDropoutWrapper(nn.LSTMCell(8))
         for state in (

@@ -53,6 +53,27 @@ def test_a_wrapper_around_a_wrapper(framework: str) -> None:
     assert [place.path for place in places] == ["input", "state.cell_carry[1]"]
 
 
+class Described(nn.Module):
+    """A model that may look at its own wrapper, which holds a wrapper, before it runs it."""
+
+    looks: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inner = fdc.linen.RNNCellDropoutWrapper(nn.LSTMCell(8), output_keep_prob=0.5)
+        outer = fdc.linen.RNNCellDropoutWrapper(inner, 0.5)
+        if self.looks:
+            assert outer.describe(x[:, 0]).places and outer.state_size and outer.output_size
+        return nn.RNN(outer, split_rngs={"params": False, "dropout": True})(x)
+
+
+def test_a_model_that_looks_at_its_wrapper_keeps_its_masks() -> None:
+    x, rngs = jnp.ones((2, 5, 4)), {"dropout": jax.random.key(1)}
+    variables = Described(False).init(jax.random.key(0), x)
+    runs = [Described(looks).apply(variables, x, rngs=rngs) for looks in (False, True)]
+    assert (runs[0] == runs[1]).all()
+
+
 @frameworks
 def test_tensorflows_wrapper(framework: str) -> None:
     wrap = (fdc.linen if framework == "linen" else fdc.nnx).RNNCellDropoutWrapper

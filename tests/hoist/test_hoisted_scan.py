@@ -290,6 +290,8 @@ def test_a_large_gradient_of_a_float32_weight(dtype, cut, request) -> None:
         "h": jnp.eye(units) / 8,
         "b": jnp.zeros((1, units)),
         "scale": jnp.ones((1, units)),
+        "x_b": jnp.zeros((1, units)),
+        "x_scale": jnp.ones((1, units)),
     }
     xs = jnp.ones((steps, 2, units), dtype)
 
@@ -297,6 +299,9 @@ def test_a_large_gradient_of_a_float32_weight(dtype, cut, request) -> None:
         def step(h: Any, x: Any) -> Any:
             kernels = jax.tree.map(lambda w: w.astype(dtype), weights)
             joined = jnp.concatenate([kernels["x"], kernels["h"]])
+            x = x * kernels["x_scale"] + kernels["x_b"]
+            ahead = x @ kernels["x"]  # of no carry, so it may run before the loop
+            h = h + ahead / 8
             h = (jnp.concatenate([x, h], -1) @ joined + kernels["b"]) * kernels["scale"]
             return h / 2, (h * kernels["h"][:2], h @ kernels["h"])
 

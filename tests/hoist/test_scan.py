@@ -98,6 +98,13 @@ def headed(width: int, h: Any) -> Any:
     return fdc.explain_scan(step, h, jnp.ones((6, *h.shape)))
 
 
+def test_shapes_are_explained_as_arrays_are() -> None:
+    carry, xs = (jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (ROW, XS))
+    assert fdc.explain_scan(step_of(WIDE, WIDE), carry, xs) == fdc.explain_scan(
+        step_of(WIDE, WIDE), ROW, XS
+    )
+
+
 def test_the_explanation_of_a_head() -> None:
     told = headed(256, ROW)
     assert told.loop == ("dot_general: float32[1,128]", "1 add, 1 tanh")
