@@ -8,16 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from .._arguments import as_ints, check_flag
-from .._inspect.describe import Description, describe
-from .._inspect.plot_masks import draw_strips, plot_strips
 from .._messages import short_tree_repr
 from .._sequence.dropout_scan import at_a_step, dropout_scan
 from .._sequence.padding import check_lengths
 from .._sharding import place_rows
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout, draws_at_each_step
 from .carry import DropoutCarry
-from .deterministic import is_evaluation
-from .framework import Framework
 from .initial_carry import blame_initial_carry
 
 
@@ -234,71 +230,6 @@ def _flip(y: jax.Array, lengths: jax.Array | None) -> jax.Array:
     # Each row's own steps are turned. The rest, modulo the length, are steps of its padding.
     at = (lengths[None] - 1 - steps) % y.shape[0]
     return jnp.take_along_axis(y, at.reshape(at.shape + (1,) * (y.ndim - at.ndim)), 0)
-
-
-def describe_layer(
-    layer: Any, framework: Framework, inputs: Any, time_major: bool | None
-) -> Description:
-    """`fdc.describe` for the cell of a layer, which needs no weights."""
-    traced = _trace_layer(layer, framework, inputs, time_major)
-    x = at_a_step(traced.xs)
-    shown = describe(traced.params, traced.carry, x, cell=traced.cell, dropout=traced.dropout)
-    return dataclasses.replace(shown, evaluates=is_evaluation(None, layer.deterministic))
-
-
-def plot_layer(
-    layer: Any,
-    framework: Framework,
-    inputs: Any,
-    rng: jax.Array,
-    time_major: bool | None,
-    *,
-    start: int,
-    row: int,
-    max_units: int,
-    ax: Any,
-) -> Any:
-    """`fdc.plot_masks` for the cell of a layer, which needs no weights."""
-    traced = _trace_layer(layer, framework, inputs, time_major)
-    strips = draw_strips(
-        traced.params,
-        traced.carry,
-        traced.xs,
-        rng,
-        cell=traced.cell,
-        dropout=traced.dropout,
-        start=start,
-        row=row,
-        batch_ndim=traced.batch_ndim,
-    )
-    return plot_strips(strips, start=start, max_units=max_units, ax=ax)
-
-
-class _Traced(NamedTuple):
-    """A layer as the functions that look at a cell take it: shapes in place of arrays."""
-
-    params: PyTree
-    carry: PyTree
-    xs: PyTree
-    cell: Callable[..., Any]
-    dropout: RecurrentDropout
-    batch_ndim: int
-
-
-def _trace_layer(layer: Any, framework: Framework, inputs: Any, time_major: bool | None) -> _Traced:
-    cell = layer.cell
-
-    def time_first(inputs: Any) -> Any:
-        leads = Settings.of(layer, time_major=time_major).time_major
-        return read_layout(inputs, framework.num_feature_axes(cell), leads).xs
-
-    xs = jax.eval_shape(time_first, inputs)
-    carry = framework.carry_shapes(cell, jax.tree.map(lambda leaf: leaf.shape[1:], xs))
-    params = framework.params_shapes(cell, carry, at_a_step(xs))
-    dropout = framework.resolve_noise(layer.dropout, cell, carry)
-    batch_ndim = max(leaf.ndim for leaf in jax.tree.leaves(xs)) - 1
-    batch_ndim -= framework.num_feature_axes(cell)
-    return _Traced(params, carry, xs, framework.traceable(cell), dropout, batch_ndim)
 
 
 def _check_lengths(seq_lengths: Any, layout: Layout) -> jax.Array | None:

@@ -14,6 +14,21 @@ from ..noises.protocol import Noise
 PyTree = Any
 
 
+class DeferredPrefix:
+    """A prefix of noises that depends on the value's structure; `resolve` makes it."""
+
+    def resolve(self, value: PyTree) -> PyTree:
+        """The noises for a value.
+
+        Args:
+          value: the value at the site, or its shapes and dtypes.
+
+        Returns:
+          A tree shaped like the value, with a noise or None for each leaf.
+        """
+        raise NotImplementedError
+
+
 def zip_prefix(name: str, prefix: PyTree, value: PyTree) -> list[tuple[Any, PyTree]]:
     """Pairs each leaf of a prefix with the subtree of the value beneath it."""
     # `jax.tree.broadcast` would do, but its errors name neither the site nor a noise.
@@ -85,8 +100,8 @@ def is_prefix_leaf(node: Any) -> bool:
 
 
 def is_deferred(node: Any) -> bool:
-    """Whether a node is a `DeferredPrefix`, such as `at_paths` makes."""
-    return hasattr(node, "resolve") and isinstance(getattr(node, "noise", None), Noise)
+    """Whether a node is a `DeferredPrefix` with a noise, such as `at_paths` makes."""
+    return isinstance(node, DeferredPrefix) and isinstance(getattr(node, "noise", None), Noise)
 
 
 def dtype_of(leaf: Any) -> Any:

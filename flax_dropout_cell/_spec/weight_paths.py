@@ -10,8 +10,8 @@ from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
 from .._messages import must_be
 from ..noises.protocol import Noise
+from .prefixes import DeferredPrefix, PyTree
 
-PyTree = Any
 Path = tuple[str, ...]
 
 _RECURRENT = (
@@ -26,21 +26,6 @@ _RECURRENT = (
     "hidden_to_hidden/w",  # Haiku's convolutional LSTMs
 )
 _JOINT = ("*lstm*/linear/w",)  # Haiku's LSTM: one kernel [D + H, 4H] for x and h
-
-
-class DeferredPrefix:
-    """A prefix of noises that depends on the value's structure; `resolve` makes it."""
-
-    def resolve(self, value: PyTree) -> PyTree:
-        """The noises for a value.
-
-        Args:
-          value: the value at the site, or its shapes and dtypes.
-
-        Returns:
-          A tree shaped like the value, with a noise or None for each leaf.
-        """
-        raise NotImplementedError
 
 
 @functools.partial(

@@ -1,36 +1,29 @@
 """`RNN`: a linen cell over whole sequences, under recurrent dropout."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax
 
 from .._flax.deterministic import draws
 from .._flax.initial_carry import blame_initial_carry
+from .._flax.inspected_layer import InspectedLayer
 from .._flax.layer import (
     Settings,
     check_bare_carries,
     check_one_step,
-    describe_layer,
-    plot_layer,
     read_layout,
     run_layer,
 )
 from .._flax.wrapper import check_bare
-from .._inspect.describe import Description
 from .._random.keys import as_key, as_rng
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout
 from .._step.checks import check_dropout
 from .framework import LINEN
 from .streams import dropout_key
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-
-class RNN(nn.Module):
+class RNN(InspectedLayer, nn.Module):
     """`nn.RNN` under recurrent dropout: any cell over whole sequences.
 
     In training a call reads the `dropout` stream once, or takes `rng`; from that key variational
@@ -75,6 +68,8 @@ class RNN(nn.Module):
       >>> rnn.apply(variables, x, deterministic=True).shape
       (4, 20, 64)
     """
+
+    _framework = LINEN
 
     cell: nn.RNNCellBase
     dropout: RecurrentDropout
@@ -203,63 +198,3 @@ class RNN(nn.Module):
             sequence_ids=sequence_ids,
             collect=cell.put_back if cell.collects else None,
         )
-
-    @nn.nowrap
-    def describe(self, inputs: Any, *, time_major: bool | None = None) -> Description:
-        """Describes the noise of the layer, as a table; needs no weights and no keys.
-
-        Args:
-          inputs: inputs, or a `jax.ShapeDtypeStruct` of them.
-          time_major: see the layer.
-
-        Returns:
-          A `Description`, as `fdc.describe` gives it for one step of the cell.
-
-        Raises:
-          ValueError: if the inputs lack an axis, or a noise does not fit its site.
-
-        Example:
-          >>> import flax_dropout_cell as fdc
-          >>> import jax, jax.numpy as jnp
-          >>> gal = fdc.recipes.gal2016(input_keep_prob=0.8, recurrent_keep_prob=0.7)
-          >>> fdc.linen.RNN(fdc.linen.GRUCell(8), gal).describe(jnp.ones((4, 20, 8)))
-          site                 value          noise                   drawn  mask        shared over
-          input                float32[4, 8]  Dropout(keep_prob=0.8)  once   bool[4, 8]  steps
-          inside['recurrent']  float32[4, 8]  Dropout(keep_prob=0.7)  once   bool[4, 8]  steps
-          without noise: params (10 leaves), state, output
-          free sites inside the cell: candidate, hidden, input_per_gate, recurrent_per_gate
-        """
-        return describe_layer(self, LINEN, inputs, time_major)
-
-    @nn.nowrap
-    def plot_masks(
-        self,
-        inputs: Any,
-        rng: jax.Array,
-        *,
-        start: int = 0,
-        row: int = 0,
-        max_units: int = 32,
-        time_major: bool | None = None,
-        ax: "Axes | Sequence[Axes] | None" = None,
-    ) -> "Figure":
-        """Plots which units one row of a batch keeps and drops over time, as `fdc.plot_masks`.
-
-        Args:
-          inputs: inputs, or a `jax.ShapeDtypeStruct` of them.
-          rng: the key of the call; the masks are those of `layer(inputs, rng=rng)`.
-          start: the absolute index of the first step, 0 by default.
-          row: which row of the batch, counted through all batch dims.
-          max_units: how many units of each array are shown.
-          time_major: see the layer.
-          ax: the matplotlib axes to draw in, one for each array; a new figure by default.
-
-        Returns:
-          A matplotlib figure.
-
-        Raises:
-          ImportError: if matplotlib is not installed.
-          ValueError: if no noise draws a mask, `row` is not in the batch, or `rng` is None.
-        """
-        options: dict[str, Any] = {"start": start, "row": row, "max_units": max_units, "ax": ax}
-        return plot_layer(self, LINEN, inputs, rng, time_major, **options)

@@ -1,36 +1,29 @@
 """`RNN`: an NNX cell over whole sequences, under recurrent dropout."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from flax import nnx
 
 from .._arguments import check_flag
 from .._flax.deterministic import draws
+from .._flax.inspected_layer import InspectedLayer
 from .._flax.layer import (
     Settings,
     check_bare_carries,
     check_one_step,
-    describe_layer,
-    plot_layer,
     read_layout,
     run_layer,
 )
 from .._flax.wrapper import check_bare
-from .._inspect.describe import Description
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout
 from .dropout_attribute import DropoutAttribute
 from .framework import NNX_FRAMEWORK
 from .streams import RngSource, as_source, carry_stream, dropout_key, fork_stream
 from .switchable import Switchable
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-
-class RNN(DropoutAttribute, Switchable, nnx.Module):
+class RNN(InspectedLayer, DropoutAttribute, Switchable, nnx.Module):
     """`nnx.RNN` under recurrent dropout: any cell over whole sequences.
 
     In training a call draws one key from the module's own `dropout` stream, or takes `rngs`; from
@@ -82,6 +75,8 @@ class RNN(DropoutAttribute, Switchable, nnx.Module):
       >>> samples.shape
       (3, 4, 20, 64)
     """
+
+    _framework = NNX_FRAMEWORK
 
     def __init__(
         self,
@@ -217,62 +212,3 @@ class RNN(DropoutAttribute, Switchable, nnx.Module):
             reset_carry=reset_carry,
             sequence_ids=sequence_ids,
         )
-
-    def describe(self, inputs: Any, *, time_major: bool | None = None) -> Description:
-        """Describes the noise of the layer, as a table; draws nothing.
-
-        Args:
-          inputs: inputs, or a `jax.ShapeDtypeStruct` of them.
-          time_major: see the layer.
-
-        Returns:
-          A `Description`, as `fdc.describe` gives it for one step of the cell.
-
-        Raises:
-          ValueError: if the inputs lack an axis, or a noise does not fit its site.
-
-        Example:
-          >>> from flax import nnx
-          >>> import flax_dropout_cell as fdc
-          >>> import jax.numpy as jnp
-          >>> dropout = fdc.RecurrentDropout(output=fdc.Dropout(keep_prob=0.8))
-          >>> rnn = fdc.nnx.RNN(nnx.GRUCell(32, 64, rngs=nnx.Rngs(0)), dropout)
-          >>> rnn.describe(jnp.ones((4, 20, 32)))
-          site    value           noise                   drawn      mask         shared over
-          output  float32[4, 64]  Dropout(keep_prob=0.8)  each step  bool[4, 64]
-          without noise: params (3 leaves), input, state
-          free sites inside the cell: none
-        """
-        return describe_layer(self, NNX_FRAMEWORK, inputs, time_major)
-
-    def plot_masks(
-        self,
-        inputs: Any,
-        rng: jax.Array,
-        *,
-        start: int = 0,
-        row: int = 0,
-        max_units: int = 32,
-        time_major: bool | None = None,
-        ax: "Axes | Sequence[Axes] | None" = None,
-    ) -> "Figure":
-        """Plots which units one row of a batch keeps and drops over time, as `fdc.plot_masks`.
-
-        Args:
-          inputs: inputs, or a `jax.ShapeDtypeStruct` of them.
-          rng: the key of the call; the masks are those of `layer(inputs, rngs=rng)`.
-          start: the absolute index of the first step, 0 by default.
-          row: which row of the batch, counted through all batch dims.
-          max_units: how many units of each array are shown.
-          time_major: see the layer.
-          ax: the matplotlib axes to draw in, one for each array; a new figure by default.
-
-        Returns:
-          A matplotlib figure.
-
-        Raises:
-          ImportError: if matplotlib is not installed.
-          ValueError: if no noise draws a mask, `row` is not in the batch, or `rng` is None.
-        """
-        options: dict[str, Any] = {"start": start, "row": row, "max_units": max_units, "ax": ax}
-        return plot_layer(self, NNX_FRAMEWORK, inputs, rng, time_major, **options)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.tree_util import keystr, tree_leaves_with_path
 
 import flax_dropout_cell as fdc
-from flax_dropout_cell._spec.weight_paths import DeferredPrefix
+from flax_dropout_cell._spec.prefixes import DeferredPrefix
 
 NOISE = fdc.Dropout(keep_prob=0.5, variational=True)
 IN, UNITS = 5, 4

@@ -13,9 +13,9 @@ import pytest
 import flax_dropout_cell as fdc
 from flax_dropout_cell._flax.deterministic import draws
 from flax_dropout_cell._flax.framework import Framework
+from flax_dropout_cell._flax.inspected_layer import InspectedLayer
 from flax_dropout_cell._flax.layer import (
     Settings,
-    describe_layer,
     read_layout,
     run_layer,
 )
@@ -86,7 +86,9 @@ class Equinox(Framework):
 EQUINOX = Equinox()
 
 
-class RNN(eqx.Module):
+class RNN(InspectedLayer, eqx.Module):
+    _framework = EQUINOX
+
     cell: Any
     dropout: fdc.RecurrentDropout
     deterministic: bool = False
@@ -139,7 +141,7 @@ def test_its_layer_runs_equinox_under_masks(state: Any) -> None:
 
 
 def test_it_describes_itself_and_refuses_sites_that_the_cell_lacks() -> None:
-    describe = describe_layer(layer(state=NOISE), EQUINOX, XS, None)
+    describe = layer(state=NOISE).describe(XS)
     assert [place.path for place in describe.places] == ["state[0]"]
     with pytest.raises(TypeError, match=r"eqx\.nn\.LSTMCell has no sites"):
         layer(inside={"memory": NOISE})(XS, key=KEY)
