@@ -24,7 +24,7 @@ class _Fate(enum.IntEnum):
 
 def find_computed(program: Program, values: Iterable[int]) -> set[int]:
     """Finds the values that a step computes from others, instead of keeping or replacing these."""
-    fates = dict.fromkeys(values, _Fate.KEPT)
+    fates: dict[Any, _Fate] = dict.fromkeys(values, _Fate.KEPT)
     for equation in program.equations:
         operands = [fates.get(value, _Fate.UNRELATED) for value in equation.arguments]
         fates.update(zip(equation.outputs, _fates_after(equation.eqn, operands), strict=True))

@@ -241,7 +241,7 @@ def _strips_at(
             shape = (steps, *np.shape(leaf))
             whole = np.broadcast_to(_with_ndim(np.asarray(drawn), len(shape)), shape)
             if np.iscomplexobj(whole):
-                whole = whole.real  # a picture has one number for each unit
+                whole = np.real(whole)  # a picture has one number for each unit
             axis = f"weight {list(np.shape(leaf))}" if site == PARAMS else "unit"
             strip = Strip(_units(site, whole, row, batch_ndim), noise, axis)
             strips[f"{site}{keystr(path)}"] = strip

@@ -246,7 +246,7 @@ def test_masks_of_complex_numbers_are_plotted_by_their_real_part() -> None:
         dropout=fdc.RecurrentDropout(input=fdc.GaussianNoise(stddev=1.0)),
     )  # fmt: skip
     (image,) = figure.axes[0].get_images()
-    assert image.get_array().shape == (UNITS, STEPS)
+    assert np.shape(image.get_array()) == (UNITS, STEPS)
 
 
 def test_what_cannot_be_plotted(monkeypatch: pytest.MonkeyPatch) -> None:

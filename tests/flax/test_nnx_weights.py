@@ -332,14 +332,13 @@ class WithDropout(Sum):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(seed))
+        self.dropout: Any = nnx.Dropout(0.5, rngs=nnx.Rngs(seed))
 
 
 def test_a_model_loads_if_its_cell_holds_a_dropout() -> None:
-    bare, rnn = (nnx.RNN(WithDropout(seed)) for seed in (1, 2))
-    rnn.cell = DropoutCell(rnn.cell, fdc.RecurrentDropout())
-    nnx.update(rnn.cell, nnx.state(bare.cell))
-    keys = [cell.dropout.rngs.key[...] for cell in (rnn.cell.cell, bare.cell)]
+    bare, cell = WithDropout(1), WithDropout(2)
+    nnx.update(DropoutCell(cell, fdc.RecurrentDropout()), nnx.state(bare))
+    keys = [each.dropout.rngs.key[...] for each in (cell, bare)]
     assert_same(*map(jax.random.key_data, keys))
 
 
