@@ -258,9 +258,13 @@ def test_no_steps(options, reverse) -> None:
         ({"valid": PREFIX.T}, ValueError, "valid must .* 6 steps"),
         ({"valid": PREFIX[:, :2]}, ValueError, r"carry .*batch dims of valid, \(2,\)"),
         ({"valid": PREFIX, "seq_lengths": LENGTHS}, ValueError, "seq_lengths or valid, not both"),
-        ({"valid": PREFIX, "resets": PREFIX[:, :2]}, ValueError, "resets"),
+        (
+            {"valid": PREFIX, "resets": PREFIX[:, :2]},
+            ValueError,
+            r"resets \(6, 2\) and padding \(6, 4\) differ in shape",
+        ),
     ],
 )
-def test_mistakes(options, error, text) -> None:
+def test_padding_that_does_not_fit_is_refused(options, error, text) -> None:
     with pytest.raises(error, match=text):
         scan(**options)

@@ -220,7 +220,7 @@ def test_nothing_to_draw(steps: int, rows: int) -> None:
         assert fdc.dropout_scan(None, h, xs, KEY, **options)[1].shape == xs.shape
 
 
-def test_mistakes() -> None:
+def test_arguments_that_do_not_fit_are_refused() -> None:
     spec = noise_at_all_but_params(fdc.Dropout(keep_prob=0.7))
     with pytest.raises(ValueError, match="draw_step_masks needs a key"):
         draw(spec, None)

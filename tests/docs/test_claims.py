@@ -224,10 +224,11 @@ def test_tests_that_are_named_exist(page) -> None:
     sources = {path.name: path.read_text() for path in (ROOT / "tests").rglob("*.py")}
     everything = "\n".join(sources.values())
     for file, name in re.findall(
-        r"`(?:tests/)?(test_\w+\.py)?(?:::)?(test_\w+)?`", page.read_text()
+        r"`(?:tests/)?(test_\w+\.py)?(?:::)?((?:test_|Test)\w+)?`", page.read_text()
     ):
         assert not file or file in sources, file
-        assert not name or f"def {name}(" in sources.get(file, everything), name
+        kind = "class" if name.startswith("Test") else "def"
+        assert not name or re.search(rf"{kind} {name}\b", sources.get(file, everything)), name
 
 
 def test_how_far_off_ratios_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,8 +207,10 @@ def test_a_missing_stream_where_linen_would_fall_back_to_params() -> None:
         layer.apply(variables, XS, rngs={"params": KEY})
 
 
-def test_nnx_streams_without_dropout() -> None:
-    layer: Any = fdc.nnx.RNN(fdc.nnx.LSTMCell(4, 16, rngs=nnx.Rngs(0)), SPEC)
+@pytest.mark.parametrize("own", [None, 0], ids=["no stream", "a stream"])
+def test_an_rngs_without_dropout_is_refused_whatever_stream_the_layer_has(own: Any) -> None:
+    rngs = None if own is None else nnx.Rngs(dropout=own)
+    layer: Any = fdc.nnx.RNN(fdc.nnx.LSTMCell(4, 16, rngs=nnx.Rngs(0)), SPEC, rngs=rngs)
     with pytest.raises(ValueError, match="needs a 'dropout' stream"):
         layer(XS, rngs=nnx.Rngs(params=0))
 

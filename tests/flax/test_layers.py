@@ -18,7 +18,7 @@ import probes
 import pytest
 from asserts import assert_close, assert_same
 from flax import nnx
-from hand_masks import kept, site_key
+from hand_masks import kept, site_key, with_number
 from layers import (
     BATCH,
     FEATURES,
@@ -30,6 +30,7 @@ from layers import (
     Framework,
     differ_widely,
 )
+from nnx_cells import Sum
 from quick_prng import quick_key
 
 import flax_dropout_cell as fdc
@@ -423,3 +424,42 @@ def test_the_settings_of_the_loop_reach_it(framework: Framework) -> None:
     equations, ys = program(parallel=True)
     assert is_parallel(equations)
     assert_close(ys, wanted)
+
+
+class HalfLinen(linen_cells.FromZeros):
+    """Half of the old state, and the input."""
+
+    def __call__(self, carry: Any, inputs: Any) -> Any:
+        h = carry / 2 + inputs
+        return h, h
+
+
+class HalfNNX(Sum):
+    """Half of the old state, and the input."""
+
+    def __call__(self, carry: Any, inputs: Any) -> Any:
+        h = carry / 2 + inputs
+        return h, h
+
+
+@pytest.mark.parametrize("name", ["linen", "nnx"])
+def test_packed_rows_run_backward_as_each_sequence_alone(name: str) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 6, 4)).astype(np.float32)
+    resets = np.zeros((2, 6), bool)
+    resets[:, 0] = resets[0, 2] = resets[1, 4] = True
+    ids = np.cumsum(resets.ravel()).reshape(2, 6) + 10
+    key, wanted = jax.random.key(3), np.zeros_like(x)
+    sequences = {(row, int(number)) for row in range(2) for number in ids[row]}
+    for row, number in sequences:
+        mask = 2 * kept(with_number(site_key(key, "input"), number), 4)
+        h = np.zeros(4)
+        for t in np.flatnonzero(ids[row] == number)[::-1]:
+            h = wanted[row, t] = h / 2 + x[row, t] * mask
+    noise = fdc.Dropout(keep_prob=0.5, variational=True)
+    spec, given = fdc.RecurrentDropout(input=noise), {"resets": resets, "sequence_ids": ids}
+    options: Any = {"reverse": True, "keep_order": True}
+    if name == "linen":
+        got: Any = fdc.linen.RNN(HalfLinen(), spec, **options).apply({}, x, rng=key, **given)
+    else:
+        got = layer_of(HalfNNX(), spec, **options)(x, rngs=key, **given)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)

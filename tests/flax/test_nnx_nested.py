@@ -10,6 +10,7 @@ import probes
 import pytest
 from asserts import assert_same
 from flax import nnx
+from hand_masks import kept, site_key
 from nnx_cells import (
     PER_STEP,
     VARIATIONAL,
@@ -136,3 +137,18 @@ def test_three_nested_wrappers_draw_masks_of_their_own() -> None:
     _, y = cell(cell.initialize_carry(x.shape), x)
     share = float((y != 0).mean())
     assert abs(share - 1 / 8) < 5 * (1 / 8 * 7 / 8 / x.size) ** 0.5
+
+
+@pytest.mark.parametrize("inside", [1, 2])
+def test_the_key_of_a_wrapper_around_wrappers(inside: int) -> None:
+    """Part of the random stream: the table in `_random/keys.py`."""
+    cell: Any = Sum()
+    for _ in range(inside):
+        cell = DropoutCell(cell, fdc.RecurrentDropout())
+    noise = fdc.Dropout(keep_prob=0.5, variational=True)
+    outer = DropoutCell(cell, fdc.RecurrentDropout(input=noise), rngs=nnx.Rngs(dropout=7))
+    shape = (BATCH, 16)
+    _, y = outer(outer.initialize_carry(shape), jnp.ones(shape))
+    own = nnx.Rngs(dropout=7)["dropout"].fork()()
+    key = jax.random.fold_in(own, np.uint32(2**31 + 7 * 2**28 + inside))
+    assert_same(y, np.where(kept(site_key(key, "input"), *shape), np.float32(2), np.float32(0)))

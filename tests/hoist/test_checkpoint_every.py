@@ -58,7 +58,7 @@ def test_memory_grows_with_the_chunks_and_what_is_in_one() -> None:
 
 
 @pytest.mark.parametrize("every", [0, -1, True, 2.0, "2"])
-def test_mistakes(every) -> None:
+def test_a_checkpoint_every_that_does_not_fit_is_refused(every) -> None:
     error = ValueError if type(every) is int else TypeError
     with pytest.raises(error, match="checkpoint_every must be an int of at least 1"):
         scan(noise_everywhere(NOISES[0]), checkpoint_every=every)

@@ -10,6 +10,7 @@ import flax.linen as nn
 import hosts
 import jax
 import jax.numpy as jnp
+import numpy as np
 import probes
 import pytest
 from compiled import computations, random_work, scans
@@ -238,3 +239,51 @@ def test_a_word_is_computed_once(program, keep_prob) -> None:
     roots = [line for lines in kernels for line in lines if line.strip().startswith("ROOT")]
     assert roots
     assert not [root for root in roots if re.search(r"= (pred|f32|u8)\[\d", root)]
+
+
+class MyDropout(fdc.Dropout):
+    """It might draw in another way."""
+
+
+NEITHER = np.zeros((6, 4), bool)
+SEVEN = fdc.Dropout(keep_prob=0.7)
+WHERE: dict[str, tuple[Any, dict[str, Any], bool]] = {
+    "dropout": (SEVEN, {}, False),
+    "zoneout": (fdc.Zoneout(prob=0.3), {}, False),
+    "resets": (SEVEN, {"resets": NEITHER}, False),
+    "ids": (SEVEN, {"sequence_ids": np.arange(4)}, False),
+    "a subclass": (MyDropout(keep_prob=0.7), {}, True),
+    "a bit a unit": (fdc.Dropout(keep_prob=0.5), {}, True),
+    "another noise": (fdc.GaussianNoise(stddev=0.1), {}, True),
+    "checkpoints": (SEVEN, {"checkpoint_every": 2}, True),
+    "resets and ids": (SEVEN, {"resets": NEITHER, "sequence_ids": NEITHER.astype(int)}, True),
+}
+
+
+@pytest.mark.parametrize(("noise", "options", "in_loop"), WHERE.values(), ids=WHERE)
+def test_where_per_step_masks_are_drawn(noise: Any, options: Any, in_loop: bool) -> None:
+    """As docs/randomness.md says, under "Before the loop, or inside"."""
+
+    def run(xs: jax.Array) -> Any:
+        return fdc.dropout_scan(
+            None, jnp.zeros((4, 8)), xs, jax.random.key(0), cell=lambda _, h, x: (h + x, h),
+            dropout=fdc.RecurrentDropout(state=noise), **options,
+        )  # fmt: skip
+
+    found = words_drawn(jax.make_jaxpr(run)(jnp.ones((6, 4, 8))).jaxpr)
+    assert {in_scan for _, in_scan in found} == {in_loop}
+
+
+@pytest.mark.parametrize("steps", [256, 257])
+def test_16_mib_of_masks_are_drawn_before_the_loop_and_more_in_it(steps: int) -> None:
+    """A unit's mask is a byte: 256 steps of 64 rows of 1024 are 16 MiB."""
+    shape = (64, 1024)
+
+    def run(xs: jax.Array) -> Any:
+        return fdc.dropout_scan(
+            None, jnp.zeros(shape), xs, jax.random.key(0), cell=lambda _, h, x: (h, x[:, 0]),
+            dropout=fdc.RecurrentDropout(input=SEVEN),
+        )  # fmt: skip
+
+    traced = jax.make_jaxpr(run)(jax.ShapeDtypeStruct((steps, *shape), jnp.float32))
+    assert {in_scan for _, in_scan in words_drawn(traced.jaxpr)} == {steps > 256}
