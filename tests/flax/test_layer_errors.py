@@ -299,7 +299,8 @@ def test_the_params_stream_draws_no_masks(rngs: Any) -> None:
     """Flax's own Dropout falls back to it, without a word."""
     layer = fdc.linen.RNN(nn.GRUCell(8), SPEC)
     variables = layer.init(KEY, XS)
-    with pytest.raises(ValueError, match=r"rngs={'dropout': key}.*Masks are never drawn from the 'params' stream"):
+    told = r"rngs={'dropout': key}.*Masks are never drawn from the 'params' stream"
+    with pytest.raises(ValueError, match=told):
         layer.apply(variables, XS, rngs=rngs)
     with pytest.raises(ValueError) as caught:
         layer.apply(variables, XS)
