@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,33 @@ def linear_cells() -> str:
         f"than none by two standard errors. Even so, the best of them, the {LINEAR[cell]} with "
         f"{scheme}, is at "
         f"{losses[cell, scheme]:.2f} behind the LSTM without dropout, at {loss(task, 'none'):.2f}."
+    )
+
+
+def linear_cells_on_all_tasks() -> str:
+    """A count of wins and losses, and of the cases in which each scheme is the best."""
+    better, worse, firsts = [], set(), []
+    for cell in LINEAR:
+        gaps = {
+            (task, scheme): gap(task, scheme, "none", cell)
+            for task in TASKS
+            for scheme in rows_of(task, cell)
+            if scheme != "none"
+        }
+        better.append(f"{sum(each < -2 for each in gaps.values())} of the {len(gaps)} rows")
+        worse |= {(cell, *at) for at, each in gaps.items() if each > 2}
+        for task in TASKS:
+            schemes = [scheme for at, scheme in gaps if at == task]
+            firsts.append(min(schemes, key=lambda name: loss(task, name, cell)))
+    assert {(cell, task) for cell, task, _ in worse} == {("min_gru", "digits")}
+    times = Counter(firsts)
+    ranked = sorted(times, key=lambda name: -times[name])
+    shares = ", ".join(f"*{name}* in {times[name]}" for name in ranked)
+    return (
+        f"Over the four tasks, {better[0]} of the LRU with dropout are better than none by two "
+        f"standard errors, and {better[1]} of the minGRU; {len(worse)} of the minGRU's are worse, "
+        f"all on digits. No scheme is always the best: of the {len(firsts)} pairs of a cell and a "
+        f"task, {shares}."
     )
 
 
