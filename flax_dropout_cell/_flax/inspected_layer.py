@@ -47,6 +47,11 @@ class InspectedLayer:
           inside['recurrent']  float32[4, 8]  Dropout(keep_prob=0.7)  once   bool[4, 8]  steps
           without noise: params (10 leaves), state, output
           free sites inside the cell: candidate, hidden, input_per_gate, recurrent_per_gate
+          >>> from flax import nnx
+          >>> cell = fdc.nnx.GRUCell(8, 8, rngs=nnx.Rngs(0))
+          >>> table = fdc.nnx.RNN(cell, gal).describe(jnp.ones((4, 20, 8)))
+          >>> [place.path for place in table.places]
+          ['input', "inside['recurrent']"]
         """
         traced = _trace_layer(self, inputs, time_major)
         x = at_a_step(traced.xs)

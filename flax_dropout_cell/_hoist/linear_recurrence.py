@@ -191,8 +191,8 @@ class _History:
     def _as_weight_use(self, equation: Equation) -> WeightUse | None:
         """A product of rows and a weight, in which steps are more rows.
 
-        Under `jax.vmap` its gradient would be a sum over two axes, time and rows, which XLA adds up
-        in bfloat16 if the weight is in bfloat16.
+        Under `jax.vmap` its gradient would be a sum over two axes, time and rows, which XLA for
+        CPUs adds up in bfloat16 if the weight is in bfloat16. On several devices it still is.
         """
         weights = self._same.intersection(equation.inputs)
         if equation.name != "dot_general" or len(set(equation.inputs)) != 2 or len(weights) != 1:

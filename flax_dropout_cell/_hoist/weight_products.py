@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from .._sharding import explicit_sharding
 from .flat_jaxpr import Equation, Program
 
 # The operands in which an equation is linear.
@@ -257,14 +258,18 @@ def _saves_work(program: Program, total: int, uses: list[WeightUse]) -> bool:
 def at_every_step(use: WeightUse, run: Callable[..., Any]) -> Callable[..., Any]:
     """Runs a product with a weight at all steps at once, on operands `[time, ...]`."""
     many = jax.device_count() > 1
+
+    def run_each(weight: Any, *operands: Any) -> Any:
+        return jax.vmap(run, (None, *[0] * len(operands)))(weight, *operands)
+
     if not use.rows_lead or (many and use.equation.name == "dot_general"):
         # The gradient of a product over `[time, batch]` contracts both axes. That keeps a batch
         # that is sharded as it is, but the compiler for CPUs transposes both operands for it.
-        return lambda weight, *operands: jax.vmap(run, (None, *[0] * len(operands)))(
-            weight, *operands
-        )
+        return run_each
 
     def run_rows(weight: Any, operand: Any) -> Any:
+        if not many and explicit_sharding(operand) is not None:  # a reshape cannot merge its axes
+            return run_each(weight, operand)
         # Steps become more rows. If the batch may be sharded it has to lead: `[time * batch]`
         # would interleave the shards, so each device would gather all rows.
         time, batch, *features = operand.shape

@@ -106,7 +106,7 @@ def is_deferred(node: Any) -> bool:
 
 def dtype_of(leaf: Any) -> Any:
     """A leaf's dtype as JAX has it: NumPy's float64 is float32, unless x64 is on."""
-    return jnp.result_type(leaf)
+    return leaf.dtype if isinstance(leaf, jax.Array) else jnp.result_type(leaf)
 
 
 def weaken_like(value: jax.Array, leaf: Any) -> jax.Array:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .._random.keys import as_rng, fold_in, is_threefry, leaf_rng, need_rng
@@ -201,7 +202,7 @@ def draw_leaf(
             f"which does not broadcast to the value's shape {shape}."
         )
     # A mask of the user's noise may have fewer dims than the value; hosts index rows and steps.
-    return mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
+    return jnp.reshape(mask, (1,) * (len(shape) - np.ndim(mask)) + np.shape(mask))
 
 
 def _draw_mask(noise: Noise, rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

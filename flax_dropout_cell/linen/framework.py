@@ -13,7 +13,7 @@ from .._flax.framework import Framework
 from .._flax.wrapper import CellWrapper
 from .._spec.recurrent_dropout import PyTree
 from .cells import GRUCell, LSTMCell
-from .pure_cell import LinenPureCell
+from .pure_cell import LinenPureCell, variables_of
 from .submodules import parts_of
 from .weights import run_on, unbox, weights_of
 
@@ -78,13 +78,16 @@ class Linen(Framework):
                 return cell.initialize_carry(rng, input_shape)
             # A wrapper inside would draw from the running module's stream, and so move the masks
             # of that module's other draws. A free copy has a stream of its own.
-            params = {} if cell.scope is None else weights_of(cell)
+            variables, streams = {}, {"dropout"}
+            if cell.scope is not None:
+                variables = nn.unbox(variables_of(cell)) | {"params": weights_of(cell)}
+                streams |= cell.scope.rngs.keys()
             free = copy_into(None, cell, renamed=True)
             return free.apply(
-                {"params": params},
+                variables,
                 rng,
                 input_shape,
-                rngs={"dropout": rng},
+                rngs=dict.fromkeys(streams, rng),
                 method=type(free).initialize_carry,
             )
 

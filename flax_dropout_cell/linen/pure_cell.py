@@ -32,7 +32,7 @@ class LinenPureCell:
         self._cell = cell
         self._scope: Any = cell.scope
         self._free, _ = cell.unbind()
-        self._variables = nn.unbox(_variables(cell, set()))
+        self._variables = nn.unbox(variables_of(cell))
         self._variables.pop(_CAPTURED, None)
         self.params: PyTree = self._variables.pop("params", {})
 
@@ -101,8 +101,13 @@ def _appended(old: PyTree, new: PyTree) -> PyTree:
     return (*(old or ()), *new)
 
 
+def variables_of(module: nn.Module) -> dict[str, Any]:
+    """A bound module's variables, as they lie in it once it is unbound."""
+    return _variables(module, set())
+
+
 def _variables(module: nn.Module, seen: set[int]) -> dict[str, Any]:
-    """A bound module's variables, as they lie in it once it is unbound.
+    """`variables_of` without the modules that were seen.
 
     A module in a field that is bound elsewhere, as one that was made inside a compact method is,
     keeps its variables there, and is found under its field's name once it is unbound.

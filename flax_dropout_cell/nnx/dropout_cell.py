@@ -36,7 +36,7 @@ class Wrapper(CellWrapper, Switchable, nnx.RNNCellBase):
     if not TYPE_CHECKING:
 
         def __setattr__(self, name: str, value: Any) -> None:
-            if name not in vars(self) and _is_state(value):
+            if _is_state(value) and self._belongs_to_the_cell(name):
                 # nnx.update sets the bare cell's state here: the cell is one level deeper than its
                 # path says.
                 cell = _unwrap(self)
@@ -49,6 +49,11 @@ class Wrapper(CellWrapper, Switchable, nnx.RNNCellBase):
                     # Flax lets an attribute be data, or static, and no longer the other.
                     value = data_or_static(value)
                 super().__setattr__(name, value)
+
+    def _belongs_to_the_cell(self, name: str) -> bool:
+        if name in vars(self) or "_wrapped" not in vars(self):
+            return False
+        return name == "cell" or name in vars(_unwrap(self))
 
     @property
     def cell(self) -> Any:

@@ -13,6 +13,7 @@ from jax import export
 from quick_prng import quick_key
 
 import flax_dropout_cell as fdc
+from flax_dropout_cell._compat import as_weakly_typed
 
 RNG = quick_key(6)
 XS = jax.random.normal(jax.random.key(1), (5, 4, 6))
@@ -127,6 +128,31 @@ def test_numpy_float64_values_warn_of_nothing(noise: Any) -> None:
     weights, h, xs = np.ones(6), np.ones(XS.shape[1:]), np.ones(XS.shape)
     carry, ys = scan(spec, weights, h, xs, cell=cell)
     assert carry.dtype == ys.dtype == jnp.float32
+
+
+@fdc.register_noise
+@dataclasses.dataclass(frozen=True)
+class Fixed(Added):
+    """A noise whose mask is a number."""
+
+    def draw_mask(self, rng: Any, shape: Any, dtype: Any) -> Any:
+        return 1.0
+
+
+def test_a_mask_that_is_a_number() -> None:
+    _, ys = scan(fdc.RecurrentDropout(input=Fixed()), jnp.ones(6), XS[0] * 0, XS, cell=cell)
+    _, wanted = scan(fdc.RecurrentDropout(), jnp.ones(6), XS[0] * 0, XS + 1, cell=cell)
+    np.testing.assert_allclose(ys, wanted, rtol=1e-6)
+
+
+def test_a_weakly_typed_array_keeps_its_dtype() -> None:
+    weak = as_weakly_typed(jnp.bfloat16(2.0))
+    assert jax.typeof(weak).weak_type
+    masks = fdc.draw_masks(
+        None, weak, weak, RNG, cell=lambda params, h, x: (h, x),
+        dropout=fdc.RecurrentDropout(state=fdc.GaussianNoise(stddev=1.0, variational=True)),
+    )  # fmt: skip
+    assert masks.state is not None and masks.state.dtype == jnp.bfloat16
 
 
 @MODES

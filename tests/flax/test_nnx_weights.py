@@ -327,6 +327,27 @@ def test_a_model_loads_if_its_cell_holds_a_cell(wrappers: int, as_dict: bool) ->
     assert jax.tree.structure(nnx.state(rnn)) == kept
 
 
+class WithGain(DropoutCell):
+    """A wrapper with state of its own, made before the wrapper's or after it."""
+
+    def __init__(self, first: bool) -> None:
+        if first:
+            self.gain = nnx.Param(jnp.ones(3))
+        super().__init__(Sum(), fdc.RecurrentDropout())
+        if not first:
+            self.gain = nnx.Param(jnp.ones(3))
+        self.notes = nnx.data({"a": jnp.zeros(1)})
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_state_of_a_subclass_of_a_wrapper_is_its_own(first: bool) -> None:
+    cell: Any = WithGain(first)
+    assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(cell))} == {"gain", "notes"}
+    assert not {"gain", "notes"} & vars(cell.cell).keys()
+    cell.late = nnx.Param(jnp.ones(1))
+    assert "late" in vars(cell) and "late" not in vars(cell.cell)
+
+
 class WithDropout(Sum):
     """A cell with an attribute that a wrapper has too."""
 

@@ -758,6 +758,27 @@ def test_a_carry_that_starts_equal_on_all_shards_is_refused() -> None:
         run(jnp.ones(XS))
 
 
+@pytest.mark.usefixtures("float64")
+def test_log_space_gives_no_nan_for_a_dropped_unit() -> None:
+    """As the paper of minGRU codes it: a candidate that is dropped has the logarithm -inf."""
+
+    def cell(params: Any, log_h: jax.Array, x: jax.Array, *, disturb: Any) -> Any:
+        z = x @ params["decay"]
+        log_candidate = jnp.log(disturb("candidate", jax.nn.softplus(x @ params["in"])))
+        log_h = jnp.logaddexp(log_h - jax.nn.softplus(z), jax.nn.log_sigmoid(z) + log_candidate)
+        return log_h, jnp.exp(log_h)
+
+    params, h, x = gated_arrays()
+    spec = fdc.RecurrentDropout(inside={"candidate": fdc.Dropout(keep_prob=0.5)})
+    arrays = ({"decay": params["decay"], "in": params["in"]}, jnp.zeros_like(h), x)
+    ys, grads = jax.value_and_grad(
+        lambda arrays: run(None, arrays=arrays, cell=cell, dropout=spec)[1].sum()
+    )(arrays)
+    assert jnp.isfinite(ys)
+    assert all((jnp.isfinite(leaf) & (leaf != 0)).any() for leaf in jax.tree.leaves(grads))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
 # Layers and cells --------------------------------------------------------------------------------
 
 CELLS: dict[str, tuple[Any, Any]] = {
