@@ -304,5 +304,5 @@ def test_reset_carry(framework: str, time_major: bool) -> None:
         carry = jax.tree.map(lambda leaf: leaf[None], first)
         fresh = stock(x[row : row + 1, step:], carry)
         np.testing.assert_allclose(ys[row : row + 1, step:], fresh, rtol=1e-5)
-    with pytest.raises(ValueError, match="reset_carry was given without resets"):
+    with pytest.raises(ValueError, match="reset_carry needs resets"):
         run(swap(x), reset_carry=first)
