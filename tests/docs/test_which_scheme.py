@@ -288,8 +288,8 @@ def linear_cells_on_words() -> str:
     assert rows_of("words", "min_gru")["none"]["strength"] == 2.0 == max(by_rate)
     told.append(
         f"Twice the task's rate, the highest of the four, lowers the minGRU's validation loss "
-        f"without dropout from {by_rate[1.0]:.2f} to {by_rate[2.0]:.2f}. Its schemes were not given "
-        f"that choice, so they may gain more than the table says."
+        f"without dropout from {by_rate[1.0]:.2f} to {by_rate[2.0]:.2f}. Its schemes were not "
+        f"given that choice, so they may gain more than the table says."
     )
     return " ".join(told)
 
