@@ -42,7 +42,7 @@ class RNN(InspectedLayer, nn.Module):
       deterministic: if True, this is evaluation. Arguments at the call take precedence.
       time_major: whether inputs are `[time, *batch, *features]`, not `[*batch, time, *features]`.
       return_carry: whether to return `(carry, outputs)`. The carry has no noise of
-        `output`. To classify by the last step with that noise, read it in the outputs.
+        `output`. To classify under that noise, take the last valid step of the outputs.
       reverse: whether to run from each sequence's end to its start. Outputs then
         come last step first, unless `keep_order`; padding by `seq_lengths` stays at the end.
       keep_order: with `reverse`, outputs come in the order of the inputs.
@@ -161,11 +161,8 @@ class RNN(InspectedLayer, nn.Module):
             keep_order=keep_order,
         )
         rng = as_rng(rng)
-        key = (
-            dropout_key(self, rng, "RNN")
-            if draws(self.dropout, deterministic, self.deterministic)
-            else None
-        )
+        needs_key = draws(self.dropout, deterministic, self.deterministic)
+        key = dropout_key(self, rng, "RNN") if needs_key else None
         layout = read_layout(inputs, LINEN.num_feature_axes(self.cell), settings.time_major)
 
         def make_carry() -> PyTree:

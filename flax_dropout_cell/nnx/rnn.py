@@ -46,7 +46,7 @@ class RNN(InspectedLayer, DropoutAttribute, Switchable, nnx.Module):
       deterministic: if True, this is evaluation. Arguments at the call take precedence.
       time_major: whether inputs are `[time, *batch, *features]`, not `[*batch, time, *features]`.
       return_carry: whether to return `(carry, outputs)`. The carry has no noise of
-        `output`. To classify by the last step with that noise, read it in the outputs.
+        `output`. To classify under that noise, take the last valid step of the outputs.
       reverse: whether to run from each sequence's end to its start. Outputs then
         come last step first, unless `keep_order`; padding by `seq_lengths` stays at the end.
       keep_order: with `reverse`, outputs come in the order of the inputs.
@@ -188,11 +188,8 @@ class RNN(InspectedLayer, DropoutAttribute, Switchable, nnx.Module):
         carry = make_carry() if initial_carry is None else initial_carry
         # A draw counts the stream on, which is a side effect: only a call that uses it may have it.
         own = self.dropout_stream
-        key = (
-            dropout_key("RNN", rngs, own)
-            if draws(self.dropout, deterministic, self.deterministic)
-            else None
-        )
+        needs_key = draws(self.dropout, deterministic, self.deterministic)
+        key = dropout_key("RNN", rngs, own) if needs_key else None
         if key is not None:
             check_one_step(self, start, layout, initial_carry, rngs)
         cell = NNX_FRAMEWORK.pure(self.cell)

@@ -278,10 +278,11 @@ def linear_cells_on_words() -> str:
         first = min(losses, key=lambda name: losses[name])
         epochs = {name: float(np.mean(rows[name]["best_epoch"])) for name in ("none", first)}
         clear = sum(gap("words", name, "none", cell) < -2 for name in losses)
+        counted = {1: "Only one", len(losses): "All"}.get(clear, str(clear))
         told.append(
             f"Without dropout the {LINEAR[cell]} is at {bare:.2f} and best after "
             f"{epochs['none']:.0f} epochs; with *{first}* it is at {losses[first]:.2f}, after "
-            f"{epochs[first]:.0f}. {'All' if clear == len(losses) else clear} of its {len(losses)} "
+            f"{epochs[first]:.0f}. {counted} of its {len(losses)} "
             f"schemes {'is' if clear == 1 else 'are'} better than none by two standard errors."
         )
     by_rate = loss_by_rate("words", "min_gru")
