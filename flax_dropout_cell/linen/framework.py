@@ -83,13 +83,15 @@ class Linen(Framework):
                 variables = nn.unbox(variables_of(cell)) | {"params": weights_of(cell)}
                 streams |= cell.scope.rngs.keys()
             free = copy_into(None, cell, renamed=True)
-            return free.apply(
+            carry, _ = free.apply(
                 variables,
                 rng,
                 input_shape,
                 rngs=dict.fromkeys(streams, rng),
                 method=type(free).initialize_carry,
+                mutable=True,  # for variables that the cell has yet to make
             )
+            return carry
 
         return jax.eval_shape(run, jax.random.key(0))
 

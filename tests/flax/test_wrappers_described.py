@@ -74,6 +74,40 @@ def test_a_model_that_looks_at_its_wrapper_keeps_its_masks() -> None:
     assert_same(*(Described(looks).apply(variables, x, rngs=rngs) for looks in (False, True)))
 
 
+class StartsAtRandom(nn.RNNCellBase):
+    """A cell that holds a wrapper, and starts from a stream and a variable of its own."""
+
+    inner: Any
+
+    def setup(self) -> None:
+        self.scale = self.variable("constants", "scale", lambda: jnp.ones(()))
+
+    def __call__(self, carry: Any, inputs: Any) -> Any:
+        return carry, inputs
+
+    def initialize_carry(self, rng: Any, input_shape: Any) -> Any:
+        return self.scale.value * jax.random.normal(self.make_rng("noise"), input_shape)
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
+class LooksAtStart(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Any:
+        inner = fdc.linen.DropoutCell(nn.LSTMCell(8), fdc.RecurrentDropout(input=ONCE))
+        spec = fdc.RecurrentDropout(input=STEP)
+        cell = fdc.linen.DropoutCell(StartsAtRandom(inner), spec)
+        return [place.path for place in cell.describe(x).places]
+
+
+def test_a_cell_is_described_with_the_streams_and_variables_that_it_starts_from() -> None:
+    rngs = {"noise": jax.random.key(0)}
+    found, _ = LooksAtStart().apply({}, jnp.ones((2, 4)), rngs=rngs, mutable=["constants"])
+    assert found == ["input"]
+
+
 @frameworks
 def test_tensorflows_wrapper(framework: str) -> None:
     wrap = (fdc.linen if framework == "linen" else fdc.nnx).RNNCellDropoutWrapper
