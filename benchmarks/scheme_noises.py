@@ -13,6 +13,14 @@ STDDEVS = (0.02, 0.05, 0.1, 0.2)
 RATES = (0.25, 0.5, 1.0, 2.0)
 
 
+class Setting(NamedTuple):
+    """What a training may choose: a scheme's strength, a factor of the learning rate, a decay."""
+
+    strength: Any = 0.0
+    rate: Any = 1.0
+    weight_decay: Any = 0.0
+
+
 class Scheme(NamedTuple):
     """A scheme: its noise of a strength, the strengths to pick from, and how it is tested.
 

@@ -17,7 +17,7 @@ import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ import optax
 from compare import positive_int
 from rounds import command_of, resume, write
 from scheme_cells import CELLS
-from scheme_noises import COMPARED, SCHEMES, Scheme
+from scheme_noises import COMPARED, SCHEMES, Scheme, Setting
 from scheme_tables import draw, format_table
 from scheme_tasks import TASKS, Split, Task
 
@@ -138,25 +138,28 @@ def layer_keys(rng: Any, count: int) -> list[Any]:
 
 
 def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Callable[..., Any]:
-    """A whole training as a function of its key and the scheme's strength.
+    """A whole training as a function of its key and its `Setting`.
 
     It gives `(negative log-likelihood, score)` of validation and of test at the epoch that is
-    best by validation, that epoch, and the curve `[epochs, (train, valid)]`.
+    best by validation, that epoch, and the curve `[epochs, (train, valid)]`. With Monte Carlo, the
+    likelihoods and scores are a row each: of one pass without noise, then of the average.
     """
     train, valid, test = (Split(*map(jnp.asarray, split)) for split in task.splits)
     model = Model(cell_name, task, config)
     batches = len(train.inputs) // config.batch
-    samples = config.mc_samples if scheme.monte_carlo else 0
+    passes = (0, config.mc_samples) if scheme.monte_carlo else (0,)
 
-    def run(rng: jax.Array, strength: jax.Array) -> Any:
-        rate = config.learning_rate * (strength if scheme.scales_rate else 1.0)
-        schedule = optax.cosine_decay_schedule(rate, config.epochs * batches)
+    def run(rng: jax.Array, setting: Setting) -> Any:
+        steps = config.epochs * batches
+        schedule = optax.cosine_decay_schedule(config.learning_rate * setting.rate, steps)
         optimizer = optax.chain(
-            optax.clip_by_global_norm(config.max_grad_norm), optax.adam(schedule)
+            optax.clip_by_global_norm(config.max_grad_norm),
+            optax.adamw(schedule, weight_decay=setting.weight_decay),
         )
         # A layer's outputs are the next one's inputs, which are not dropped twice.
-        before = [strength if task.drops_inputs else 1.0] + [1.0] * (CELLS[cell_name].count - 1)
-        specs = [scheme.noise(strength, keep, cell_name) for keep in before]
+        keep = setting.strength if task.drops_inputs else 1.0
+        before = [keep] + [1.0] * (CELLS[cell_name].count - 1)
+        specs = [scheme.noise(setting.strength, keep, cell_name) for keep in before]
         init_rng, rng, test_rng = jax.random.split(rng, 3)
         params = model.init(init_rng)
 
@@ -185,7 +188,10 @@ def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Cal
         state = (params, optimizer.init(params), params, jnp.float32(jnp.inf))
         keys = jax.random.split(rng, config.epochs)
         (*_, best, _), curve = jax.lax.scan(run_epoch, state, keys)
-        results = [model.evaluate(best, split, test_rng, specs, samples) for split in (valid, test)]
+        results = [
+            jnp.stack([model.evaluate(best, split, test_rng, specs, count) for count in passes])
+            for split in (valid, test)
+        ]
         return *results, 1 + curve[:, 1].argmin(), curve
 
     if jax.default_backend() != "cpu":
@@ -196,31 +202,31 @@ def build_run(task: Task, config: Config, cell_name: str, scheme: Scheme) -> Cal
     # some memory at each step until its program returns, which was 22 GB after half an hour.
     one = jax.jit(run)
 
-    def run_all(keys: jax.Array, strengths: jax.Array) -> Any:
-        runs = [[one(rng, strength) for rng in keys] for strength in strengths]
-        return stack([stack(of_strength) for of_strength in runs])
+    def run_all(keys: jax.Array, settings: Setting) -> Any:
+        runs = [[one(rng, setting) for rng in keys] for setting in map(Setting, *settings)]
+        return stack([stack(of_setting) for of_setting in runs])
 
     return run_all
 
 
-def stack(results: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+def stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 # All runs ----------------------------------------------------------------------------------------
 
 
-def compare(task: Task, config: Config, cell: str, scheme: Scheme) -> dict[str, Any]:
-    """Runs all strengths with all seeds, and picks the strength by the mean validation."""
+def compare(task: Task, config: Config, cell: str, scheme: Scheme) -> list[dict[str, Any]]:
+    """Runs all strengths with all seeds, and picks the strength by the mean validation: a row."""
     began = time.monotonic()
-    rate = config.learning_rate * task.rate_of.get(cell, 1.0)
-    config = dataclasses.replace(config, learning_rate=rate)
+    config = for_cell(task, config, cell)
     run = build_run(task, config, cell, scheme)
-    keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
-    results = run(keys, jnp.array(scheme.strengths, jnp.float32))
-    by_strength = np.asarray(results[0], float)[:, :, 0].mean(1)
+    knob = "rate" if scheme.scales_rate else "strength"
+    settings = stack([Setting(**{knob: strength}) for strength in scheme.strengths])
+    valid, test, epochs, curves = map(np.asarray, run(keys_of(config), settings))
+    by_strength = valid[:, :, -1, 0].mean(1, dtype=float)
     picked = int(by_strength.argmin())
-    valid, test, epochs, curves = (np.asarray(part)[picked] for part in results)
+    of_picked = (valid[picked, :, -1], test[picked, :, -1], epochs[picked], curves[picked])
     row = {
         "scheme": scheme.name,
         "cell": cell,
@@ -228,6 +234,24 @@ def compare(task: Task, config: Config, cell: str, scheme: Scheme) -> dict[str, 
         "strengths": [*scheme.strengths],
         "valid_nll_by_strength": by_strength.tolist(),
         "strength": scheme.strengths[picked],
+    }
+    return [row | describe_trainings(task, config, of_picked, began) | describe_run()]
+
+
+def for_cell(task: Task, config: Config, cell: str) -> Config:
+    """The config with the learning rate of a cell."""
+    rate = config.learning_rate * task.rate_of.get(cell, 1.0)
+    return dataclasses.replace(config, learning_rate=rate)
+
+
+def keys_of(config: Config) -> jax.Array:
+    return jax.vmap(jax.random.key)(jnp.arange(config.seeds))
+
+
+def describe_trainings(task: Task, config: Config, results: Any, began: float) -> dict[str, Any]:
+    """Each seed's numbers at one setting, from what `build_run` gives for one way to predict."""
+    valid, test, epochs, curves = results
+    described = {
         "seed": [*range(config.seeds)],
         "valid_nll": valid[:, 0].tolist(),
         "test_nll": test[:, 0].tolist(),
@@ -237,8 +261,8 @@ def compare(task: Task, config: Config, cell: str, scheme: Scheme) -> dict[str, 
         "curves": np.round(curves.astype(float), 4).tolist(),
     }
     if task.score is not None:
-        row["test_score"] = test[:, 1].tolist()
-    return row | describe_run()
+        described["test_score"] = test[:, 1].tolist()
+    return described
 
 
 def describe(task: Task, name: str, config: Config) -> dict[str, Any]:
@@ -264,11 +288,21 @@ def describe_run() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare recurrent-dropout schemes.")
+    run_rows("Compare recurrent-dropout schemes.", "schemes", COMPARED, compare)
+
+
+def run_rows(
+    description: str,
+    prefix: str,
+    compared: dict[str, Sequence[str]],
+    compare: Callable[[Task, Config, str, Scheme], list[dict[str, Any]]],
+) -> None:
+    """Reads the command line, and adds the rows that are missing to `PREFIX_TASK.json`."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--data", type=Path, metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER")
-    parser.add_argument("--cell", choices=COMPARED, action="append", help="some instead of all")
+    parser.add_argument("--cell", choices=compared, action="append", help="some instead of all")
     parser.add_argument("--scheme", choices=SCHEMES, action="append", help="some instead of all")
     for field in dataclasses.fields(Config):
         kind: Any = positive_int if isinstance(field.default, int) else float
@@ -285,18 +319,20 @@ def main() -> None:
     config = Config(**task.config | given)
     if config.batch > len(task.splits[0].inputs):
         parser.error(f"--batch is {config.batch}, of {len(task.splits[0].inputs)} sequences")
-    path = arguments.out / f"schemes_{arguments.task}.json"
+    path = arguments.out / f"{prefix}_{arguments.task}.json"
     report = resume(parser, describe(task, arguments.task, config), path)
     if report["source"] != task.source:
         parser.error(f"{path} is of {report['source']}, not {task.source}; give another --out")
-    order = [(cell, name) for cell, names in COMPARED.items() for name in names]
+    cells, names = [*compared], [*SCHEMES]
     done = {(row["cell"], row["scheme"]) for row in report["rows"]}
-    for cell in arguments.cell or COMPARED:
-        for name in COMPARED[cell]:
+    for cell in arguments.cell or compared:
+        for name in compared[cell]:
             if (cell, name) in done or (arguments.scheme and name not in arguments.scheme):
                 continue
-            report["rows"].append(compare(task, config, cell, SCHEMES[name]))
-            report["rows"].sort(key=lambda row: order.index((row["cell"], row["scheme"])))
+            report["rows"] += compare(task, config, cell, SCHEMES[name])
+            report["rows"].sort(
+                key=lambda row: (cells.index(row["cell"]), names.index(row["scheme"]))
+            )
             write(path, report)
             draw(report, path.with_suffix(".png"))
             print(format_table(report), flush=True)

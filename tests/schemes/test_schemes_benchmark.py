@@ -1,5 +1,6 @@
 """The comparison of schemes: one budget for all, and a table of the measured numbers."""
 
+import dataclasses
 import importlib
 import json
 import platform
@@ -23,6 +24,7 @@ def modules(monkeypatch):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield SimpleNamespace(
             schemes=importlib.import_module("schemes"),
+            equal_budgets=importlib.import_module("equal_budgets"),
             **{
                 name: importlib.import_module(f"scheme_{name}")
                 for name in ("cells", "noises", "tables", "tasks")
@@ -57,7 +59,7 @@ def test_a_comparison_picks_by_validation_and_runs_all_seeds(modules):
     scheme = modules.noises.Scheme(
         "Gal", modules.noises.gal, (1e-6, 1.0, 1e-6, 1e-6), monte_carlo=True
     )
-    row = modules.schemes.compare(make_task(modules.tasks), config, "lstm", scheme)
+    (row,) = modules.schemes.compare(make_task(modules.tasks), config, "lstm", scheme)
     assert row["strength"] == 1.0
     np.testing.assert_allclose(row["valid_nll_by_strength"][1], np.mean(row["valid_nll"]))
     assert row["valid_nll_by_strength"][1] < row["valid_nll_by_strength"][0]
@@ -72,7 +74,7 @@ def test_a_comparison_picks_by_validation_and_runs_all_seeds(modules):
 
 def test_validation_drops_nothing(modules):
     config = modules.schemes.Config(units=4, epochs=2, batch=4, seeds=2)
-    row = modules.schemes.compare(
+    (row,) = modules.schemes.compare(
         make_task(modules.tasks),
         config,
         "gru",
@@ -163,13 +165,84 @@ def test_without_dropout_the_learning_rate_is_tuned(modules):
     def run(rate, *factors):
         config = modules.schemes.Config(units=4, epochs=3, batch=4, learning_rate=rate, seeds=2)
         scheme = bare._replace(strengths=factors)
-        return modules.schemes.compare(make_task(modules.tasks), config, "lstm", scheme)
+        (row,) = modules.schemes.compare(make_task(modules.tasks), config, "lstm", scheme)
+        return row
 
     tuned, alone, still = run(0.01, 0.0, 2.0), run(0.02, 1.0), run(0.01, 0.0)
     assert tuned["strength"] == 2.0
     np.testing.assert_allclose(tuned["test_nll"], alone["test_nll"], rtol=1e-5)
     assert (np.ptp(np.array(still["curves"])[:, :, 1], axis=1) == 0).all()
     assert tuned["valid_nll_by_strength"][0] == pytest.approx(np.mean(still["valid_nll"]), 1e-6)
+
+
+def test_under_equal_budgets_a_scheme_picks_its_learning_rate_too(modules):
+    """One seed at each setting, all seeds at the best: each as `compare` runs it alone."""
+    task = make_task(modules.tasks)._replace(rates=(0.5, 4.0))
+    config = modules.schemes.Config(units=4, epochs=3, batch=4, learning_rate=0.01, seeds=3)
+    zoneout = modules.noises.SCHEMES["zoneout"]._replace(strengths=(0.9, 0.1))
+    (row,) = modules.equal_budgets.tune(task, config, "lstm", zoneout)
+    assert [each["weight_decay"] for each in row["settings"]] == [0.0] * 4
+    for setting, valid in zip(row["settings"], row["valid_nll_by_setting"], strict=True):
+        alone = zoneout._replace(strengths=(setting["strength"],))
+        rate = {"learning_rate": 0.01 * setting["rate"]}
+        (by_itself,) = modules.schemes.compare(
+            task, dataclasses.replace(config, **rate), "lstm", alone
+        )
+        assert valid == pytest.approx(by_itself["valid_nll"][0], rel=1e-5)
+        if setting == {key: row[key] for key in setting}:
+            assert valid == min(row["valid_nll_by_setting"])
+            assert row["seed"] == [0, 1, 2] and row["learning_rate"] == rate["learning_rate"]
+            for key in ("valid_nll", "test_nll", "test_score", "best_epoch", "curves"):
+                np.testing.assert_allclose(row[key], by_itself[key], rtol=1e-4, atol=1e-4)
+    assert len({*row["valid_nll_by_setting"]}) == 4 and row["strength"] == 0.1
+
+
+def test_under_equal_budgets_no_dropout_picks_its_weight_decay(modules):
+    """Its trainings are the bare model's where nothing decays, and no worse for a choice."""
+    task = make_task(modules.tasks)._replace(rates=(1.0, 2.0))
+    config = modules.schemes.Config(units=4, epochs=3, batch=4, learning_rate=0.01, seeds=2)
+    bare = modules.noises.SCHEMES["none"]
+    (row,) = modules.equal_budgets.tune(task, config, "gru", bare)
+    decays = modules.equal_budgets.DECAYS
+    assert [(it["weight_decay"], it["rate"]) for it in row["settings"]] == [
+        (decay, rate) for decay in decays for rate in (1.0, 2.0)
+    ]
+    (plain,) = modules.schemes.compare(task, config, "gru", bare._replace(strengths=(1.0, 2.0)))
+    assert min(plain["valid_nll_by_strength"]) == pytest.approx(np.mean(plain["valid_nll"]))
+    undecayed = row["valid_nll_by_setting"][1]
+    assert undecayed == pytest.approx(plain["valid_nll"][0], rel=1e-5)
+    assert len({*row["valid_nll_by_setting"]}) == 8
+
+
+def test_under_equal_budgets_monte_carlo_shares_the_trainings(modules):
+    """Two rows for Gal's scheme: one pass without noise, and the average over samples."""
+    task = make_task(modules.tasks)._replace(rates=(1.0,))
+    config = modules.schemes.Config(
+        units=4, epochs=3, batch=4, learning_rate=0.03, seeds=2, mc_samples=3
+    )
+    rows = modules.equal_budgets.tune(task, config, "lstm", modules.noises.SCHEMES["Gal, tied"])
+    assert [row["scheme"] for row in rows] == ["Gal, tied", "Gal, tied, Monte Carlo"]
+    for row in rows:
+        scheme = modules.noises.SCHEMES[row["scheme"]]._replace(strengths=(row["strength"],))
+        (alone,) = modules.schemes.compare(task, config, "lstm", scheme)
+        np.testing.assert_allclose(row["test_nll"], alone["test_nll"], rtol=1e-5)
+    if rows[0]["strength"] == rows[1]["strength"]:
+        assert rows[0]["curves"] == rows[1]["curves"]
+    assert rows[0]["test_nll"] != rows[1]["test_nll"]
+
+
+def test_a_table_under_equal_budgets_shows_all_that_was_picked(modules):
+    tuned = {"rate": 0.5, "weight_decay": 0.1, "learning_rate": 0.005}
+    report = {
+        "unit": "step",
+        "score": None,
+        "rows": [
+            make_row("none", [8.0, 9.0, 10.0]) | tuned | {"strength": 0.0},
+            make_row("zoneout", [7.0, 8.0, 9.0]) | tuned | {"strength": 0.3, "weight_decay": 0.0},
+        ],
+    }
+    picked = [line.split(" | ")[2] for line in modules.tables.format_table(report).splitlines()[2:]]
+    assert picked == ["decay 0.1, rate x 0.5", "0.3, rate x 0.5"]
 
 
 def make_row(scheme, test):
@@ -266,7 +339,7 @@ def test_a_scheme_is_run_in_the_cells_that_have_it(modules, tmp_path, monkeypatc
 
     def compare(task, config, cell, scheme):
         ran.append((cell, scheme.name))
-        return {"cell": cell, "scheme": scheme.name}
+        return [{"cell": cell, "scheme": scheme.name}]
 
     monkeypatch.setattr(modules.schemes, "compare", compare)
     argv = ["schemes.py", "sunspots", "--batch", "4", "--out", str(tmp_path)]

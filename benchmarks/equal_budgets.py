@@ -1,0 +1,83 @@
+"""Which recurrent-dropout scheme, if each may choose its learning rate as well?
+
+    python benchmarks/equal_budgets.py chorales --data FOLDER
+    python benchmarks/equal_budgets.py words
+
+As in `schemes.py`, but every row picks from twelve settings: three learning rates, each with four
+strengths or, without dropout, four weight decays. One seed is trained at each; the setting that is
+best by validation is trained with the other seeds too, and tested.
+"""
+
+import itertools
+import time
+from typing import Any
+
+import numpy as np
+import scheme_noises
+from scheme_noises import SCHEMES, Scheme, Setting
+from scheme_tasks import Task
+from schemes import (
+    Config,
+    build_run,
+    describe_run,
+    describe_trainings,
+    for_cell,
+    keys_of,
+    run_rows,
+    stack,
+)
+
+DECAYS = (0.0, 0.03, 0.1, 0.3)
+GAL, AVERAGED = "Gal, tied", "Gal, tied, Monte Carlo"  # Two rows from the same trainings.
+COMPARED = {
+    cell: [name for name in names if name != AVERAGED]
+    for cell, names in scheme_noises.COMPARED.items()
+    if cell in ("lstm", "gru")
+}
+
+
+def settings_of(scheme: Scheme, rates: tuple[float, ...]) -> list[Setting]:
+    if scheme.name == "none":
+        return [Setting(0.0, rate, decay) for decay, rate in itertools.product(DECAYS, rates)]
+    return [Setting(*setting) for setting in itertools.product(scheme.strengths, rates)]
+
+
+def tune(task: Task, config: Config, cell: str, scheme: Scheme) -> list[dict[str, Any]]:
+    """One seed at every setting, all seeds at the best; a row for each way to predict."""
+    began = time.monotonic()
+    config, names = for_cell(task, config, cell), [scheme.name]
+    if scheme.name == GAL:
+        scheme, names = SCHEMES[AVERAGED], [GAL, AVERAGED]
+    run, settings = build_run(task, config, cell, scheme), settings_of(scheme, task.rates)
+    keys = keys_of(config)
+    screened = [np.asarray(part) for part in run(keys[:1], stack(settings))]
+    other_seeds: dict[int, Any] = {}
+    rows = []
+    for at, name in enumerate(names):
+        by_setting = screened[0][:, 0, at, 0]
+        picked = int(by_setting.argmin())
+        if picked not in other_seeds:
+            other_seeds[picked] = run(keys[1:], stack([settings[picked]]))
+        valid, test, epochs, curves = (
+            np.concatenate([part[picked], np.asarray(rest)[0]])
+            for part, rest in zip(screened, other_seeds[picked], strict=True)
+        )
+        row = {
+            "scheme": name,
+            "cell": cell,
+            "learning_rate": config.learning_rate * settings[picked].rate,
+            "settings": [setting._asdict() for setting in settings],
+            "valid_nll_by_setting": by_setting.tolist(),
+        }
+        row |= settings[picked]._asdict()
+        row |= describe_trainings(task, config, (valid[:, at], test[:, at], epochs, curves), began)
+        rows.append(row | describe_run())
+    return rows
+
+
+def main() -> None:
+    run_rows("Compare schemes under equal budgets.", "equal_budgets", COMPARED, tune)
+
+
+if __name__ == "__main__":
+    main()
