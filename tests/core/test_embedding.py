@@ -1,9 +1,8 @@
 """Whole word types are dropped, at the cost of a lookup: the function, and both `Embed` layers."""
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,26 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from key_kinds import KINDS, keys_of
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell._random.keys import EMBEDDING
 
 TYPES, FEATURES = 40, 3
 KEEP_PROB = 0.7
-KINDS = {
-    "threefry2x32": ("threefry2x32", True),
-    "threefry2x32, not partitionable": ("threefry2x32", False),
-    "rbg": ("rbg", True),
-    "unsafe_rbg": ("unsafe_rbg", True),
-}
-
-
-@contextlib.contextmanager
-def keys_of(kind: str) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """One key twice, typed and raw, where the raw one means the same."""
-    impl, partitionable = KINDS[kind]
-    with jax.default_prng_impl(impl), jax.threefry_partitionable(partitionable):
-        yield jax.random.key(5), jax.random.PRNGKey(5)
 
 
 def table_of(types: int = TYPES, features: int = FEATURES) -> jax.Array:

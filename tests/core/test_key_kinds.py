@@ -1,9 +1,7 @@
 """Every kind of key, in every host: typed and raw, of each PRNG, threefry partitionable or not."""
 
-import contextlib
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,6 +11,7 @@ import probes
 import pytest
 from host_runs import Window
 from hosts import HOSTS, ONE_EACH
+from key_kinds import KINDS, keys_of
 from op_by_op import op_by_op
 from probes import BATCH, SITE_NAMES, UNITS
 
@@ -22,20 +21,6 @@ from flax_dropout_cell._random.keys import fold_in
 KEEP_PROB = 0.7
 SPEC = probes.mixed(("params", "state"), KEEP_PROB)
 STEPS = 3
-KINDS = {
-    "threefry2x32": ("threefry2x32", True),
-    "threefry2x32, not partitionable": ("threefry2x32", False),
-    "rbg": ("rbg", True),
-    "unsafe_rbg": ("unsafe_rbg", True),
-}
-
-
-@contextlib.contextmanager
-def keys_of(kind: str) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """One key twice, typed and raw, where the raw one means the same."""
-    impl, partitionable = KINDS[kind]
-    with jax.default_prng_impl(impl), jax.threefry_partitionable(partitionable):
-        yield jax.random.key(5), jax.random.PRNGKey(5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

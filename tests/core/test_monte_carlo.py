@@ -1,7 +1,5 @@
 """Monte Carlo samples: one program that is right for every key, and entropies of the samples."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,23 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from key_kinds import KINDS, keys_of
 
 import flax_dropout_cell as fdc
-
-KINDS = {
-    "threefry2x32": ("threefry2x32", True),
-    "threefry2x32, not partitionable": ("threefry2x32", False),
-    "rbg": ("rbg", True),
-    "unsafe_rbg": ("unsafe_rbg", True),
-}
-
-
-@contextlib.contextmanager
-def keys_of(kind: str) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """One key twice, typed and raw, where the raw one means the same."""
-    impl, partitionable = KINDS[kind]
-    with jax.default_prng_impl(impl), jax.threefry_partitionable(partitionable):
-        yield jax.random.key(5), jax.random.PRNGKey(5)
 
 
 def predict(rng: jax.Array) -> jax.Array:
