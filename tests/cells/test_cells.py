@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_cells
 import pytest
+from jaxprs import equations
 
 import flax_dropout_cell as fdc
 from flax_dropout_cell.cells.disturb import undisturbed
@@ -374,17 +375,8 @@ def plain_gru(params: Any, h: jax.Array, x: jax.Array) -> Any:
 
 def dots(function: Callable[..., Any], *args: Any) -> list[Any]:
     """The matrix products in a program, in loops and functions too."""
-
-    def find(jaxpr: Any) -> Iterator[Any]:
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                yield equation
-            for inner in jax.tree.leaves(list(equation.params.values())):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from find(inner)
-
-    return list(find(jax.make_jaxpr(function)(*args).jaxpr))
+    found = (equation for equation, _ in equations(jax.make_jaxpr(function)(*args)))
+    return [equation for equation in found if equation.primitive.name == "dot_general"]
 
 
 # One product for all gates that read the same value, because one for each is slower with large

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from hand_masks import kept, site_key
+from jaxprs import equations
 from matplotlib.figure import Figure
 
 import flax_dropout_cell as fdc
@@ -433,17 +434,8 @@ def test_it_tells_if_noise_keeps_a_product_in_the_loop(noise: Any, is_ahead: boo
         return fdc.dropout_scan(params, h, xs, jax.random.key(1), **options)
 
     program = jax.make_jaxpr(run)(jnp.ones((5, 1, size)))
-    assert ("dot_general" in names_outside_loops(program.jaxpr)) == is_ahead
-
-
-def names_outside_loops(jaxpr: Any) -> set[str]:
-    names = set()
-    for eqn in jaxpr.eqns:
-        names.add(eqn.primitive.name)
-        for parameter in eqn.params.values() if eqn.primitive.name != "scan" else ():
-            inner = getattr(parameter, "jaxpr", parameter)
-            names |= names_outside_loops(inner) if hasattr(inner, "eqns") else set()
-    return names
+    names = {each.primitive.name for each, around in equations(program) if "scan" not in around}
+    assert ("dot_general" in names) == is_ahead
 
 
 def test_mistakes_that_a_step_would_tell() -> None:

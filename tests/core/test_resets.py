@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from asserts import assert_close, assert_same
+from jaxprs import equations
 from reset_case import (
     NOISES,
     PARAMS,
@@ -294,19 +295,6 @@ def test_with_lengths(noise) -> None:
         assert_close(cut(carry, row), cut(last, row), rtol=2e-5)
 
 
-def primitives(jaxpr, inside=()):
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        yield name, inside
-        for param in jax.tree.leaves(
-            list(equation.params.values()),
-            is_leaf=lambda p: hasattr(p, "jaxpr") or hasattr(p, "eqns"),
-        ):
-            inner = getattr(param, "jaxpr", param)
-            if hasattr(inner, "eqns"):
-                yield from primitives(inner, (*inside, name))
-
-
 def test_without_resets_the_program_knows_nothing_of_them() -> None:
     """The loop carries no ids of rows; the next test checks where masks are drawn."""
 
@@ -325,15 +313,14 @@ def test_without_resets_the_program_knows_nothing_of_them() -> None:
 def test_new_masks_are_drawn_where_a_row_resets_and_nowhere_else() -> None:
     def program(**options):
         spec = noise_everywhere(NOISES["variational"])
-        return jax.make_jaxpr(lambda rng: scan(spec, XS, rng, **options))(jax.random.key(0)).jaxpr
+        traced = jax.make_jaxpr(lambda rng: scan(spec, XS, rng, **options))(jax.random.key(0))
+        found = [(equation.primitive.name, around) for equation, around in equations(traced)]
+        return [(name, around) for name, around in found if "scan" in around]
 
-    draws = [
-        i for name, i in primitives(program(resets=RESETS)) if name == "shift_left" and "scan" in i
-    ]
+    draws = [around for name, around in program(resets=RESETS) if name == "shift_left"]
     assert draws
-    assert all("cond" in where[where.index("scan") :] for where in draws)
-    plain = list(primitives(program()))
-    assert not [i for name, i in plain if name in ("cond", "shift_left") and "scan" in i]
+    assert all("cond" in around[around.index("scan") :] for around in draws)
+    assert not {"cond", "shift_left"} & {name for name, _ in program()}
 
 
 @pytest.mark.parametrize(

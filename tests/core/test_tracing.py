@@ -1,7 +1,6 @@
 """The places in the program where masks are drawn, and that tracing changes nothing."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import chex
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jaxprs import equations
 from quick_prng import quick_key
 from specs import noise_everywhere
 
@@ -32,22 +32,11 @@ def dropout_everywhere(variational: bool, keep_prob: Any = 0.7) -> fdc.Recurrent
     return noise_everywhere(fdc.Dropout(keep_prob=keep_prob, variational=variational))
 
 
-def equations(jaxpr: Any, in_scan: bool = False) -> Iterator[tuple[str, bool]]:
-    """Every primitive of a program, and whether it stands in the body of a scan."""
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        yield name, in_scan
-        for inner in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner, in_scan or name == "scan")
-
-
 def random_primitives(function: Any, *args: Any) -> dict[bool, set[str]]:
     found: dict[bool, set[str]] = {True: set(), False: set()}
-    for name, in_scan in equations(jax.make_jaxpr(function)(*args).jaxpr):
-        if name in RANDOM:
-            found[in_scan].add(name)
+    for equation, around in equations(jax.make_jaxpr(function)(*args)):
+        if equation.primitive.name in RANDOM:
+            found["scan" in around].add(equation.primitive.name)
     return found
 
 

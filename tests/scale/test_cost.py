@@ -15,6 +15,7 @@ import probes
 import pytest
 from compiled import computations, random_work, scans
 from flax import nnx
+from jaxprs import equations
 from specs import noise_everywhere
 
 import flax_dropout_cell as fdc
@@ -75,17 +76,12 @@ def inputs() -> tuple[jax.Array, jax.Array]:
     return jnp.ones((STEPS, BATCH, UNITS)), jax.random.key(0)
 
 
-def words_drawn(jaxpr: Any, in_scan: bool = False) -> Iterator[tuple[int, bool]]:
+def words_drawn(jaxpr: Any) -> Iterator[tuple[int, bool]]:
     """The 32-bit words of each draw in a program, and whether it stands in the body of a scan."""
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        if name == "random_bits":
+    for equation, around in equations(jaxpr):
+        if equation.primitive.name == "random_bits":
             # JAX computes a word per element, however few of its bits are asked for.
-            yield math.prod(equation.outvars[0].aval.shape), in_scan
-        for inner in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from words_drawn(inner, in_scan or name == "scan")
+            yield math.prod(equation.outvars[0].aval.shape), "scan" in around
 
 
 @programs
@@ -99,7 +95,7 @@ def test_words_drawn(program, keep_prob, bits, variational) -> None:
     `dropout_scan` draws eight bits a unit for all steps at once, before its loop.
     """
     run, params = program(fdc.Dropout(keep_prob=keep_prob, variational=variational))
-    found = list(words_drawn(jax.make_jaxpr(run)(params, *inputs()).jaxpr))
+    found = list(words_drawn(jax.make_jaxpr(run)(params, *inputs())))
     inside = sum(words for words, in_scan in found if in_scan)
     outside = sum(words for words, in_scan in found if not in_scan)
     wanted = ROWS * UNITS * bits // 32
@@ -114,7 +110,7 @@ def test_words_drawn(program, keep_prob, bits, variational) -> None:
 def test_variational_masks_cost_a_hosts_loop_no_randomness(host, variational) -> None:
     spec = probes.noise_everywhere(fdc.Dropout(keep_prob=0.5, variational=variational))
     jaxpr = jax.make_jaxpr(lambda rng, xs: hosts.HOSTS[host](spec, rng, xs).seen)
-    found = {in_scan for _, in_scan in words_drawn(jaxpr(jax.random.key(0), probes.ones()).jaxpr)}
+    found = {in_scan for _, in_scan in words_drawn(jaxpr(jax.random.key(0), probes.ones()))}
     assert found == {not variational}
 
 
@@ -270,7 +266,7 @@ def test_where_per_step_masks_are_drawn(noise: Any, options: Any, in_loop: bool)
             dropout=fdc.RecurrentDropout(state=noise), **options,
         )  # fmt: skip
 
-    found = words_drawn(jax.make_jaxpr(run)(jnp.ones((6, 4, 8))).jaxpr)
+    found = words_drawn(jax.make_jaxpr(run)(jnp.ones((6, 4, 8))))
     assert {in_scan for _, in_scan in found} == {in_loop}
 
 
@@ -286,4 +282,4 @@ def test_16_mib_of_masks_are_drawn_before_the_loop_and_more_in_it(steps: int) ->
         )  # fmt: skip
 
     traced = jax.make_jaxpr(run)(jax.ShapeDtypeStruct((steps, *shape), jnp.float32))
-    assert {in_scan for _, in_scan in words_drawn(traced.jaxpr)} == {steps > 256}
+    assert {in_scan for _, in_scan in words_drawn(traced)} == {steps > 256}
