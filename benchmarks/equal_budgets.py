@@ -1,11 +1,12 @@
-"""Which recurrent-dropout scheme, if each may choose its learning rate as well?
+"""Which recurrent-dropout scheme, if each may choose its optimizer as well?
 
     python benchmarks/equal_budgets.py chorales --data FOLDER
     python benchmarks/equal_budgets.py words
 
-As in `schemes.py`, but every row picks from twelve settings: three learning rates, each with four
-strengths or, without dropout, four weight decays. One seed is trained at each; the setting that is
-best by validation is trained with the other seeds too, and tested.
+As in `schemes.py`, but every row picks from twelve settings: without dropout, three learning rates
+with four weight decays each; with it, four strengths with three pairs of a rate and a decay each.
+One seed is trained at each setting; the one that is best by validation is trained with the other
+seeds too, and tested.
 """
 
 import itertools
@@ -27,7 +28,7 @@ from schemes import (
     stack,
 )
 
-DECAYS = (0.0, 0.03, 0.1, 0.3)
+DECAYS = (0.0, 0.1, 0.3, 1.0)
 GAL, AVERAGED = "Gal, tied", "Gal, tied, Monte Carlo"  # Two rows from the same trainings.
 COMPARED = {
     cell: [name for name in names if name != AVERAGED]
@@ -36,10 +37,11 @@ COMPARED = {
 }
 
 
-def settings_of(scheme: Scheme, rates: tuple[float, ...]) -> list[Setting]:
+def settings_of(scheme: Scheme, task: Task) -> list[Setting]:
     if scheme.name == "none":
-        return [Setting(0.0, rate, decay) for decay, rate in itertools.product(DECAYS, rates)]
-    return [Setting(*setting) for setting in itertools.product(scheme.strengths, rates)]
+        return [Setting(0.0, *pair) for pair in itertools.product(task.rates, DECAYS)]
+    pairs = itertools.product(scheme.strengths, task.optimizers)
+    return [Setting(strength, *optimizer) for strength, optimizer in pairs]
 
 
 def tune(task: Task, config: Config, cell: str, scheme: Scheme) -> list[dict[str, Any]]:
@@ -48,7 +50,7 @@ def tune(task: Task, config: Config, cell: str, scheme: Scheme) -> list[dict[str
     config, names = for_cell(task, config, cell), [scheme.name]
     if scheme.name == GAL:
         scheme, names = SCHEMES[AVERAGED], [GAL, AVERAGED]
-    run, settings = build_run(task, config, cell, scheme), settings_of(scheme, task.rates)
+    run, settings = build_run(task, config, cell, scheme), settings_of(scheme, task)
     keys = keys_of(config)
     screened = [np.asarray(part) for part in run(keys[:1], stack(settings))]
     other_seeds: dict[int, Any] = {}

@@ -38,9 +38,8 @@ def format_row(cells: list[str]) -> str:
 def format_picked(row: dict[str, Any]) -> str:
     """The strength, or what else was tuned."""
     if "rate" in row:
-        decay = f"decay {row['weight_decay']:g}"
-        picked = decay if row["scheme"] == "none" else f"{row['strength']:g}"
-        return f"{picked}, rate x {row['rate']:g}"
+        strength = "" if row["scheme"] == "none" else f"{row['strength']:g}, "
+        return f"{strength}rate x {row['rate']:g}, decay {row['weight_decay']:g}"
     if row["scheme"] != "none":
         return f"{row['strength']:g}"
     return f"rate x {row['strength']:g}" if row["strength"] else ""  # 0: an untuned row

@@ -175,14 +175,19 @@ def test_without_dropout_the_learning_rate_is_tuned(modules):
     assert tuned["valid_nll_by_strength"][0] == pytest.approx(np.mean(still["valid_nll"]), 1e-6)
 
 
-def test_under_equal_budgets_a_scheme_picks_its_learning_rate_too(modules):
+def test_under_equal_budgets_a_scheme_picks_its_optimizer_too(modules):
     """One seed at each setting, all seeds at the best: each as `compare` runs it alone."""
-    task = make_task(modules.tasks)._replace(rates=(0.5, 4.0))
+    task = make_task(modules.tasks)._replace(optimizers=((0.5, 0.0), (4.0, 0.0), (4.0, 9.0)))
     config = modules.schemes.Config(units=4, epochs=3, batch=4, learning_rate=0.01, seeds=3)
     zoneout = modules.noises.SCHEMES["zoneout"]._replace(strengths=(0.9, 0.1))
     (row,) = modules.equal_budgets.tune(task, config, "lstm", zoneout)
-    assert [each["weight_decay"] for each in row["settings"]] == [0.0] * 4
-    for setting, valid in zip(row["settings"], row["valid_nll_by_setting"], strict=True):
+    assert [each["weight_decay"] for each in row["settings"]] == [0.0, 0.0, 9.0] * 2
+    undecayed = [
+        (setting, valid)
+        for setting, valid in zip(row["settings"], row["valid_nll_by_setting"], strict=True)
+        if not setting["weight_decay"]
+    ]
+    for setting, valid in undecayed:
         alone = zoneout._replace(strengths=(setting["strength"],))
         rate = {"learning_rate": 0.01 * setting["rate"]}
         (by_itself,) = modules.schemes.compare(
@@ -194,29 +199,31 @@ def test_under_equal_budgets_a_scheme_picks_its_learning_rate_too(modules):
             assert row["seed"] == [0, 1, 2] and row["learning_rate"] == rate["learning_rate"]
             for key in ("valid_nll", "test_nll", "test_score", "best_epoch", "curves"):
                 np.testing.assert_allclose(row[key], by_itself[key], rtol=1e-4, atol=1e-4)
-    assert len({*row["valid_nll_by_setting"]}) == 4 and row["strength"] == 0.1
+    assert len({*row["valid_nll_by_setting"]}) == 6
+    assert row["strength"] == 0.1 and row["weight_decay"] == 0
 
 
 def test_under_equal_budgets_no_dropout_picks_its_weight_decay(modules):
     """Its trainings are the bare model's where nothing decays, and no worse for a choice."""
-    task = make_task(modules.tasks)._replace(rates=(1.0, 2.0))
+    task = make_task(modules.tasks)._replace(rates=(1.0, 2.0), optimizers=())
     config = modules.schemes.Config(units=4, epochs=3, batch=4, learning_rate=0.01, seeds=2)
     bare = modules.noises.SCHEMES["none"]
     (row,) = modules.equal_budgets.tune(task, config, "gru", bare)
     decays = modules.equal_budgets.DECAYS
     assert [(it["weight_decay"], it["rate"]) for it in row["settings"]] == [
-        (decay, rate) for decay in decays for rate in (1.0, 2.0)
+        (decay, rate) for rate in (1.0, 2.0) for decay in decays
     ]
     (plain,) = modules.schemes.compare(task, config, "gru", bare._replace(strengths=(1.0, 2.0)))
     assert min(plain["valid_nll_by_strength"]) == pytest.approx(np.mean(plain["valid_nll"]))
-    undecayed = row["valid_nll_by_setting"][1]
+    assert plain["strength"] == 2.0 and decays[0] == 0
+    undecayed = row["valid_nll_by_setting"][len(decays)]
     assert undecayed == pytest.approx(plain["valid_nll"][0], rel=1e-5)
     assert len({*row["valid_nll_by_setting"]}) == 8
 
 
 def test_under_equal_budgets_monte_carlo_shares_the_trainings(modules):
     """Two rows for Gal's scheme: one pass without noise, and the average over samples."""
-    task = make_task(modules.tasks)._replace(rates=(1.0,))
+    task = make_task(modules.tasks)._replace(optimizers=((1.0, 0.0),))
     config = modules.schemes.Config(
         units=4, epochs=3, batch=4, learning_rate=0.03, seeds=2, mc_samples=3
     )
@@ -242,7 +249,7 @@ def test_a_table_under_equal_budgets_shows_all_that_was_picked(modules):
         ],
     }
     picked = [line.split(" | ")[2] for line in modules.tables.format_table(report).splitlines()[2:]]
-    assert picked == ["decay 0.1, rate x 0.5", "0.3, rate x 0.5"]
+    assert picked == ["rate x 0.5, decay 0.1", "0.3, rate x 0.5, decay 0"]
 
 
 def make_row(scheme, test):
