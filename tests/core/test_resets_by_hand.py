@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hand_masks import kept, site_key
 
 import flax_dropout_cell as fdc
 
 T, B, H = 6, 3, 5
-SITES = {"input": 1, "state": 2, "output": 3}
 RNG = jax.random.key(7)
 XS, H0 = (jax.random.normal(jax.random.key(n), shape) for n, shape in ((1, (T, B, H)), (2, (B, H))))
 RESETS = np.array([[0, 0, 1], [0, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 1]], bool)
@@ -32,24 +32,16 @@ def cell(params: Any, h: Any, x: Any) -> Any:
     return h, h
 
 
-def kept(key: Any, *batch: int) -> np.ndarray:
-    """A word for each row, and a bit of it for each unit."""
-    words = np.asarray(jax.random.bits(key, (*batch, 1), jnp.uint32))
-    return (words >> np.arange(H, dtype=np.uint32)) & 1 == 0
-
-
-def key_at(site: str, step: int | None = None) -> Any:
-    key = RNG if step is None else jax.random.fold_in(RNG, step)
-    return jax.random.fold_in(key, np.uint32(2**31 + SITES[site] * 2**28))
+key_at = functools.partial(site_key, RNG)
 
 
 def of_rows(key: Any, low: Any, high: Any) -> np.ndarray:
     pairs = zip(np.asarray(low).astype(np.uint32), np.asarray(high).astype(np.uint32), strict=True)
-    return np.stack([kept(jax.random.fold_in(jax.random.fold_in(key, a), b)) for a, b in pairs])
+    return np.stack([kept(jax.random.fold_in(jax.random.fold_in(key, a), b), H) for a, b in pairs])
 
 
 def masks_by_hand(by_id: bool) -> list[np.ndarray]:
-    masks, once = [], kept(key_at("input"), B)
+    masks, once = [], kept(key_at("input"), B, H)
     for t in range(T):
         if by_id:
             words = IDS[t] & 0xFFFFFFFF, (IDS[t] >> 32) & 0xFFFFFFFF
@@ -59,7 +51,7 @@ def masks_by_hand(by_id: bool) -> list[np.ndarray]:
         # A row that resets is named by this step and its place.
         new = of_rows(key_at("input"), np.full(B, t), np.arange(B))
         once = np.where(RESETS[t][:, None], new, once)
-        masks.append([once, kept(key_at("state", t), B), kept(key_at("output", t), B)])
+        masks.append([once, kept(key_at("state", t), B, H), kept(key_at("output", t), B, H)])
     return [np.stack(each) for each in zip(*masks, strict=True)]
 
 
@@ -96,7 +88,7 @@ def test_a_mask_that_is_brought_for_one_of_several_leaves_stays_at_a_reset() -> 
         return (first + second, second), second
 
     noise = fdc.Dropout(keep_prob=0.5, scale=False)
-    mask = kept(key_at("state"), B)
+    mask = kept(key_at("state"), B, H)
     (_, h), ys = fdc.dropout_scan(
         None, (H0, H0), XS, RNG, cell=pair, dropout=fdc.RecurrentDropout(state=(None, noise)),
         masks=fdc.Masks(state=(None, jnp.asarray(mask))), resets=RESETS,

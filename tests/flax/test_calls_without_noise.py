@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hand_masks import site_key
 from linen_cells import Delegating
 from nnx_cells import Sum
 from quick_prng import quick_key
@@ -198,8 +199,7 @@ class TestDeterministicAtTheCall:
             carry = cell.redraw_masks(h, x, rngs=jax.random.key(7))
         # The key for a wrapper's cell, and then that of its input, whose leaf is the first.
         of_cell = jax.random.fold_in(jax.random.key(7), np.uint32(2**32 - 1))
-        key = jax.random.fold_in(of_cell, np.uint32(2**31 + 2**28))
-        wanted = NOISE.draw_mask(key, x.shape, x.dtype)
+        wanted = NOISE.draw_mask(site_key(of_cell, "input"), x.shape, x.dtype)
         np.testing.assert_array_equal(carry.cell_carry.masks.input, wanted)
 
     def test_evaluation_keeps_the_masks_in_the_carry(self) -> None:

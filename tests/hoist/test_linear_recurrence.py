@@ -1,7 +1,6 @@
 """Scans whose carry is a linear recurrence: all steps at once, the numbers of a loop."""
 
 import functools
-import hashlib
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hand_masks import site_key
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from op_by_op import op_by_op
@@ -307,13 +307,9 @@ def test_every_prng(rng) -> None:
     assert_close(parallel, loop)
 
 
-def mask_of(rng: Any, step: int, site: str, shape: Any, noise: Any, name: str | None = None) -> Any:
+def mask_of(rng: Any, step: int, site: str, shape: Any, noise: Any, name: str = "") -> Any:
     """A mask as docs/randomness.md says that its key is made."""
-    slot = ["params", "input", "state", "output", "inside"].index(site)
-    key = jax.random.fold_in(jax.random.fold_in(rng, step), jnp.uint32(2**31 + slot * 2**28))
-    if name is not None:
-        digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-        key = jax.random.fold_in(jax.random.fold_in(key, jnp.uint32(digest)), jnp.uint32(0))
+    key = site_key(rng, site, step, inside=name)
     return np.asarray(noise.draw_mask(key, shape, jnp.float64))
 
 
