@@ -152,6 +152,19 @@ def test_the_chorales_are_within_reach_of_what_is_published() -> None:
     assert len(nlls) == 9 and f"the best row is at {min(nlls):.2f}, and {median}" in page
 
 
+def test_what_the_readme_says_of_equal_budgets() -> None:
+    report = json.loads((ROOT / "docs/results/equal_budgets_words.json").read_text())
+    tested = {(row["cell"], row["scheme"]): np.mean(row["test_nll"]) for row in report["rows"]}
+    lstm, gru = (
+        [f"{tested[cell, name]:.2f}" for name in ("none", "Gal, tied")] for cell in ("lstm", "gru")
+    )
+    told = (
+        f"a word-level LSTM's test loss falls from {lstm[0]} nats per word to {lstm[1]} with "
+        f"`gal2016`, and a GRU's from {gru[0]} to {gru[1]} ([equal budgets]"
+    )
+    assert told in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_what_the_readme_says_of_the_chorales() -> None:
     rows = rows_of("chorales", "lstm")
     none, gal, averaged = (

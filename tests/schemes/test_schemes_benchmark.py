@@ -383,6 +383,29 @@ def test_rows_of_other_data_are_not_added(modules, tmp_path, monkeypatch, capsys
     assert platform.python_version() in modules.tasks.load_words(None).source
 
 
+def test_stored_results_under_equal_budgets_are_whole(modules):
+    """Each row tried the settings of the program, and picked the best of them by validation."""
+    report = json.loads((ROOT / "docs/results/equal_budgets_words.json").read_text())
+    task = modules.tasks.load_words(None)
+    rows = {(row["cell"], row["scheme"]): row for row in report["rows"]}
+    assert len(rows) == len(report["rows"])
+    for (cell, name), row in rows.items():
+        assert (cell, "none") in rows
+        settings = modules.equal_budgets.settings_of(modules.noises.SCHEMES[name], task)
+        assert row["settings"] == [setting._asdict() for setting in settings]
+        picked = settings[np.argmin(row["valid_nll_by_setting"])]
+        assert {key: row[key] for key in picked._fields} == picked._asdict()
+        assert row["valid_nll"][0] == min(row["valid_nll_by_setting"])
+        base = report["config"]["learning_rate"]
+        assert row["learning_rate"] == pytest.approx(base * row["rate"])
+        assert len(set(row["test_nll"])) == len(row["valid_nll"]) == len(row["seed"]) == 5
+        assert np.shape(row["curves"]) == (5, row["epochs"], 2)
+        if "Monte Carlo" not in name:
+            lowest = np.array(row["curves"])[:, :, 1].min(1)
+            np.testing.assert_allclose(lowest, row["valid_nll"], atol=1e-4)
+        assert {"device", "versions", "command", "seconds"} <= set(row)
+
+
 def test_stored_results_are_whole(modules):
     """Every task has a row for each scheme of each cell, and each row says how it was made."""
     compared = [(cell, name) for cell, names in modules.noises.COMPARED.items() for name in names]
