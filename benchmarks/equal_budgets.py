@@ -9,6 +9,7 @@ One seed is trained at each setting; the one that is best by validation is train
 seeds too, and tested.
 """
 
+import functools
 import itertools
 import time
 from typing import Any
@@ -53,17 +54,20 @@ def tune(task: Task, config: Config, cell: str, scheme: Scheme) -> list[dict[str
     run, settings = build_run(task, config, cell, scheme), settings_of(scheme, task)
     keys = keys_of(config)
     screened = [np.asarray(part) for part in run(keys[:1], stack(settings))]
-    other_seeds: dict[int, Any] = {}
+
+    @functools.cache
+    def all_seeds(picked: int) -> list[np.ndarray]:
+        parts = [part[picked] for part in screened]
+        if config.seeds == 1:
+            return parts
+        others = run(keys[1:], stack([settings[picked]]))
+        return [np.concatenate([one, rest[0]]) for one, rest in zip(parts, others, strict=True)]
+
     rows = []
     for at, name in enumerate(names):
         by_setting = screened[0][:, 0, at, 0]
         picked = int(by_setting.argmin())
-        if picked not in other_seeds:
-            other_seeds[picked] = run(keys[1:], stack([settings[picked]]))
-        valid, test, epochs, curves = (
-            np.concatenate([part[picked], np.asarray(rest)[0]])
-            for part, rest in zip(screened, other_seeds[picked], strict=True)
-        )
+        valid, test, epochs, curves = all_seeds(picked)
         row = {
             "scheme": name,
             "cell": cell,

@@ -221,6 +221,13 @@ def test_under_equal_budgets_no_dropout_picks_its_weight_decay(modules):
     assert len({*row["valid_nll_by_setting"]}) == 8
 
 
+def test_under_equal_budgets_one_seed_is_enough(modules):
+    task = make_task(modules.tasks)._replace(optimizers=((1.0, 0.0),))
+    config = modules.schemes.Config(units=4, epochs=2, batch=4, seeds=1)
+    (row,) = modules.equal_budgets.tune(task, config, "gru", modules.noises.SCHEMES["zoneout"])
+    assert row["valid_nll"] == [min(row["valid_nll_by_setting"])]
+
+
 def test_under_equal_budgets_monte_carlo_shares_the_trainings(modules):
     """Two rows for Gal's scheme: one pass without noise, and the average over samples."""
     task = make_task(modules.tasks)._replace(optimizers=((1.0, 0.0),))
