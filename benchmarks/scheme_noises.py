@@ -14,7 +14,7 @@ RATES = (0.25, 0.5, 1.0, 2.0)
 
 
 class Setting(NamedTuple):
-    """What a training may choose: a scheme's strength, a factor of the learning rate, a decay."""
+    """The choices of a training: a scheme's strength, a factor of the learning rate, a decay."""
 
     strength: Any = 0.0
     rate: Any = 1.0

@@ -36,7 +36,7 @@ def format_row(cells: list[str]) -> str:
 
 
 def format_picked(row: dict[str, Any]) -> str:
-    """The strength, or what else was tuned."""
+    """The strength, the factor of the learning rate and the weight decay, as far as tuned."""
     if "rate" in row:
         strength = "" if row["scheme"] == "none" else f"{row['strength']:g}, "
         return f"{strength}rate x {row['rate']:g}, decay {row['weight_decay']:g}"

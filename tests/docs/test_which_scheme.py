@@ -452,21 +452,28 @@ def the_twelve_settings() -> str:
     assert all(len({it["strength"] for it in row["settings"]}) == 4 for row in dropped)
     told = [f"{rate:g} and {decay:g}" for rate, decay in pairs]
     text = report["source"].removeprefix("the language reference of ")
+    text = text.removesuffix(", windows of 35 words")
+
+    def listed(numbers: list[float]) -> str:
+        *first, last = [f"{number:g}" for number in numbers]
+        return f"{', '.join(first)} and {last}"
+
     return (
         f"The schemes above pick one of four strengths at one learning rate, and nothing there has "
-        f"weight decay. Here every row picks from twelve settings of AdamW by validation: without "
-        f"dropout, one of three learning rates with one of four weight decays; with dropout, one "
-        f"of four strengths with one of three pairs of a rate, as a multiple of the task's, and a "
-        f"decay: {', '.join(told)}. One seed is trained at each setting, and the best setting with "
-        f"five. The text is that of {text.removesuffix(', windows of 35 words')}, as for the "
-        f"linear cells, and everything ran on a CPU."
+        f"weight decay. Here every row picks from twelve settings of AdamW by validation. Without "
+        f"dropout, these are three learning rates, {listed(rates)} times the task's, with four "
+        f"weight decays each, {listed(decays)}. With dropout, they are four strengths with three "
+        f"pairs of a rate and a decay each: {', '.join(told)}. One seed is trained at each "
+        f"setting, and the best setting with five. The text is that of {text}, as for the linear "
+        f"cells, and everything ran on a CPU."
     )
 
 
 def optimizer_or_dropout(cell: str) -> tuple[float, float, str, float]:
-    """The validation loss of one seed: bare; with a tuned optimizer; the best scheme and its own.
+    """Validation losses of one seed, without dropout and with, each tuned in one way only.
 
-    The scheme has the task's optimizer.
+    They are that without dropout at the task's optimizer, and at the best one; then the scheme that
+    is best at the task's optimizer, and its loss.
     """
     dropped = [scheme for scheme in tuned_rows(cell) if scheme != "none"]
     alone = {scheme: valid_at(cell, scheme, **AS_IN_THE_TASK) for scheme in dropped}
