@@ -38,8 +38,9 @@ class Task(NamedTuple):
       source: where the data is from.
       config: the fields of `schemes.Config` that this task wants otherwise.
       rate_of: factors of the learning rate, for cells that are too slow at that of the others.
-      rates: factors of the learning rate that `equal_budgets.py` lets no dropout choose from.
-      optimizers: pairs of such a factor and a weight decay that it lets each scheme choose from.
+      rates: factors of the learning rate that a row without dropout picks from in
+        `equal_budgets.py`.
+      optimizers: pairs of such a factor and a weight decay that a scheme picks from there.
       words: how many there are, where the inputs are numbers of words; None for vectors.
       score: what else is measured of the predictions; None is nothing.
     """
@@ -128,7 +129,8 @@ def load_chorales(data: Path | None) -> Task:
         # Without dropout, a minGRU's validation loss is 8.26 at a quarter of the rate, 8.37 at
         # twice; an LRU's, of one seed, is 8.60 at a quarter, 8.67 at the rate.
         rate_of={"min_gru": 0.25, "lru": 0.25},
-        # Without dropout or decay, an LSTM is best at half of the rate, a GRU at a quarter.
+        # Without dropout or decay, an LSTM is best at half of the rate, a GRU at a quarter. With
+        # decay, nothing has been run yet.
         rates=(0.25, 0.5, 1.0),
         optimizers=((0.25, 0.0), (0.5, 0.1), (1.0, 0.3)),
     )

@@ -204,7 +204,7 @@ def test_under_equal_budgets_a_scheme_picks_its_optimizer_too(modules):
 
 
 def test_under_equal_budgets_no_dropout_picks_its_weight_decay(modules):
-    """Its trainings are the bare model's where nothing decays, and no worse for a choice."""
+    """Without decay its trainings are the bare model's; each decay gives another."""
     task = make_task(modules.tasks)._replace(rates=(1.0, 2.0), optimizers=())
     config = modules.schemes.Config(units=4, epochs=3, batch=4, learning_rate=0.01, seeds=2)
     bare = modules.noises.SCHEMES["none"]
@@ -221,6 +221,30 @@ def test_under_equal_budgets_no_dropout_picks_its_weight_decay(modules):
     assert len({*row["valid_nll_by_setting"]}) == 8
 
 
+def test_a_weight_decay_is_that_of_adamw(modules, monkeypatch):
+    """With gradients of zero, each step takes its rate times the decay from the weights."""
+    seen = []
+    task = make_task(modules.tasks)._replace(nlls=lambda outputs, targets: 0 * outputs.sum(-1))
+    config = modules.schemes.Config(units=4, epochs=2, batch=4, learning_rate=0.1)
+    evaluate = modules.schemes.Model.evaluate
+
+    def noted(model, params, *args):
+        jax.debug.callback(lambda kernel: seen.append(np.asarray(kernel)), params["kernel"])
+        return evaluate(model, params, *args)
+
+    monkeypatch.setattr(modules.schemes.Model, "evaluate", noted)
+    # All losses are 0, so the weights of the first epoch are kept: two steps of four.
+    run = modules.schemes.build_run(task, config, "gru", modules.noises.SCHEMES["none"])
+    settings = modules.schemes.stack(
+        [modules.noises.Setting(0.0, 2.0, decay) for decay in (0.0, 0.5)]
+    )
+    jax.block_until_ready(run(modules.schemes.keys_of(config)[:1], settings))
+    jax.effects_barrier()
+    whole, decayed = seen[0], seen[-1]
+    rates = [2 * 0.1 * (1 + np.cos(np.pi * step / 4)) / 2 for step in (0, 1)]
+    np.testing.assert_allclose(decayed, whole * np.prod([1 - 0.5 * r for r in rates]), rtol=1e-5)
+
+
 def test_under_equal_budgets_one_seed_is_enough(modules):
     task = make_task(modules.tasks)._replace(optimizers=((1.0, 0.0),))
     config = modules.schemes.Config(units=4, epochs=2, batch=4, seeds=1)
@@ -228,20 +252,36 @@ def test_under_equal_budgets_one_seed_is_enough(modules):
     assert row["valid_nll"] == [min(row["valid_nll_by_setting"])]
 
 
-def test_under_equal_budgets_monte_carlo_shares_the_trainings(modules):
+def test_under_equal_budgets_monte_carlo_shares_the_trainings(modules, monkeypatch):
     """Two rows for Gal's scheme: one pass without noise, and the average over samples."""
+    trained, build_run = [], modules.equal_budgets.build_run
+
+    def build_counted(*args):
+        run = build_run(*args)
+
+        def run_counted(keys, settings):
+            trained.extend([len(keys)] * len(settings.strength))
+            return run(keys, settings)
+
+        return run_counted
+
+    monkeypatch.setattr(modules.equal_budgets, "build_run", build_counted)
+    for name in ("Gal, tied", "Gal, tied, Monte Carlo"):
+        scheme = modules.noises.SCHEMES[name]._replace(strengths=(0.8,))
+        monkeypatch.setitem(modules.noises.SCHEMES, name, scheme)
     task = make_task(modules.tasks)._replace(optimizers=((1.0, 0.0),))
     config = modules.schemes.Config(
         units=4, epochs=3, batch=4, learning_rate=0.03, seeds=2, mc_samples=3
     )
     rows = modules.equal_budgets.tune(task, config, "lstm", modules.noises.SCHEMES["Gal, tied"])
     assert [row["scheme"] for row in rows] == ["Gal, tied", "Gal, tied, Monte Carlo"]
+    assert trained == [1, 1]  # the first seed, and the second
     for row in rows:
-        scheme = modules.noises.SCHEMES[row["scheme"]]._replace(strengths=(row["strength"],))
-        (alone,) = modules.schemes.compare(task, config, "lstm", scheme)
+        (alone,) = modules.schemes.compare(
+            task, config, "lstm", modules.noises.SCHEMES[row["scheme"]]
+        )
         np.testing.assert_allclose(row["test_nll"], alone["test_nll"], rtol=1e-5)
-    if rows[0]["strength"] == rows[1]["strength"]:
-        assert rows[0]["curves"] == rows[1]["curves"]
+    assert rows[0]["curves"] == rows[1]["curves"]
     assert rows[0]["test_nll"] != rows[1]["test_nll"]
 
 
