@@ -56,7 +56,7 @@ def test_the_papers_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row per configuration, which says so where it was not trained."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     configs, report = (importlib.import_module(name) for name in ("configs", "report"))
-    page = (ROOT / "docs/which_scheme.md").read_text()
+    page = (ROOT / "docs/results.md").read_text()
     for name in configs.CONFIGS:
         path = ROOT / f"docs/results/ptb_{name}.json"
         (row,) = re.findall(rf"^\| `{name}` \| [^|]+ \| (.*) \|$", page, re.MULTILINE)
@@ -69,7 +69,7 @@ def test_the_papers_table(monkeypatch: pytest.MonkeyPatch) -> None:
 def read_ptb(name: str) -> tuple[dict[str, Any], str]:
     """A stored run of a configuration, and its row on the page."""
     stored = json.loads((ROOT / f"docs/results/ptb_{name}.json").read_text())
-    page = " ".join((ROOT / "docs/which_scheme.md").read_text().split())
+    page = " ".join((ROOT / "docs/results.md").read_text().split())
     assert f"took {stored['seconds'] / 3600:.1f} hours on two cores of a CPU" in page
     return stored, page
 
@@ -96,7 +96,7 @@ def test_what_the_page_says_of_inan_small() -> None:
 
 
 def test_what_the_page_says_of_monte_carlo(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (ROOT / "docs/which_scheme.md").read_text()
+    page = (ROOT / "docs/results.md").read_text()
     report = json.loads((ROOT / "docs/results/monte_carlo_inan-small.json").read_text())
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     assert importlib.import_module("monte_carlo").format_table(report) in page
