@@ -5,7 +5,9 @@ JAX has a file of its own, `_compat.py`, because the core does not import Flax.
 """
 
 import dataclasses
-from typing import Any, NoReturn
+import inspect
+from collections.abc import Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -121,22 +123,89 @@ def running_module() -> nn.Module | None:
     return nn.module._context.module_stack[-1]
 
 
-class ConstantFields:
-    """The descriptor of `__fn_or_cls__`: it raises for arrays, and is absent otherwise.
+def give_own_stream(module: nn.Module) -> bool:
+    """Sees to it that no other module has the keys of a module's `dropout` stream.
+
+    Flax tells modules apart by their paths, which it folds into their keys. `nn.jit` drops the
+    paths; the module that it compiles gets a new key, but those that were made outside of it, such
+    as its fields, all have the same one. Here such a module gets its path back. One inside it would
+    need that too, but the program that is compiled for it may also serve other paths.
+
+    Returns:
+      False if others have the keys all the same.
+    """
+    scope: Any = module.scope
+    key = scope.rngs["dropout"]
+    if getattr(key, "suffix", ()) == scope.path or not _is_given_to_jit(_lifted(module)):
+        return True
+    is_hashed = isinstance(inspect.getattr_static(module, "__fn_or_cls__", None), HashedFields)
+    if key.suffix or not is_hashed or scope.debug_path[-1].count("jit(") > 1:
+        return False
+    scope.rngs = scope.rngs | {"dropout": key.replace(suffix=scope.path)}
+    return True
+
+
+def _is_given_to_jit(module: nn.Module) -> bool:
+    """Whether a module whose scope is lifted was made outside of the module that `nn.jit` compiles.
+
+    The compiled module is the first that runs in its program, so its caller runs outside.
+    """
+    stack = nn.module._context.module_stack
+    runs = [each is not None and each.scope and _lifted(each) is module for each in stack]
+    # A method that Flax does not wrap, such as initialize_carry, is not on the stack.
+    at = runs.index(True) if True in runs else len(stack)
+    caller = stack[at - 1] if at else None
+    if caller is None or _jits_around(caller) == 0:
+        return False
+    host = _lifted(caller)
+    is_within = _path(module)[: len(_path(host))] == _path(host)
+    return _jits_around(caller) == _jits_around(module) or not is_within or _is_given_to_jit(host)
+
+
+def _lifted(module: nn.Module) -> nn.Module:
+    """The outermost module of the program in which a module runs; a transform made its scope."""
+    while isinstance(module.parent, nn.Module):
+        module = module.parent
+    return module
+
+
+def _path(module: nn.Module) -> tuple[str, ...]:
+    return module.scope.path if module.scope else ()
+
+
+def _jits_around(module: nn.Module) -> int:
+    """How many `nn.jit` a module runs in; Flax writes each around a name in the path."""
+    return sum(name.count("jit(") for name in (module.scope.debug_path if module.scope else ()))
+
+
+class HashedFields:
+    """The descriptor of `__fn_or_cls__`, which Flax reads before it hashes a module for `nn.jit`.
 
     `nn.jit` compiles once for all modules whose fields hash alike, with the fields as constants.
     A `RecurrentDropout` gives it the values of its arrays to hash. A field that is an array itself
-    cannot: Flax refuses it as "iteration over a 0-d array". It asks a module for `__fn_or_cls__`
-    right before it hashes the fields, so a clear error can be raised there.
+    cannot: Flax refuses it as "iteration over a 0-d array", so a clear error is raised here. And
+    the path of a module that was made outside is hashed too, because masks depend on it.
     """
 
     nowrap = True
     """Keeps Flax from wrapping the descriptor in another, which turns each error into its own."""
 
-    def __get__(self, module: Any, cls: type | None = None) -> NoReturn:
-        if module is not None:
+    def __init__(self) -> None:
+        self._entered: set[int] = set()
+
+    def __get__(self, module: Any, cls: type | None = None) -> Iterator[Any]:
+        if module is not None and id(module) not in self._entered:
             _check_no_arrays(module)
+            key = module.scope.rngs.get("dropout") if module.scope else None
+            if getattr(key, "suffix", ()):
+                return self._with_path(module)
         raise AttributeError("__fn_or_cls__")
+
+    def _with_path(self, module: nn.Module) -> Iterator[Any]:
+        yield "/".join(_path(module))
+        self._entered.add(id(module))
+        yield module
+        self._entered.remove(id(module))
 
 
 def _check_no_arrays(module: Any) -> None:

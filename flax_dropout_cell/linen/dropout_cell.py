@@ -8,7 +8,7 @@ import jax
 from .._flax.carry import DropoutCarry
 from .._flax.compat import (
     CellField,
-    ConstantFields,
+    HashedFields,
     copy_with_cell,
     running_module,
     should_stay_unbound,
@@ -26,7 +26,7 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
     """Shared by both wrappers. A subclass has `cell`, `deterministic` and its noises."""
 
     _framework = LINEN
-    __fn_or_cls__ = ConstantFields()
+    __fn_or_cls__ = HashedFields()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from .._flax.compat import ConstantFields
+from .._flax.compat import HashedFields
 from .._flax.deterministic import is_evaluation
 from .._training.embedding import check_embed, embedding_dropout
 from ..noises.dropout import Dropout
@@ -49,7 +49,7 @@ class Embed(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     embedding_init: nn.initializers.Initializer = nn.Embed.embedding_init
-    __fn_or_cls__ = ConstantFields()
+    __fn_or_cls__ = HashedFields()
 
     def __post_init__(self) -> None:
         check_embed(self.num_embeddings, self.features, self.keep_prob)

@@ -59,7 +59,9 @@ class LinenPureCell:
             raise impure_cell_error(cell, "writes a variable") from None
         if drew:
             # A key from outside of the scan would be the same at every step.
-            raise impure_cell_error(cell, "draws from an rng stream")
+            is_compiled = type(cell).__name__.startswith("Jit")  # as nn.jit calls its copy
+            reason = ", as nn.jit does for each cell that it compiles," if is_compiled else ""
+            raise impure_cell_error(cell, f"draws from an rng stream{reason}")
         return carry, (y, self._sown(variables, written)) if self.collects else y
 
     def put_back(self, sown: PyTree) -> None:

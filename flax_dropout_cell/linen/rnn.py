@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from .._flax.compat import HashedFields
 from .._flax.deterministic import draws
 from .._flax.initial_carry import blame_initial_carry
 from .._flax.inspected_layer import InspectedLayer
@@ -70,6 +71,7 @@ class RNN(InspectedLayer, nn.Module):
     """
 
     _framework = LINEN
+    __fn_or_cls__ = HashedFields()
 
     cell: nn.RNNCellBase
     dropout: RecurrentDropout

@@ -1,6 +1,7 @@
 """`nn.jit` compiles a module's fields in as constants, once for each value."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -261,3 +262,148 @@ def test_names_in_a_spec_count() -> None:
             weights[name]["kernel"] = jnp.zeros_like(weights[name]["kernel"])
         want = stock.apply({"params": {"cell": weights}}, xs)
         np.testing.assert_allclose(ours, want, rtol=1e-5, atol=1e-6)  # type: ignore[arg-type]
+
+
+def echo_layer() -> Any:
+    return fdc.linen.RNN(Echo(), output_dropout(0.5))
+
+
+def echo_rnn() -> Any:
+    return nn.RNN(fdc.linen.DropoutCell(Echo(), output_dropout(0.5)))
+
+
+def tf_rnn() -> Any:
+    return nn.RNN(fdc.linen.RNNCellDropoutWrapper(Echo(), 1.0, 0.5, variational_recurrent=True))
+
+
+class Holder(nn.Module):
+    held: Any
+
+    def __call__(self, xs: jax.Array) -> Any:
+        return self.held(xs)
+
+
+class Words(nn.Module):
+    embed: Any
+
+    def __call__(self, xs: jax.Array) -> Any:
+        return self.embed(jnp.arange(xs.size).reshape(xs.shape)[..., 0])
+
+
+def both_directions(lift: Lift, xs: jax.Array) -> Any:
+    layers = [fdc.linen.RNN(Echo(), output_dropout(0.5)) for _ in range(2)]
+    return lift(nn.Bidirectional)(*layers, merge_fn=lambda one, other: [one, other])(xs)
+
+
+MADE_OUTSIDE: dict[str, Callable[[Lift, jax.Array], Any]] = {
+    "both directions": both_directions,
+    "fields": lambda lift, xs: [lift(Holder)(echo_layer())(xs) for _ in range(2)],
+    "a field's field": lambda lift, xs: [lift(Holder)(Holder(echo_layer()))(xs) for _ in range(2)],
+    "cells": lambda lift, xs: [
+        lift(nn.RNN)(fdc.linen.DropoutCell(Echo(), output_dropout(0.5)))(xs) for _ in range(2)
+    ],
+    "cells of fields": lambda lift, xs: [lift(Holder)(echo_rnn())(xs) for _ in range(2)],
+    "wrappers": lambda lift, xs: [lift(Holder)(tf_rnn())(xs) for _ in range(2)],
+    "embeddings": lambda lift, xs: [
+        lift(Words)(fdc.linen.Embed(100, 8, 0.5, embedding_init=nn.initializers.ones))(xs)
+        for _ in range(2)
+    ],
+    "remat inside": lambda lift, xs: [lift(nn.remat(Holder))(echo_layer())(xs) for _ in range(2)],
+    "remat outside": lambda lift, xs: [nn.remat(lift(Holder))(echo_layer())(xs) for _ in range(2)],
+}
+ON_MANY = jnp.ones((4, 3, 8))
+
+
+def run_within(make: Callable[[Lift, jax.Array], Any], lift: Lift) -> Any:
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, xs: jax.Array) -> Any:
+            return make(lift, xs)
+
+    variables = Model().init(jax.random.key(0), ON_MANY)
+    return Model().apply(variables, ON_MANY, rngs=RNGS)
+
+
+# Modules that hash alike run in one program if they are compiled by one `nn.jit`.
+LIFTS: dict[str, Lift] = {"a program each": nn.jit, "one program": functools.cache(nn.jit)}
+
+
+@pytest.mark.parametrize("lift", LIFTS)
+@pytest.mark.parametrize("case", MADE_OUTSIDE)
+def test_modules_that_are_made_outside_keep_their_masks(case: str, lift: str) -> None:
+    """Flax gives all of them one key in `nn.jit`; here they have their masks without `nn.jit`."""
+    compiled = run_within(MADE_OUTSIDE[case], LIFTS[lift])
+    if "remat" not in case:  # A transform changes a module's name, and so its path.
+        plain = run_within(MADE_OUTSIDE[case], lambda module: module)
+        jax.tree.map(np.testing.assert_array_equal, compiled, plain)
+    one, other = compiled
+    assert 0.2 < (one != 0).mean() < 0.8
+    assert 0.2 < ((one != 0) & (other != 0)).mean() / (one != 0).mean() < 0.8
+
+
+def test_a_compiled_cell_draws_at_each_step() -> None:
+    with pytest.raises(TypeError, match=r"draws from an rng stream, as nn\.jit does for each cell"):
+        run_within(
+            lambda _, xs: fdc.linen.RNN(nn.jit(nn.LSTMCell)(8), output_dropout(0.5))(xs), nn.jit
+        )
+
+
+class Block(nn.Module):
+    """Makes its layer itself, once it runs."""
+
+    @nn.compact
+    def __call__(self, xs: jax.Array) -> Any:
+        return echo_layer()(xs)
+
+
+class Nested(nn.Module):
+    @nn.compact
+    def __call__(self, xs: jax.Array) -> Any:
+        return nn.jit(Block)()(xs)
+
+
+REFUSED: dict[str, Callable[[jax.Array], Any]] = {
+    "a field that makes a layer": lambda xs: nn.jit(Holder)(Block())(xs),
+    "a field's field": lambda xs: nn.jit(Holder)(Holder(Block()))(xs),
+    "a field that is compiled too": lambda xs: nn.jit(Holder)(nn.jit(Block)())(xs),
+    "a field that compiles": lambda xs: nn.jit(Holder)(Nested())(xs),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_layers_whose_key_others_have_too_are_refused(case: str) -> None:
+    """What is compiled for one such field would also run for the next, with the same masks."""
+    with pytest.raises(ValueError, match=r"in nn\.jit, this RNN would have the masks of"):
+        run_within(lambda _, xs: REFUSED[case](xs), nn.jit)
+
+
+class Decorated(nn.Module):
+    @nn.jit
+    @nn.compact
+    def __call__(self, xs: jax.Array) -> Any:
+        return echo_layer()(xs)
+
+
+class InSetup(nn.Module):
+    def setup(self) -> None:
+        self.layer = echo_layer()
+
+    @nn.jit
+    def __call__(self, xs: jax.Array) -> Any:
+        return self.layer(xs)
+
+
+MADE_INSIDE: dict[str, Callable[[jax.Array], Any]] = {
+    "a layer": lambda xs: nn.jit(fdc.linen.RNN)(Echo(), output_dropout(0.5))(xs),
+    "in a method": lambda xs: nn.jit(Block)()(xs),
+    "in a method that is compiled": lambda xs: Decorated()(xs),
+    "in setup": lambda xs: InSetup()(xs),
+    "in nn.jit in nn.jit": lambda xs: nn.jit(Nested)()(xs),
+    "as an argument": lambda xs: nn.jit(lambda module, xs: module(xs))(Block(), xs),
+}
+
+
+@pytest.mark.parametrize("case", MADE_INSIDE)
+def test_modules_that_are_made_inside_have_masks_of_their_own(case: str) -> None:
+    one, other = run_within(lambda _, xs: [MADE_INSIDE[case](xs) for _ in range(2)], nn.jit)
+    assert 0.2 < ((one != 0) & (other != 0)).mean() / (one != 0).mean() < 0.8
