@@ -6,6 +6,7 @@ JAX has a file of its own, `_compat.py`, because the core does not import Flax.
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -126,40 +127,42 @@ def running_module() -> nn.Module | None:
 def give_own_stream(module: nn.Module) -> bool:
     """Sees to it that no other module has the keys of a module's `dropout` stream.
 
-    Flax tells modules apart by their paths, which it folds into their keys. `nn.jit` drops the
-    paths; the module that it compiles gets a new key, but those that were made outside of it, such
-    as its fields, all have the same one. Here such a module gets its path back. One inside it would
-    need that too, but the program that is compiled for it may also serve other paths.
+    Flax tells modules apart by their paths, which it folds into their keys. `nn.jit` and
+    `nn.fold_rngs` drop the paths; the module that they transform gets a new key, but those that
+    were made outside of it, such as its fields, all have the same one. Here such a module gets its
+    path back. One inside it would need that too, but the program that `nn.jit` compiles for it may
+    also serve other paths.
 
     Returns:
       False if others have the keys all the same.
     """
     scope: Any = module.scope
     key = scope.rngs["dropout"]
-    if getattr(key, "suffix", ()) == scope.path or not _is_given_to_jit(_lifted(module)):
+    if getattr(key, "suffix", ()) == scope.path or not _is_given(_lifted(module)):
         return True
     is_hashed = isinstance(inspect.getattr_static(module, "__fn_or_cls__", None), HashedFields)
-    if key.suffix or not is_hashed or scope.debug_path[-1].count("jit(") > 1:
+    if key.suffix or not is_hashed or _pathless_around(scope.debug_path[-1:]) > 1:
         return False
     scope.rngs = scope.rngs | {"dropout": key.replace(suffix=scope.path)}
     return True
 
 
-def _is_given_to_jit(module: nn.Module) -> bool:
-    """Whether a module whose scope is lifted was made outside of the module that `nn.jit` compiles.
+def _is_given(module: nn.Module) -> bool:
+    """Whether a module whose scope is lifted was made outside of the module that is transformed.
 
-    The compiled module is the first that runs in its program, so its caller runs outside.
+    That module is the first to run inside of the transformation, so its caller runs outside.
     """
     stack = nn.module._context.module_stack
     runs = [each is not None and each.scope and _lifted(each) is module for each in stack]
     # A method that Flax does not wrap, such as initialize_carry, is not on the stack.
     at = runs.index(True) if True in runs else len(stack)
     caller = stack[at - 1] if at else None
-    if caller is None or _jits_around(caller) == 0:
+    inside, outside = _pathless_around(_debug_path(module)), _pathless_around(_debug_path(caller))
+    if caller is None or outside == 0:
         return False
     host = _lifted(caller)
     is_within = _path(module)[: len(_path(host))] == _path(host)
-    return _jits_around(caller) == _jits_around(module) or not is_within or _is_given_to_jit(host)
+    return outside == inside or not is_within or _is_given(host)
 
 
 def _lifted(module: nn.Module) -> nn.Module:
@@ -173,9 +176,14 @@ def _path(module: nn.Module) -> tuple[str, ...]:
     return module.scope.path if module.scope else ()
 
 
-def _jits_around(module: nn.Module) -> int:
-    """How many `nn.jit` a module runs in; Flax writes each around a name in the path."""
-    return sum(name.count("jit(") for name in (module.scope.debug_path if module.scope else ()))
+def _debug_path(module: nn.Module | None) -> tuple[str, ...]:
+    """The path, in which Flax writes each transformation around the name of what it lifts."""
+    return tuple(module.scope.debug_path) if module is not None and module.scope else ()
+
+
+def _pathless_around(debug_path: tuple[str, ...]) -> int:
+    """How many transformations that drop paths are around a module."""
+    return len(re.findall(r"(?:jit|fold_rngs)\(", " ".join(debug_path)))
 
 
 class HashedFields:
@@ -204,8 +212,10 @@ class HashedFields:
     def _with_path(self, module: nn.Module) -> Iterator[Any]:
         yield "/".join(_path(module))
         self._entered.add(id(module))
-        yield module
-        self._entered.remove(id(module))
+        try:
+            yield module
+        finally:
+            self._entered.remove(id(module))
 
 
 def _check_no_arrays(module: Any) -> None:

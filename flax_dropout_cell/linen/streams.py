@@ -20,17 +20,17 @@ def dropout_key(
       at_call: whether its call takes `rng`, as a wrapper's call in a host does not.
 
     Raises:
-      ValueError: if there is neither, and this is not `init`, or if `nn.jit` gives other modules
-        the same key.
+      ValueError: if there is neither, and this is not `init`, or if `nn.jit` or `nn.fold_rngs`
+        gives other modules the same key.
     """
     if rng is not None:
         return rng
     if module.has_rng("dropout"):
         if not give_own_stream(module):
             raise ValueError(
-                f"in nn.jit, this {name} would have the masks of other modules, because the module "
-                f"that holds it was made outside. Make it inside the module that nn.jit compiles, "
-                f"or use nn.remat, or jax.jit around the model."
+                f"in nn.jit or nn.fold_rngs, this {name} would have the masks of other modules, "
+                f"because the module that holds it was made outside. Make it inside the module "
+                f"that is transformed, or use nn.remat, or jax.jit around the model."
             )
         return module.make_rng("dropout")
     if module.is_initializing():  # its outputs are thrown away

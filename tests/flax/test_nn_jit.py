@@ -325,7 +325,11 @@ def run_within(make: Callable[[Lift, jax.Array], Any], lift: Lift) -> Any:
 
 
 # Modules that hash alike run in one program if they are compiled by one `nn.jit`.
-LIFTS: dict[str, Lift] = {"a program each": nn.jit, "one program": functools.cache(nn.jit)}
+LIFTS: dict[str, Lift] = {
+    "a program each": nn.jit,
+    "one program": functools.cache(nn.jit),
+    "nn.fold_rngs": nn.fold_rngs,
+}
 
 
 @pytest.mark.parametrize("lift", LIFTS)
@@ -362,19 +366,20 @@ class Nested(nn.Module):
         return nn.jit(Block)()(xs)
 
 
-REFUSED: dict[str, Callable[[jax.Array], Any]] = {
-    "a field that makes a layer": lambda xs: nn.jit(Holder)(Block())(xs),
-    "a field's field": lambda xs: nn.jit(Holder)(Holder(Block()))(xs),
-    "a field that is compiled too": lambda xs: nn.jit(Holder)(nn.jit(Block)())(xs),
-    "a field that compiles": lambda xs: nn.jit(Holder)(Nested())(xs),
+REFUSED: dict[str, Callable[[Lift, jax.Array], Any]] = {
+    "a field that makes a layer": lambda lift, xs: lift(Holder)(Block())(xs),
+    "a field's field": lambda lift, xs: lift(Holder)(Holder(Block()))(xs),
+    "a field that is compiled too": lambda lift, xs: lift(Holder)(lift(Block)())(xs),
+    "a field that compiles": lambda lift, xs: lift(Holder)(Nested())(xs),
 }
 
 
+@pytest.mark.parametrize("lift", [nn.jit, nn.fold_rngs])
 @pytest.mark.parametrize("case", REFUSED)
-def test_layers_whose_key_others_have_too_are_refused(case: str) -> None:
-    """What is compiled for one such field would also run for the next, with the same masks."""
-    with pytest.raises(ValueError, match=r"in nn\.jit, this RNN would have the masks of"):
-        run_within(lambda _, xs: REFUSED[case](xs), nn.jit)
+def test_layers_whose_key_others_have_too_are_refused(case: str, lift: Lift) -> None:
+    """The program that is compiled for one such field would serve the next, with its masks."""
+    with pytest.raises(ValueError, match="this RNN would have the masks of other modules"):
+        run_within(REFUSED[case], lift)
 
 
 class Decorated(nn.Module):
