@@ -182,7 +182,7 @@ def _debug_path(module: nn.Module | None) -> tuple[str, ...]:
 
 
 def _pathless_around(debug_path: tuple[str, ...]) -> int:
-    """How many transformations that drop paths are around a module."""
+    """The number of transformations around a module that drop paths."""
     return len(re.findall(r"(?:jit|fold_rngs)\(", " ".join(debug_path)))
 
 
