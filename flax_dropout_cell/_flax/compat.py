@@ -124,6 +124,15 @@ def running_module() -> nn.Module | None:
     return nn.module._context.module_stack[-1]
 
 
+_COMPILED = "Jit"
+"""`nn.jit` calls its copy of a class by the class's name behind this."""
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is of a class that `nn.jit` has made."""
+    return type(module).__name__.startswith(_COMPILED)
+
+
 def give_own_stream(module: nn.Module) -> bool:
     """Sees to it that no other module has the keys of a module's `dropout` stream.
 
@@ -224,7 +233,7 @@ def _check_no_arrays(module: Any) -> None:
             continue
         value = getattr(module, field)
         if is_array(value):
-            name = type(module).__name__.removeprefix("Jit")  # as nn.jit calls its copy
+            name = type(module).__name__.removeprefix(_COMPILED)
             raise ValueError(
                 f"nn.jit compiles a module's fields in as constants, and {field} of {name} is an "
                 f"array, {short_repr(value)}. Give a number, or use jax.jit around the model, or "

@@ -7,7 +7,7 @@ import jax
 from flax import errors
 from flax.core import unfreeze
 
-from .._flax.compat import all_but_params, copy_into, has_drawn, scope_at
+from .._flax.compat import all_but_params, copy_into, has_drawn, is_compiled, scope_at
 from .._flax.layer import impure_cell_error
 from .._spec.recurrent_dropout import PyTree
 from .submodules import fields_of
@@ -59,8 +59,7 @@ class LinenPureCell:
             raise impure_cell_error(cell, "writes a variable") from None
         if drew:
             # A key from outside of the scan would be the same at every step.
-            is_compiled = type(cell).__name__.startswith("Jit")  # as nn.jit calls its copy
-            reason = ", as nn.jit does for each cell that it compiles," if is_compiled else ""
+            reason = ", as nn.jit does for each cell that it compiles," if is_compiled(cell) else ""
             raise impure_cell_error(cell, f"draws from an rng stream{reason}")
         return carry, (y, self._sown(variables, written)) if self.collects else y
 

@@ -305,13 +305,14 @@ MADE_OUTSIDE: dict[str, Callable[[Lift, jax.Array], Any]] = {
     "cells of fields": lambda lift, xs: [lift(Holder)(echo_rnn())(xs) for _ in range(2)],
     "wrappers": lambda lift, xs: [lift(Holder)(tf_rnn())(xs) for _ in range(2)],
     "embeddings": lambda lift, xs: [
-        lift(Words)(fdc.linen.Embed(100, 8, 0.5, embedding_init=nn.initializers.ones))(xs)
+        lift(Words)(fdc.linen.Embed(2**14, 1, 0.5, embedding_init=nn.initializers.ones))(xs)
         for _ in range(2)
     ],
     "remat inside": lambda lift, xs: [lift(nn.remat(Holder))(echo_layer())(xs) for _ in range(2)],
     "remat outside": lambda lift, xs: [nn.remat(lift(Holder))(echo_layer())(xs) for _ in range(2)],
 }
-ON_MANY = jnp.ones((4, 3, 8))
+ON_MANY = jnp.ones((64, 8, 32))
+AT_RANDOM = 0.34, 0.66  # 5 standard deviations of the share of 256 units that are kept
 
 
 def run_within(make: Callable[[Lift, jax.Array], Any], lift: Lift) -> Any:
@@ -322,6 +323,13 @@ def run_within(make: Callable[[Lift, jax.Array], Any], lift: Lift) -> Any:
 
     variables = Model().init(jax.random.key(0), ON_MANY)
     return Model().apply(variables, ON_MANY, rngs=RNGS)
+
+
+def assert_independent(one: jax.Array, other: jax.Array) -> None:
+    """Half of the units are kept, and half of those are kept by the other mask too."""
+    (least, most), kept = AT_RANDOM, one != 0
+    assert least < kept.mean() < most
+    assert least < (other != 0)[kept].mean() < most
 
 
 # Modules that hash alike run in one program if they are compiled by one `nn.jit`.
@@ -340,9 +348,17 @@ def test_modules_that_are_made_outside_keep_their_masks(case: str, lift: str) ->
     if "remat" not in case:  # A transform changes a module's name, and so its path.
         plain = run_within(MADE_OUTSIDE[case], lambda module: module)
         jax.tree.map(np.testing.assert_array_equal, compiled, plain)
-    one, other = compiled
-    assert 0.2 < (one != 0).mean() < 0.8
-    assert 0.2 < ((one != 0) & (other != 0)).mean() / (one != 0).mean() < 0.8
+    assert_independent(*compiled)
+
+
+@pytest.mark.parametrize("lift", [nn.jit, nn.fold_rngs])
+def test_flaxs_own_dropout_has_one_mask_there(lift: Lift) -> None:
+    """The docs warn of it; this fails once Flax has mended it."""
+    one, other = run_within(
+        lambda lift, xs: [lift(Holder)(nn.Dropout(0.5, deterministic=False))(xs) for _ in range(2)],
+        lift,
+    )
+    np.testing.assert_array_equal(one, other)
 
 
 def test_a_compiled_cell_draws_at_each_step() -> None:
@@ -410,5 +426,4 @@ MADE_INSIDE: dict[str, Callable[[jax.Array], Any]] = {
 
 @pytest.mark.parametrize("case", MADE_INSIDE)
 def test_modules_that_are_made_inside_have_masks_of_their_own(case: str) -> None:
-    one, other = run_within(lambda _, xs: [MADE_INSIDE[case](xs) for _ in range(2)], nn.jit)
-    assert 0.2 < ((one != 0) & (other != 0)).mean() / (one != 0).mean() < 0.8
+    assert_independent(*run_within(lambda _, xs: [MADE_INSIDE[case](xs) for _ in range(2)], nn.jit))
