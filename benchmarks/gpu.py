@@ -74,11 +74,11 @@ def layer(cell: Any, mode: str, unroll: int, config: Config, dtype: Any) -> dict
 @contextlib.contextmanager
 def all_products_in_the_loop() -> Iterator[None]:
     """No weight is large enough to leave it."""
-    rule, three_parts.AHEAD_SIZE = three_parts.AHEAD_SIZE, 2**62
+    rule, three_parts.MIN_WEIGHT_SIZE = three_parts.MIN_WEIGHT_SIZE, 2**62
     try:
         yield
     finally:
-        three_parts.AHEAD_SIZE = rule
+        three_parts.MIN_WEIGHT_SIZE = rule
 
 
 def uncut_layer(config: Config, dtype: Any) -> dict[str, Run]:

@@ -42,7 +42,10 @@ SIZES = (
     Config(time=20, batch=32, features=1000),
 )
 CELLS = ("six-line LSTM", "LSTMCell", "GRUCell", "untied LSTM")
-RULE = {name: getattr(weight_products, name) for name in ("WORTHWHILE", "WORTHWHILE_BATCHED")}
+RULE = {
+    name: getattr(weight_products, name)
+    for name in ("MIN_WEIGHT_TO_KEPT", "MIN_WEIGHT_TO_KEPT_BATCHED")
+}
 ALWAYS, NEVER = dict.fromkeys(RULE, 0.0), dict.fromkeys(RULE, float("inf"))
 
 

@@ -129,10 +129,11 @@ def load_chorales(data: Path | None) -> Task:
         # Without dropout, a minGRU's validation loss is 8.26 at a quarter of the rate, 8.37 at
         # twice; an LRU's, of one seed, is 8.60 at a quarter, 8.67 at the rate.
         rate_of={"min_gru": 0.25, "lru": 0.25},
-        # Without dropout or decay, an LSTM is best at half of the rate, a GRU at a quarter. With
-        # decay, nothing has been run yet.
+        # Without dropout or decay, an LSTM is best at half of the rate, a GRU at a quarter. A decay
+        # of 0.3 at the full rate costs Gal's scheme validation loss: 8.16, of one seed, at keeping
+        # 0.8, against 8.12 at half of the rate with 0.1.
         rates=(0.25, 0.5, 1.0),
-        optimizers=((0.25, 0.0), (0.5, 0.1), (1.0, 0.3)),
+        optimizers=((0.25, 0.0), (0.5, 0.1), (1.0, 0.0)),
     )
 
 

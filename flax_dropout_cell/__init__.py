@@ -24,8 +24,9 @@ The public names:
 - Flax: `linen` and `nnx` hold layers, wrappers and cells; they are imported when first used.
 - Versions: `__version__`, and `RANDOM_STREAM`, the version of the masks that a key gives.
 
-Read the package in this order; `_arguments`, `_compat`, `_dtypes`, `_messages` and `_sharding`
-serve all of it:
+To read the source, start with docs/source.md, which follows one call. The packages, each of which
+imports only those before it; `_arguments`, `_compat`, `_dtypes`, `_messages` and `_sharding` serve
+all of them:
 
 1. `_random`: the bits that a key gives.
 2. `noises`: masks, how they are drawn and applied.
@@ -39,8 +40,7 @@ serve all of it:
 9. `_flax`: the code that `linen` and `nnx` share, and the contract that they fulfil; these two
    hold the layers and wrappers that users import.
 
-Imports run one way, from the end of this list to its beginning. Importing this package does not
-import Flax.
+Importing this package does not import Flax.
 """
 
 import importlib as _importlib

@@ -9,6 +9,9 @@ import numpy as np
 from ._compat import is_traced
 from ._messages import must_be
 
+Number = int | float | np.integer | np.floating
+"""A value that is known on the host, so it can be checked and can pick an algorithm."""
+
 
 def check_flag(name: str, flag: Any) -> bool:
     """The flag as a bool; raises if it is not one: Python takes most other objects for True."""
@@ -32,7 +35,7 @@ def check_count(name: str, count: Any) -> int:
 
 
 def as_ints(name: str, value: Any) -> jax.Array | np.ndarray:
-    """Ints as an array, which stays in NumPy if it lies there: JAX would cut it to 32 bits."""
+    """Ints as an array, which stays in NumPy if it lies there: JAX would truncate it to 32 bits."""
     leaves = jax.tree.leaves(value)  # a list of ints too
     on_host = all(isinstance(leaf, int | np.ndarray | np.generic) for leaf in leaves)
     if any(isinstance(leaf, str) for leaf in leaves):

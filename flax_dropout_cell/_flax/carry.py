@@ -46,20 +46,12 @@ class StepRng(NamedTuple):
     step: jax.Array
 
 
-class _Fields(NamedTuple):
-    cell_carry: Any
-    masks: Masks | None
-    rng: StepRng | None
-    arrays: Any = None
-    fingerprint: SpecFingerprint | None = None
-
-
-class DropoutCarry(_Fields):
+class DropoutCarry(NamedTuple):
     """The carry of `DropoutCell`: the cell's own, and the randomness of the running sequence.
 
     It is a NamedTuple of arrays, which `flax.serialization` and Orbax save. Passed to the next
-    window, it continues the sequence, as if one long sequence had been cut. To start new masks on
-    an old state, see `redraw_masks` of the wrapper.
+    window, it continues the sequence, as if one long sequence had been cut. To keep the state and
+    draw new masks, call `redraw_masks` of the wrapper.
 
     Take the cell's own carry by its name: `c, h = carry.cell_carry`. A row's per-step masks depend
     on its place: a part of a carry (a microbatch, a shard) has those of rows 0, 1 and so on, not
@@ -76,7 +68,11 @@ class DropoutCarry(_Fields):
         restore into a carry of the same spec: masks of another would not be noticed.
     """
 
-    __slots__ = ()
+    cell_carry: Any
+    masks: Masks | None
+    rng: StepRng | None
+    arrays: Any = None
+    fingerprint: SpecFingerprint | None = None
 
 
 def start_sequence(
@@ -88,15 +84,15 @@ def start_sequence(
     # Weights have no batch dim for a host to index, so their masks get one of length 1.
     masks = masks._replace(params=jax.tree.map(lambda mask: mask[None], masks.params))
     step_rng = None
-    if draws_at_each_step(dropout) or _for_a_dtype(masks):
+    if draws_at_each_step(dropout) or _depend_on_dtype(masks):
         step_rng = StepRng(jax.random.key_data(key)[None], jnp.zeros((1,), jnp.int32))
     arrays = tuple(jnp.asarray(array)[None] for array in fixed_arrays(dropout))
     leaves = jax.tree.leaves(values.input)
     fingerprint = SpecFingerprint(
         fingerprint_of(dropout),
-        inputs=tuple(str(leaf.dtype) for leaf in leaves),
+        input_dtypes=tuple(str(leaf.dtype) for leaf in leaves),
         prng=jax.random.key_impl(key),
-        shapes=tuple(tuple(leaf.shape) for leaf in leaves),
+        input_shapes=tuple(tuple(leaf.shape) for leaf in leaves),
     )
     return DropoutCarry(cell_carry, masks, step_rng, arrays or None, fingerprint)
 
@@ -133,7 +129,7 @@ def run_wrapped_step(
         raise ValueError("the carry was made in evaluation and has no masks: call redraw_masks.")
     check_fingerprint(carry.fingerprint, dropout)
     spec, masks = dropout, carry.masks
-    _check_whole(masks, carry, x)
+    _check_not_sliced(masks, carry, x)
     _check_batch(masks, carry.fingerprint, x)
     if carry.arrays is not None:
         # Before the weights are left out, since the arrays are those of all sites.
@@ -148,8 +144,8 @@ def run_wrapped_step(
         # If rows are at different steps, the furthest counts, so that no row sees a mask twice.
         step = jnp.max(carry.rng.step)
         next_rng = carry.rng._replace(step=jnp.full_like(carry.rng.step, step + 1))
-        if _drawn_for_other_inputs(carry, x):
-            masks = _redraw(masks, spec, values(x), rng)
+        if _drawn_for_other_dtypes(carry, x):
+            masks = _redraw_for_dtypes(masks, spec, values(x), rng)
     cell_carry, y = dropout_cell(
         params, carry.cell_carry, x, rng, cell=cell, dropout=spec, masks=masks, step=step
     )
@@ -171,7 +167,7 @@ def check_carry(carry: Any) -> None:
         )
 
 
-def _check_whole(masks: Masks, carry: DropoutCarry, x: PyTree) -> None:
+def _check_not_sliced(masks: Masks, carry: DropoutCarry, x: PyTree) -> None:
     """Raises if a carry is a part of another, or several that were joined."""
     shared = jax.tree.leaves((masks.params, carry.rng, carry.arrays))
     # 1, or the batch if a host has indexed it: see `StepRng`.
@@ -183,13 +179,14 @@ def _check_whole(masks: Masks, carry: DropoutCarry, x: PyTree) -> None:
         )
 
 
-def _check_batch(masks: Masks, fingerprint: Any, x: PyTree) -> None:
+def _check_batch(masks: Masks, fingerprint: SpecFingerprint | None, x: PyTree) -> None:
     """Raises if masks that were drawn for one row would be shared by all rows of a batch."""
     of_rows = jax.tree.leaves(masks._replace(params=None))
     if not isinstance(fingerprint, SpecFingerprint) or not of_rows:
         return
-    shapes = map(np.shape, jax.tree.leaves(x))
-    for drawn, here in zip(fingerprint.shapes, shapes, strict=False):
+    input_shapes = map(np.shape, jax.tree.leaves(x))
+    # If the inputs have another structure, the cell raises.
+    for drawn, here in zip(fingerprint.input_shapes, input_shapes, strict=False):
         sizes = zip(drawn, here, strict=False)
         if len(drawn) == len(here) and any(was == 1 != now for was, now in sizes):
             raise ValueError(
@@ -202,7 +199,7 @@ def _first(leaf: jax.Array) -> jax.Array:
     return leaf[0]
 
 
-def _for_a_dtype(masks: Masks) -> bool:
+def _depend_on_dtype(masks: Masks) -> bool:
     """Whether a mask was drawn in the dtype of a value that is not there yet.
 
     Hosts say the inputs' shape, not their dtype, when they start a sequence. For boolean masks it
@@ -212,14 +209,16 @@ def _for_a_dtype(masks: Masks) -> bool:
     return any(mask.dtype != jnp.bool_ for mask in drawn)
 
 
-def _drawn_for_other_inputs(carry: DropoutCarry, x: PyTree) -> bool:
+def _drawn_for_other_dtypes(carry: DropoutCarry, x: PyTree) -> bool:
     if not isinstance(carry.fingerprint, SpecFingerprint) or carry.masks is None:
         return False
     here = tuple(str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(x))
-    return here != carry.fingerprint.inputs and _for_a_dtype(carry.masks)
+    return here != carry.fingerprint.input_dtypes and _depend_on_dtype(carry.masks)
 
 
-def _redraw(masks: Masks, dropout: RecurrentDropout, values: SiteValues, rng: jax.Array) -> Masks:
+def _redraw_for_dtypes(
+    masks: Masks, dropout: RecurrentDropout, values: SiteValues, rng: jax.Array
+) -> Masks:
     """Draws masks again for inputs of another dtype than at the start, with the same bits."""
     unknown = dataclasses.replace(dropout, params=None, state=None)
     drawn = draw_sites(unknown, values._replace(params=None, state=None), rng)

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
+from .._messages import short_repr, with_article
 from ..cells import GRUParams, LRUParams, LSTMParams, MinGRUParams, MinLSTMParams, RGLRUParams
 from ..cells.checks import check_gates
 
@@ -44,9 +46,7 @@ def check_params(params: Any, shapes: Callable[[int], Any], cell: Any) -> None:
 
 def wrong_weights_error(cell: Any, wanted: type, params: Any) -> TypeError:
     """The error for weights of another kind of cell."""
-    return TypeError(
-        f"the weights of {type(cell).__name__} are {wanted.__name__}, got {type(params).__name__}."
-    )
+    return TypeError(f"{type(cell).__name__} takes {wanted.__name__}, got {short_repr(params)}.")
 
 
 def wrong_variables_error(cell: Any, wanted: Iterable[str], got: Iterable[Any]) -> ValueError:
@@ -57,11 +57,19 @@ def wrong_variables_error(cell: Any, wanted: Iterable[str], got: Iterable[Any]) 
     )
 
 
+def check_leaves(cell: Any, wanted: Iterable[str], variables: Mapping[str, Any]) -> None:
+    """Raises if a weight is missing; `wanted` has the paths of all, such as "hi/bias"."""
+    missing = sorted(set(wanted) - flatten_dict(variables, sep="/").keys())
+    if missing:
+        name = type(cell).__name__
+        raise ValueError(f"these variables lack weights of {name}: {', '.join(missing)}.")
+
+
 def unknown_weights_error(cell: Any) -> TypeError:
     """The error for a cell that this library has no weights for."""
     return TypeError(
-        f"only LSTMCell, OptimizedLSTMCell, GRUCell and this library's linear cells have such "
-        f"weights, got {type(cell).__name__}."
+        f"cell_params and core_params convert the weights of LSTMCell, OptimizedLSTMCell, GRUCell "
+        f"and this library's cells, got {with_article(type(cell).__name__)}."
     )
 
 

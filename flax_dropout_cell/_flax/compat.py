@@ -1,6 +1,7 @@
 """Every use of Flax that its documentation does not promise, or that differs between its versions.
 
 The rest of the package uses documented names only, so when Flax changes, this is the file to fix.
+The one exception is `RecurrentDropout.__fn_or_cls__`, which Flax reads from the spec itself.
 JAX has a file of its own, `_compat.py`, because the core does not import Flax.
 """
 
@@ -22,7 +23,7 @@ static = getattr(nnx, "static", lambda value: value)
 
 
 def data_or_static(value: Any) -> Any:
-    """An attribute of an NNX module: an array is data and a number static, also in turn."""
+    """An attribute of an NNX module: an array is data, a number is static; either may follow."""
     return nnx.data(value) if is_array(value) else static(value)
 
 
@@ -134,7 +135,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def give_own_stream(module: nn.Module) -> bool:
-    """Sees to it that no other module has the keys of a module's `dropout` stream.
+    """Makes the keys of a module's `dropout` stream differ from those of all other modules.
 
     Flax tells modules apart by their paths, which it folds into their keys. `nn.jit` and
     `nn.fold_rngs` drop the paths; the module that they transform gets a new key, but those that
@@ -143,7 +144,7 @@ def give_own_stream(module: nn.Module) -> bool:
     also serve other paths.
 
     Returns:
-      False if others have the keys all the same.
+      Whether it could; if False, other modules draw the same keys.
     """
     scope: Any = module.scope
     key = scope.rngs["dropout"]

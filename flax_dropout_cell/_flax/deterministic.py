@@ -12,6 +12,6 @@ def is_evaluation(given: Any, own: Any) -> bool:
     return check_flag("deterministic", own if given is None else given)
 
 
-def draws(dropout: RecurrentDropout, given: Any, own: Any) -> bool:
+def needs_key(dropout: RecurrentDropout, given: Any, own: Any) -> bool:
     """Whether a call needs a key: it trains, and some noise does something."""
     return not is_evaluation(given, own) and bool(active_noises(dropout))

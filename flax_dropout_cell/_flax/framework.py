@@ -2,9 +2,10 @@
 
 `linen` and `nnx` each implement it once, in a `framework.py`. An adapter for another framework is
 one folder like theirs: a `Framework`, and a layer that makes the initial carry and passes a key and
-a pure cell to `run_layer`. If its cells are not like Flax's, it overrides the methods below that
-are not abstract: `check_cell`, which looks for `initialize_carry`, `num_feature_axes`, and
-`family`, which knows Flax's cells alone. Only wrappers use `weights` and `run_on`.
+a pure cell to `run_layer`. If its cells are not like Flax's, it also overrides three methods that
+are not abstract: `check_cell` (by default, a cell has `initialize_carry`), `num_feature_axes` (by
+default, the cell's attribute) and `family` (by default, Flax's cells alone). Only wrappers use
+`weights` and `run_on`.
 """
 
 import abc

@@ -36,15 +36,15 @@ class Layout(NamedTuple):
         return jax.tree.leaves(self.xs)[0].shape[0]
 
     @property
-    def outer(self) -> tuple[int, ...]:
-        """The axes of batch and time, in the order of the inputs."""
+    def leading_shape(self) -> tuple[int, ...]:
+        """The sizes of the batch and time axes, in the order of the inputs."""
         return (*self.batch[: self.time_axis], self.steps, *self.batch[self.time_axis :])
 
     @property
     def shape(self) -> PyTree:
         """The shape of the inputs as they came, for each array of them."""
-        outer = self.outer
-        return jax.tree.map(lambda x: (*outer, *x.shape[len(outer) :]), self.xs)
+        leading = self.leading_shape
+        return jax.tree.map(lambda x: (*leading, *x.shape[len(leading) :]), self.xs)
 
     def place(self, carry: PyTree) -> PyTree:
         """A cell's initial carry, whose rows are sharded as the inputs' are on explicit axes."""
@@ -97,13 +97,13 @@ def check_one_step(layer: Any, start: Any, layout: Layout, carry: PyTree, rng: A
     loops = layout.steps == 1 and carry is not None and isinstance(rng, jax.Array)
     if loops and start is None and draws_at_each_step(layer.dropout):
         raise ValueError(
-            "a call of one step that goes on from initial_carry needs start=, the index of the "
-            "step: with one key, per-step masks would be the same at all steps. With a new key at "
-            "each step pass start=0."
+            "this call has one step, an initial_carry and a key, but no start=. In a loop with one "
+            "key, each step would draw the same per-step masks: pass start=t, the index of the "
+            "step. If each call has a key of its own, pass start=0."
         )
 
 
-def check_bare_carries(**carries: PyTree) -> None:
+def check_cell_carries(**carries: PyTree) -> None:
     """Raises if a carry is a wrapper's: a layer has no place for its masks."""
     for name, carry in carries.items():
         if isinstance(carry, DropoutCarry):
@@ -182,12 +182,12 @@ def run_layer(
         steps, time first, in the order of the inputs.
 
     Returns:
-      The outputs, or `(carry, outputs)`, as the stock layer has it.
+      The outputs, or `(carry, outputs)`, like Flax's layer.
     """
     lengths = _check_lengths(seq_lengths, layout)
-    valid = _time_first("valid", valid, layout, settings, timed=True)
-    resets = _time_first("resets", resets, layout, settings, timed=True)
-    ids = _time_first("sequence_ids", sequence_ids, layout, settings, timed=resets is not None)
+    valid = _bools_time_first("valid", valid, layout, settings)
+    resets = _bools_time_first("resets", resets, layout, settings)
+    ids = _ids_time_first(sequence_ids, layout, settings, timed=resets is not None)
     if reset_carry is None and resets is not None:
         reset_carry = make_carry()
     # With `collect` the cell returns (y, sown), and the noise at `output` is for y alone.
@@ -242,26 +242,38 @@ def _check_lengths(seq_lengths: Any, layout: Layout) -> jax.Array | None:
     return lengths
 
 
-def _time_first(name: str, value: Any, layout: Layout, settings: Settings, *, timed: bool) -> Any:
-    """Checks bools or ids of a shape like the inputs', and puts time first, as the core has it."""
-    if value is None:
+def _bools_time_first(name: str, bools: Any, layout: Layout, settings: Settings) -> Any:
+    """Checks bools with the inputs' axes of batch and time, and moves time to the front."""
+    if bools is None:
         return None
-    if name == "sequence_ids":
-        value = as_ints(name, value)
-    else:
-        value = jnp.asarray(value)
-        if value.dtype != bool:
-            raise TypeError(f"{name} must be bools, got {value.dtype}.")
-    expected = layout.outer if timed else layout.batch
+    bools = jnp.asarray(bools)
+    if bools.dtype != bool:
+        raise TypeError(f"{name} must be bools, got {bools.dtype}.")
+    _check_shape(name, bools, layout, settings, timed=True)
+    return _move_time_first(bools, layout)
+
+
+def _ids_time_first(ids: Any, layout: Layout, settings: Settings, *, timed: bool) -> Any:
+    """Checks the ids of rows, or of rows at each step if `timed`, and moves time to the front."""
+    if ids is None:
+        return None
+    ids = as_ints("sequence_ids", ids)
+    case = "with" if timed else "without"
+    _check_shape(f"sequence_ids {case} resets", ids, layout, settings, timed=timed)
+    return _move_time_first(ids, layout) if timed else ids
+
+
+def _check_shape(name: str, value: Any, layout: Layout, settings: Settings, *, timed: bool) -> None:
+    expected = layout.leading_shape if timed else layout.batch
     if value.shape != expected:
         dims = "*batch"
         if timed:
             dims = "time, *batch" if settings.time_major else "*batch, time"
-        case = f" {'with' if timed else 'without'} resets" if name == "sequence_ids" else ""
-        wanted = f"[{dims}], as the inputs have it: {expected}"
-        raise ValueError(f"{name}{case} must be {wanted}, got shape {value.shape}.")
-    if not timed:
-        return value
+        wanted = f"[{dims}], like the inputs, {expected}"
+        raise ValueError(f"{name} must be {wanted}, got shape {value.shape}.")
+
+
+def _move_time_first(value: Any, layout: Layout) -> Any:
     axes = list(range(value.ndim))
     axes.insert(0, axes.pop(layout.time_axis))
-    return value.transpose(axes)  # in NumPy if it came so: JAX would cut its ids to 32 bits
+    return value.transpose(axes)  # in NumPy if it came so: JAX would truncate its ids to 32 bits

@@ -12,9 +12,9 @@ from .spec_fingerprint import SpecFingerprint
 def _to_state(fingerprint: SpecFingerprint) -> dict[str, Any]:
     return {
         "sites": dict(fingerprint.sites),
-        "inputs": list(fingerprint.inputs),
+        "inputs": list(fingerprint.input_dtypes),
         "prng": None if fingerprint.prng is None else str(fingerprint.prng),
-        "shapes": [list(shape) for shape in fingerprint.shapes],
+        "shapes": [list(shape) for shape in fingerprint.input_shapes],
     }
 
 
@@ -25,9 +25,9 @@ def _from_state(fingerprint: SpecFingerprint, state: dict[str, Any]) -> SpecFing
     return dataclasses.replace(
         fingerprint,
         sites=tuple(sorted(state["sites"].items())),
-        inputs=tuple(state["inputs"]),
+        input_dtypes=tuple(state["inputs"]),
         prng=fingerprint.prng if prng == str(fingerprint.prng) else prng,
-        shapes=tuple(map(tuple, state["shapes"])),
+        input_shapes=tuple(map(tuple, state["shapes"])),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._random.keep_masks import Number
+from .._arguments import Number
 from .._spec.prefixes import is_deferred, is_prefix_leaf
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout
 from ..noises.protocol import Noise, is_array, is_reparameterized
@@ -23,13 +23,13 @@ class SpecFingerprint:
       sites: for each site its noises in words, `*` for arrays, sorted by site.
       inputs: the dtypes of the inputs for which the masks were drawn.
       prng: the PRNG of the sequence's key.
-      shapes: the shapes of these inputs.
+      input_shapes: the shapes of these inputs.
     """
 
     sites: tuple[tuple[str, str], ...]
-    inputs: tuple[str, ...] = ()
+    input_dtypes: tuple[str, ...] = ()
     prng: Any = None
-    shapes: tuple[tuple[int, ...], ...] = ()
+    input_shapes: tuple[tuple[int, ...], ...] = ()
 
 
 def fingerprint_of(dropout: RecurrentDropout) -> tuple[tuple[str, str], ...]:
@@ -49,7 +49,7 @@ def check_fingerprint(fingerprint: SpecFingerprint | None, dropout: RecurrentDro
                 f"the carry's masks were drawn for another spec. dropout.{site} was\n"
                 f"  {_cut(drawn)}, and is\n"
                 f"  {_cut(here.get(site, 'None'))}.\n"
-                f"Start new masks on the old state with redraw_masks."
+                f"To keep the state and draw new masks, call redraw_masks."
             )
 
 

@@ -21,9 +21,9 @@ from .._spec.recurrent_dropout import (
     draws_once,
 )
 from .._step.call_cell import trace_cell
-from .._step.draw_masks import inside_names
+from .._step.draw_masks import site_values
 from .carry import DropoutCarry, check_carry, run_wrapped_step, start_sequence
-from .deterministic import draws, is_evaluation
+from .deterministic import is_evaluation, needs_key
 from .framework import Framework
 
 
@@ -52,13 +52,8 @@ class CellWrapper:
         return self._framework.check_weights(self.cell, shapes)
 
     def _output_shapes(self, cell_carry: PyTree, x: PyTree) -> PyTree:
-        return self._trace(cell_carry, x, frozenset())[0]
-
-    def _trace(
-        self, cell_carry: PyTree, x: PyTree, names: frozenset[str]
-    ) -> tuple[PyTree, dict[str, PyTree]]:
-        """The shapes of the cell's output, and of the values at its sites `names`."""
-        return trace_cell(self._framework.traceable(self.cell), None, cell_carry, x, names)
+        run = self._framework.traceable(self.cell)
+        return trace_cell(run, None, cell_carry, x, frozenset())[0]
 
     def _step(
         self,
@@ -123,7 +118,7 @@ class CellWrapper:
 
     def _draws(self, cell_carry: PyTree, deterministic: bool | None) -> bool:
         """Whether a sequence needs a key."""
-        return draws(self._spec_for(cell_carry), deterministic, self.deterministic)
+        return needs_key(self._spec_for(cell_carry), deterministic, self.deterministic)
 
     def _start(self, rng: jax.Array | None, cell_carry: PyTree, inputs: Any) -> DropoutCarry:
         """The carry of a new sequence; without a key, of one that runs without dropout.
@@ -141,7 +136,7 @@ class CellWrapper:
     def _redraw(
         self, carry: PyTree, inputs: PyTree, rng: jax.Array | None, deterministic: bool | None
     ) -> DropoutCarry:
-        """New masks on an old state, in this wrapper and in those that it holds."""
+        """New masks for the same state, in this wrapper and in those that it holds."""
         cell_carry = carry.cell_carry if isinstance(carry, DropoutCarry) else carry
         if isinstance(self.cell, CellWrapper):
             inner = None if rng is None else cell_rng(rng)
@@ -157,12 +152,13 @@ class CellWrapper:
 
     def _values_for(self, x: PyTree, dropout: RecurrentDropout, cell_carry: PyTree) -> SiteValues:
         """`_values` for an input whose dtypes are known."""
-        params = self._params_shapes(cell_carry, x) if draws_once(dropout.params) else None
-        y, inside = None, {}
-        if draws_once(dropout.output) or draws_once(dropout.inside):
-            y, inside = self._trace(cell_carry, x, inside_names(dropout))
         state = jax.tree.map(shape_of, cell_carry)
-        return SiteValues(params=params, input=x, state=state, output=y, inside=inside)
+        # The framework's cell has its weights, so the trace is given none.
+        run = self._framework.traceable(self.cell)
+        values = site_values(None, state, x, run, dropout)
+        if not draws_once(dropout.params):
+            return values
+        return values._replace(params=self._params_shapes(cell_carry, x))
 
     def _resolve_noise(self, dropout: RecurrentDropout, cell_carry: PyTree) -> RecurrentDropout:
         """Resolves the noise at `state` for the carry of the cell."""
@@ -176,16 +172,16 @@ class CellWrapper:
         return self._framework.resolve_noise(dropout, self.cell, cell_carry)
 
 
-def check_bare(framework: Framework, cell: Any) -> None:
+def check_unwrapped(framework: Framework, cell: Any) -> None:
     """Raises if a layer's cell is not a cell, or holds a wrapper with dropout of its own."""
     framework.check_cell(cell)
     for part in framework.parts(cell):
         if isinstance(part, CellWrapper):
             name = type(part).__name__
-            holds = "" if part is cell else f"{type(cell).__name__} holds "
+            holder = "" if part is cell else f"{with_article(type(cell).__name__)} that holds "
             raise TypeError(
-                f"the cell of RNN must be bare; got {holds}{with_article(name)}. Write "
-                f"RNN(cell, dropout), or put the {name} into the stock RNN of Flax."
+                f"RNN takes a cell without a wrapper, got {holder}{with_article(name)}. Write "
+                f"RNN(cell, dropout), or put the {name} into Flax's own RNN."
             )
 
 

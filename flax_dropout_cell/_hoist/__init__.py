@@ -5,7 +5,7 @@
 
 - `hoisted_scan`: `scan_in_parts`, and the questions that decide how a scan runs.
 - `flat_jaxpr`, `traced_scan`: the step as a list of equations, or why it is left as it is.
-- `three_parts`, `run_loop`: which equations run before, in and after the loop.
+- `three_parts`, `run_parts`: which equations run before, in and after the loop.
 - `weight_products`, `recomputed_operands`, `weight_gradients`: gradients that wait for its end.
 - `affine`, `kept_values`, `linear_recurrence`: carries that need no loop.
 - `checkpointed_scan`: `scan_in_chunks`, chunks that are computed again for the gradient.

@@ -15,7 +15,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from .._compat import eval_jaxpr
 from .affine import Obstacle, has_recurrence
 from .linear_recurrence import find_stages, scan_in_parallel
-from .run_loop import run_cut
+from .run_parts import run_without_rule
 from .traced_scan import Step, TracedScan, trace_scan
 from .weight_gradients import differentiate
 
@@ -74,7 +74,7 @@ def _run_with_rule(traced: TracedScan, leaves: list[Any]) -> list[Any]:
     plan = traced.plan(traced.constants)
     # Without such a weight JAX differentiates the loop itself: there is no rule to give.
     if not plan.sums:
-        return run_cut(traced, traced.plan(()), leaves)
+        return run_without_rule(traced, traced.plan(()), leaves)
 
     # A rule for tangents, not for cotangents (custom_vjp): JAX transposes it where reverse mode is
     # asked for, so forward mode, jax.linearize, higher orders and jax.vmap all work.
@@ -82,8 +82,8 @@ def _run_with_rule(traced: TracedScan, leaves: list[Any]) -> list[Any]:
     def run(*leaves: Any) -> list[Any]:
         # Not differentiated, this is the user's own loop: XLA compiles it as it compiles
         # jax.lax.scan.
-        if not traced.cut(plan).is_whole:
-            return run_cut(traced, plan, list(leaves))
+        if not traced.cut(plan).is_all_in_loop:
+            return run_without_rule(traced, plan, list(leaves))
         consts, carry, xs = (
             [leaves[at] for at in part] for part in (traced.constants, traced.carry, traced.xs)
         )

@@ -31,7 +31,7 @@ class Recomputed(NamedTuple):
     equations: list[Equation]
 
     def run(self, stacks: dict[int, Any], known: dict[int, Any], steps: int) -> dict[int, Any]:
-        """Adds the operands to `stacks`, `[time, ...]`."""
+        """`stacks`, and the operands and intermediate values computed from them, `[time, ...]`."""
         made = {value for equation in self.equations for value in equation.outputs}
         read = {value for equation in self.equations for value in equation.inputs} - made
 

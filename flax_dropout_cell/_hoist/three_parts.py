@@ -19,16 +19,16 @@ from .recomputed_operands import CHEAP
 from .weight_products import Plan
 
 # A product of `[rows, K]` and `[K, N]` moves out of the loop on a CPU if its weight is at least
-# this many times as large as its rows: `K N >= AHEAD * rows * (K + N)`. The forward pass of an LSTM
+# this many times as large as its rows, `K N` against `rows * (K + N)`. The forward pass of an LSTM
 # takes 0.7 to 0.8 of the time at a ratio of 26 (two busy cores), but 0.9 to 1.1 at 8 and 1.1 to 1.3
 # at 3.2, because the loop then writes and reads `z` instead of keeping it in the cache. Nothing was
 # measured between 8 and 26.
-AHEAD = 16.0
+MIN_WEIGHT_TO_ROWS = 16.0
 # Smaller weights stay in a cache between steps, and their products keep the loop's exact bits.
-AHEAD_SIZE = 2**14
+MIN_WEIGHT_SIZE = 2**14
 # The loop keeps `h` of all steps for `h @ V` after it. It may take this much memory, or as much as
 # the ys that are made of it.
-KEPT_BYTES = 16 * 2**20
+MAX_KEPT_BYTES = 16 * 2**20
 
 
 def split_by_carry(
@@ -80,7 +80,7 @@ class Cut(NamedTuple):
     kept: set[int]
 
     @property
-    def is_whole(self) -> bool:
+    def is_all_in_loop(self) -> bool:
         """Whether the whole step runs in the loop."""
         return not self.before and not self.after
 
@@ -161,7 +161,7 @@ def products_after(
     products = _made_by(each for each in after if each.name == "dot_general") - ys
     # Memory that jax.lax.scan does not take: what the loop keeps, and the products of all steps.
     held = program.num_bytes(kept | products) * steps
-    if held > max(KEPT_BYTES, program.num_bytes(ys) * steps):
+    if held > max(MAX_KEPT_BYTES, program.num_bytes(ys) * steps):
         return [], set()
     return after, kept
 
@@ -253,7 +253,7 @@ def _is_faster_at_once(program: Program, product: Equation, known: set[int]) -> 
     if batch or len(program.types[rows[0]].shape) < 2:
         return False
     weight = program.size(set(product.inputs) - set(rows))
-    # On an accelerator it always pays: the loop starts one kernel less at each step (argued, not
+    # On an accelerator any ratio pays: the loop starts one kernel less at each step (argued, not
     # measured).
-    share = AHEAD if jax.default_backend() == "cpu" else 0
-    return weight >= max(AHEAD_SIZE, share * program.size([*rows, *product.outputs]))
+    min_ratio = MIN_WEIGHT_TO_ROWS if jax.default_backend() == "cpu" else 0
+    return weight >= max(MIN_WEIGHT_SIZE, min_ratio * program.size([*rows, *product.outputs]))

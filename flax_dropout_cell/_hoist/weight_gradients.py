@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 from .._compat import vary_over, varying_axes
 from .._sharding import explicit_sharding
 from .flat_jaxpr import is_inexact, run_all
-from .run_loop import pick, run_loop
+from .run_parts import pick, run_parts
 from .traced_scan import TracedScan
 from .weight_products import SUMMANDS, Plan, WeightUse, at_every_step
 
@@ -38,7 +38,7 @@ def differentiate(traced: TracedScan, primals: Any, tangents: Any) -> tuple[list
         run_once, (pick(leaves, of_constants),), (of_constants,), has_aux=True
     )
     fixed |= hoisted
-    run_fixed = functools.partial(run_loop, traced, plan, leaves | fixed)
+    run_fixed = functools.partial(run_parts, traced, plan, leaves | fixed)
     # A weight may be read in other ways too, such as `tanh(W)`: there the loop differentiates it.
     elsewhere = plan.used_elsewhere(traced.program.outputs)
     differentiated = pick(leaves, dots.keys() - of_constants.keys()) | pick(hoisted, elsewhere)

@@ -25,8 +25,8 @@ _CUTS = ("slice", "split")
 # it needs the operands and cotangents of all steps, which are kept. It waits if the weight has at
 # least this many elements for each one that a step keeps: measured, see docs/benchmarks.md. A
 # batched product over all steps transposes both arrays first, so its bound is higher.
-WORTHWHILE = 0.8
-WORTHWHILE_BATCHED = 5.0
+MIN_WEIGHT_TO_KEPT = 0.8
+MIN_WEIGHT_TO_KEPT_BATCHED = 5.0
 
 
 class WeightUse(NamedTuple):
@@ -251,8 +251,9 @@ def _saves_work(program: Program, total: int, uses: list[WeightUse]) -> bool:
     products = [use for use in uses if use.equation.name in _PRODUCTS and use.operands]
     operands = {value for use in products for value in use.operands}
     accumulated = program.size(use.weight for use in products)
-    share = WORTHWHILE_BATCHED if any(use.is_batched for use in products) else WORTHWHILE
-    return bool(products) and accumulated >= share * program.size([*operands, total])
+    is_batched = any(use.is_batched for use in products)
+    min_ratio = MIN_WEIGHT_TO_KEPT_BATCHED if is_batched else MIN_WEIGHT_TO_KEPT
+    return bool(products) and accumulated >= min_ratio * program.size([*operands, total])
 
 
 def at_every_step(use: WeightUse, run: Callable[..., Any]) -> Callable[..., Any]:

@@ -86,7 +86,7 @@ class Description:
 
     def __repr__(self) -> str:
         lines = [
-            *_aligned([_HEAD, *map(_cells, self.places)]),
+            *_aligned([_HEAD, *map(_table_row, self.places)]),
             f"without noise: {', '.join(self.undisturbed) or 'nothing'}",
             f"free sites inside the cell: {', '.join(self.free_sites) or 'none'}",
             *(_UNZONED for place in self.places if _is_zoned_h(place)),
@@ -149,7 +149,7 @@ def describe(
     places: list[Place] = []
     undisturbed: list[str] = []
     for site in sites_of(dropout):
-        disturbed, others = _look_at(site, dropout, site.of(values))
+        disturbed, others = _places_at(site, dropout, site.of(values))
         places += disturbed
         undisturbed += others
     # A second trace, in which no site has noise: the cell names all of its sites in it.
@@ -177,7 +177,7 @@ def _explain(
         rng = jax.random.key(0)  # any key will do: nothing is drawn
         once = draw_masks(params, carry, x, rng, **options)
         values_of = functools.partial(site_values, params, carry, x, cell)
-        ahead = draw_ahead(values_of, rng, 1, dropout=dropout, start=0, rows=None)
+        ahead = draw_ahead(values_of, rng, 1, dropout=dropout, start=0, ids=None)
 
         def step(carry: PyTree, at: Any) -> tuple[PyTree, PyTree]:
             index, x, of_step = at
@@ -205,7 +205,9 @@ def _check_one_step(carry: PyTree, new_carry: PyTree) -> None:
             )
 
 
-def _look_at(site: Site, dropout: RecurrentDropout, value: PyTree) -> tuple[list[Place], list[str]]:
+def _places_at(
+    site: Site, dropout: RecurrentDropout, value: PyTree
+) -> tuple[list[Place], list[str]]:
     """The places with noise at a site, and the paths of the other leaves."""
     if site.inside and not active_noises(site.of(dropout)):
         return [], []
@@ -263,7 +265,7 @@ def _is_zoned_h(place: Place) -> bool:
     return place.path == "state" and needs_previous(place.noise)
 
 
-def _cells(place: Place) -> tuple[str, ...]:
+def _table_row(place: Place) -> tuple[str, ...]:
     drawn = "once" if place.noise.variational else "each step"
     shapes = (_type(place.value), _type(place.mask))
     shared = ", ".join(place.shared_over)

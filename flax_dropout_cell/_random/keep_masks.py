@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._arguments import Number
 from .keys import as_typed
 from .words import draw_words
-
-Number = int | float | np.integer | np.floating
-"""A value that is known on the host, so it can be checked and can pick an algorithm."""
 
 
 def draw_keep_mask(

@@ -74,10 +74,10 @@ def as_rng(rng: Any) -> jax.Array | None:
 
 
 def need_rng(caller: str, rng: Any) -> jax.Array:
-    """A key that must be given, checked and with a type."""
+    """The key, with a type; raises if it is None or not a key."""
     if rng is None:
         raise ValueError(f"{caller} needs a key such as jax.random.key(0), got rng=None.")
-    return as_key("rng", rng, f"{_ONE_KEY}, or None")
+    return as_key("rng", rng)
 
 
 def as_key(name: str, key: Any, wanted: str = _ONE_KEY) -> jax.Array:
@@ -126,6 +126,7 @@ def fold_in(rng: jax.Array, data: int | np.integer | jax.Array) -> jax.Array:
 
 @jax.jit
 def _fold_in(rng: jax.Array, data: jax.Array) -> jax.Array:
-    # On every platform: a branch for each, as for words, does not differentiate in JAX 0.7 and 0.8.
+    # The same code on every platform: `platform_dependent`, as in `draw_words`, cannot be
+    # differentiated in JAX 0.7 and 0.8.
     folded = jnp.stack(threefry_2x32(jax.random.key_data(rng), data))
     return jax.random.wrap_key_data(folded, impl="threefry2x32")

@@ -1,4 +1,4 @@
-"""`dropout_scan`: a whole sequence under dropout, as one `jax.lax.scan`."""
+"""`dropout_scan`: runs a cell over a whole sequence under dropout."""
 
 import functools
 from collections.abc import Callable
@@ -26,9 +26,9 @@ from .._spec.recurrent_dropout import (
 )
 from .._step.apply_noise import StepNoise
 from .._step.call_cell import Cell
-from .._step.checks import as_rows, as_spec, check_masks, check_start
+from .._step.checks import as_sequence_ids, as_spec, check_masks, check_start
 from .._step.draw_masks import draw_sites, site_values
-from .._step.rows import RowIds, ids_from_starts
+from .._step.sequence_ids import SequenceIds, ids_from_starts
 from .padding import find_valid, stand_ins
 from .resets import BEFORE, RowMasks, Sequences, check_reset_carry, plan_sequences
 from .scan_step import ScanCarry, SequenceStep, StepInput, disturb_once
@@ -144,31 +144,31 @@ def dropout_scan(
     steps, x = count_steps(xs), at_a_step(xs)
     check_start(start, steps)
     by_row = {"seq_lengths": seq_lengths, "valid": valid, "resets": resets}
-    valid = find_valid(seq_lengths, valid, steps)
+    is_valid = find_valid(seq_lengths, valid, steps)
     if sequence_ids is not None and resets is None:
         _check_ids(np.shape(sequence_ids), carry, x)
-    plan = _plan(carry, steps, resets, reset_carry, sequence_ids, valid, start, loop.reverse)
+    plan = _plan(carry, steps, resets, reset_carry, sequence_ids, is_valid, start, loop.reverse)
     option = next((name for name, given in by_row.items() if given is not None), None)
     if option is not None:
-        batch = np.shape(resets if valid is None else valid)[1:]
+        batch = np.shape(resets if is_valid is None else is_valid)[1:]
         check_rows_apart(cell, params, carry, x, batch, option)
     values_of = functools.partial(site_values, params, carry, x, cell)
-    ahead = checkpoint_every is None
+    ahead = checkpoint_every is None  # masks of all steps are memory that checkpoints save
     drawn = _draw(
         values_of, masks, plan, dropout=dropout, rng=rng, steps=steps, start=start, ahead=ahead
     )
-    step_noise = StepNoise(dropout, drawn.masks, rng, plan.first_ids)
+    step_noise = StepNoise(dropout, drawn.masks, rng, plan.user_ids)
     step = SequenceStep(
         cell=cell,
         weights=disturb_once(step_noise, params),
         step_noise=step_noise,
         start=start,
-        stand_ins=None if valid is None else stand_ins(xs, valid),
+        stand_ins=None if is_valid is None else stand_ins(xs, is_valid),
         reset_carry=plan.reset_carry,
         row_masks=drawn.of_rows,
     )
     offsets = jnp.arange(steps, dtype=jnp.uint32)
-    inputs = StepInput(offsets, xs, valid, plan.sequences, drawn.of_steps)
+    inputs = StepInput(offsets, xs, is_valid, plan.sequences, drawn.of_steps)
     begin = plan.begin(carry, drawn.of_rows)
     running, ys = scan_in_chunks(step, begin, inputs, steps=steps, **loop._asdict())
     return running.carry, ys
@@ -201,41 +201,41 @@ class _Plan(NamedTuple):
 
     Attributes:
       sequences: the sequence of each row at each step; None if there are no resets.
-      first_ids: the ids of the rows as the scan begins; None if rows have no ids.
+      user_ids: the caller's ids of the rows as the scan begins; None if it gave none.
       reset_carry: the carry of a new sequence.
     """
 
     sequences: Sequences | None
-    first_ids: RowIds | None
+    user_ids: SequenceIds | None
     reset_carry: PyTree
 
     @property
     def uses_ids(self) -> bool:
-        return self.first_ids is not None
+        return self.user_ids is not None
 
     @property
-    def first_rows(self) -> RowIds:
-        """The rows as the scan begins."""
-        if self.first_ids is not None:
-            return self.first_ids
+    def first_ids(self) -> SequenceIds:
+        """The sequences of the rows as the scan begins."""
+        if self.user_ids is not None:
+            return self.user_ids
         assert self.sequences is not None
         batch = self.sequences.is_first_step.shape[1:]
         first = ids_from_starts(jnp.full((1, *batch), BEFORE))
         return jax.tree.map(
-            lambda first, rows: place_like(first[0], rows[0]), first, self.sequences.rows
+            lambda first, ids: place_like(first[0], ids[0]), first, self.sequences.ids
         )
 
-    def row_masks(self, masks: Masks, draw: Callable[[RowIds], Masks]) -> RowMasks | None:
+    def row_masks(self, masks: Masks, draw: Callable[[SequenceIds], Masks]) -> RowMasks | None:
         """The masks of rows that change sequences; None if none do."""
         if self.sequences is None:
             return None
-        return RowMasks(masks, draw, self.first_rows, uses_ids=self.uses_ids)
+        return RowMasks(masks, draw, self.first_ids, uses_ids=self.uses_ids)
 
     def begin(self, carry: PyTree, row_masks: RowMasks | None) -> ScanCarry:
         """The carry of the scan before the first step."""
         if self.sequences is None:
             return ScanCarry(carry)
-        return ScanCarry(carry, None if row_masks is None else row_masks.first, self.first_rows)
+        return ScanCarry(carry, None if row_masks is None else row_masks.first, self.first_ids)
 
 
 def _plan(
@@ -252,21 +252,21 @@ def _plan(
     if resets is None:
         if reset_carry is not None:
             raise ValueError("reset_carry needs resets, which mark the steps that begin with it.")
-        return _Plan(None, as_rows(ids), None)
+        return _Plan(None, as_sequence_ids(ids), None)
     sequences = plan_sequences(resets, ids, valid, steps, start, reverse=reverse)
     reset_carry = check_reset_carry(reset_carry, carry, sequences.is_first_step.ndim - 1)
     if steps == 0:  # no row is in any sequence
         return _Plan(None, None, None)
     at = -1 if reverse else 0  # the step that runs first
-    first_ids = None if ids is None else jax.tree.map(lambda ids: ids[at], sequences.rows)
-    return _Plan(sequences, first_ids, reset_carry)
+    user_ids = None if ids is None else jax.tree.map(lambda ids: ids[at], sequences.ids)
+    return _Plan(sequences, user_ids, reset_carry)
 
 
 class _Drawn(NamedTuple):
     """The masks that a scan has before its loop.
 
     Attributes:
-      masks: the variational ones, and those that the caller brings.
+      masks: the variational ones, and those that the caller gives.
       of_rows: the masks of rows that change sequences; None if none do.
       of_steps: the masks of all steps, as far as they are drawn before the loop.
     """
@@ -278,7 +278,7 @@ class _Drawn(NamedTuple):
 
 def _draw(
     values_of: Callable[..., SiteValues],
-    brought: Masks | None,
+    given: Masks | None,
     plan: _Plan,
     *,
     dropout: RecurrentDropout,
@@ -287,37 +287,36 @@ def _draw(
     start: Any,
     ahead: bool,
 ) -> _Drawn:
-    """Draws the masks that a scan has before its loop, as far as the caller does not bring them."""
+    """Draws the masks that a scan has before its loop, as far as the caller does not give them."""
     if rng is None:  # this is evaluation, or all masks are the caller's
-        if plan.sequences is not None and brought is not None:
-            _check_resets_draw_nothing(values_of(dropout), dropout, plan.first_rows)
-        return _Drawn(brought, None, None)
-    rows, values = plan.first_ids, values_of(dropout)
-    own = draw_sites(dropout, values, rng, rows, brought=brought)
-    masks = own if brought is None else fill_in(brought, own)
+        if plan.sequences is not None and given is not None:
+            _check_resets_draw_nothing(values_of(dropout), dropout, plan.first_ids)
+        return _Drawn(given, None, None)
+    ids, values = plan.user_ids, values_of(dropout)
+    own = draw_sites(dropout, values, rng, ids, given=given)
+    masks = own if given is None else fill_in(given, own)
     of_rows = plan.row_masks(
-        masks, lambda rows: draw_sites(dropout, values, rng, rows, per_row_only=True)
+        masks, lambda ids: draw_sites(dropout, values, rng, ids, per_row_only=True)
     )
     if of_rows is not None and not plan.uses_ids:
-        _check_uncut(start, brought, of_rows.first)
-    # Masks of a row that changes its id depend on the loop, and with checkpoints masks of all steps
-    # would be the memory that checkpoints save.
+        _check_uncut(start, given, of_rows.first)
+    # Masks of a row that changes its id depend on the loop.
     if not ahead or (plan.sequences and plan.uses_ids):
         return _Drawn(masks, of_rows, None)
-    of_steps = draw_ahead(values_of, rng, steps, dropout=dropout, start=start, rows=rows)
+    of_steps = draw_ahead(values_of, rng, steps, dropout=dropout, start=start, ids=ids)
     return _Drawn(masks, of_rows, of_steps)
 
 
-def _check_uncut(start: Any, brought: Masks | None, own: Masks) -> None:
+def _check_uncut(start: Any, given: Masks | None, own: Masks) -> None:
     """Raises if a piece of a cut sequence would draw a row's masks by its place.
 
     A reset in an earlier piece may have given the row other masks. There is no such danger if the
-    caller gives all masks, `brought`.
+    caller gives all masks, as `given`.
     """
     if isinstance(start, int | np.integer) and start == 0:
         return
     for site in sites_of(own):
-        masks = None if brought is None else site.of(brought)
+        masks = None if given is None else site.of(given)
         pairs = zip_prefix(f"masks.{site}", masks, site.of(own))
         if any(mask is None and jax.tree.leaves(drawn) for mask, drawn in pairs):
             raise ValueError(
@@ -328,15 +327,17 @@ def _check_uncut(start: Any, brought: Masks | None, own: Masks) -> None:
 
 def _check_ids(batch: tuple[int, ...], carry: PyTree, x: PyTree) -> None:
     """Raises if there is no row for each id: leaves that rows share may lack the batch dims."""
-    for tree in (carry, x):
-        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(tree) if np.ndim(leaf) >= len(batch)]
-        if any(shape[: len(batch)] == batch for shape in shapes):
-            return
-        if shapes:
-            break
-    name = "carry" if tree is carry else "input at a step"
-    got = f"sequence_ids has shape {batch}, but the {name} is {short_tree_repr(tree)}"
-    raise ValueError(f"{got}. Ids [time, *batch] need resets.")
+
+    def shapes_of(tree: PyTree) -> list[tuple[int, ...]]:
+        """The shapes of the leaves that have enough dims for a batch."""
+        return [np.shape(leaf) for leaf in jax.tree.leaves(tree) if np.ndim(leaf) >= len(batch)]
+
+    name, tree = ("the carry", carry) if shapes_of(carry) else ("the input at a step", x)
+    if not any(shape[: len(batch)] == batch for shape in shapes_of(tree)):
+        raise ValueError(
+            f"sequence_ids must be [*batch], an id for each row, got shape {batch} for {name} "
+            f"{short_tree_repr(tree)}; ids [time, *batch] need resets."
+        )
 
 
 def at_a_step(xs: PyTree) -> PyTree:
@@ -344,11 +345,13 @@ def at_a_step(xs: PyTree) -> PyTree:
     return jax.tree.map(type_at_a_step, xs)
 
 
-def _check_resets_draw_nothing(values: SiteValues, dropout: RecurrentDropout, rows: RowIds) -> None:
+def _check_resets_draw_nothing(
+    values: SiteValues, dropout: RecurrentDropout, ids: SequenceIds
+) -> None:
     """Raises if rows have variational masks of their own, which a reset would draw anew."""
 
     def draw(rng: jax.Array) -> Masks:
-        return draw_sites(dropout, values, rng, rows, per_row_only=True)
+        return draw_sites(dropout, values, rng, ids, per_row_only=True)
 
     if jax.tree.leaves(jax.eval_shape(draw, jax.random.key(0))):  # any key will do
         raise ValueError("a reset draws new variational masks, so it needs rng; got rng=None.")

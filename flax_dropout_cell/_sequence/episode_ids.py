@@ -58,7 +58,7 @@ def episode_ids(
 
 
 def _as_jax_ids(ids: Any) -> jax.Array:
-    """Ids as a JAX array; raises if JAX would cut them to 32 bits."""
+    """Ids as a JAX array; raises if JAX would truncate them to 32 bits."""
     if isinstance(ids, np.ndarray | np.generic) and jnp.issubdtype(ids.dtype, jnp.integer):
         narrow = jax.dtypes.canonicalize_dtype(ids.dtype)
         if (ids.astype(narrow) != ids).any():

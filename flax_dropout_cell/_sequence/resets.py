@@ -12,7 +12,7 @@ from .._arguments import as_ints
 from .._sharding import broadcast_like
 from .._spec.prefixes import broadcasts, structure_str, weaken_like
 from .._spec.recurrent_dropout import Masks, PyTree, Site, make_masks, sites_of
-from .._step.rows import RowIds, ids_from_starts, row_ids
+from .._step.sequence_ids import SequenceIds, ids_from_starts, split_words
 from .padding import check_bools, keep_rows, select_rows
 
 # The first step of sequences that began before this scan. Steps are below 2**31, so none is equal.
@@ -24,13 +24,13 @@ class Sequences(NamedTuple):
 
     Attributes:
       is_first_step: bool `[time, *batch]`: the row's carry starts anew before this step runs.
-      rows: the sequence that the row is in, `[time, *batch]`: by its id; or by its place and the
-        absolute index of the sequence's first step, `BEFORE` for the one that was running when
-        the scan began.
+      ids: the sequence that the row is in, `[time, *batch]`: the caller's id; without one, the
+        absolute index of the sequence's first step and the row's place. That index is `BEFORE` for
+        the sequence that was running when the scan began.
     """
 
     is_first_step: jax.Array
-    rows: RowIds
+    ids: SequenceIds
 
 
 def plan_sequences(
@@ -49,18 +49,18 @@ def plan_sequences(
             raise ValueError(f"resets {resets.shape} and padding {valid.shape} differ in shape.")
         resets &= valid  # nothing begins in padding
     if sequence_ids is None:
-        rows = _ids_from_resets(resets, steps, start)
+        ids = _ids_from_resets(resets, steps, start)
     else:
-        ids = as_ints("sequence_ids", sequence_ids)
-        if ids.shape != resets.shape:
+        given = as_ints("sequence_ids", sequence_ids)
+        if given.shape != resets.shape:
             raise ValueError(
-                f"sequence_ids must have the shape {resets.shape} of resets, got {ids.shape}."
+                f"sequence_ids must have the shape {resets.shape} of resets, got {given.shape}."
             )
-        rows = row_ids(ids)
-    return Sequences(_begin_backward(resets, valid) if reverse else resets, rows)
+        ids = split_words(given)
+    return Sequences(_begin_backward(resets, valid) if reverse else resets, ids)
 
 
-def _ids_from_resets(resets: jax.Array, steps: int, start: Any) -> RowIds:
+def _ids_from_resets(resets: jax.Array, steps: int, start: Any) -> SequenceIds:
     indices = jnp.arange(steps, dtype=jnp.int32).reshape((steps,) + (1,) * (resets.ndim - 1))
     first = jax.lax.cummax(jnp.where(resets, indices, jnp.int32(-1)), axis=0)
     absolute = first.astype(jnp.uint32) + jnp.asarray(start).astype(jnp.uint32)
@@ -123,15 +123,20 @@ class RowMasks:
     Args:
       masks: the masks of the sequences that run when the scan begins.
       draw: draws the masks that rows do not share, and None for the others.
-      rows: the rows as the scan begins.
-      uses_ids: whether sequences have ids, or are named by their first step.
+      ids: the sequences of the rows as the scan begins.
+      uses_ids: True if the caller gave ids; otherwise a row's sequence is known by its first step.
     """
 
     def __init__(
-        self, masks: Masks, draw: Callable[[RowIds], Masks], rows: RowIds, *, uses_ids: bool
+        self,
+        masks: Masks,
+        draw: Callable[[SequenceIds], Masks],
+        ids: SequenceIds,
+        *,
+        uses_ids: bool,
     ):
         self._masks, self._draw, self._uses_ids = masks, draw, uses_ids
-        drawn = jax.eval_shape(draw, rows)
+        drawn = jax.eval_shape(draw, ids)
 
         def pick(drawn: Any, mask: Any) -> Any:
             if drawn is None:
@@ -140,18 +145,18 @@ class RowMasks:
 
         self.first: Masks = _map_masks(pick, drawn, masks)
 
-    def redraw(self, own: Masks, rows: RowIds, new_rows: RowIds) -> Masks:
+    def redraw(self, own: Masks, ids: SequenceIds, new_ids: SequenceIds) -> Masks:
         """The masks, drawn again for rows whose sequence has changed."""
-        changed = (rows.id_low != new_rows.id_low) | (rows.id_high != new_rows.id_high)
+        changed = (ids.low != new_ids.low) | (ids.high != new_ids.high)
 
         def redraw(own: Masks) -> Masks:
-            drawn = self._draw(new_rows)
+            drawn = self._draw(new_ids)
             if not self._uses_ids:
                 # A backward scan ends in the sequence that was running before the first step. Its
-                # masks are the call's own, not those of a sequence with a name.
-                back = new_rows.id_low == BEFORE
+                # masks are the call's own, not those of its first step.
+                ran_before = new_ids.low == BEFORE
                 drawn = jax.tree.map(
-                    lambda first, new: select_rows(back, first, new), self.first, drawn
+                    lambda first, new: select_rows(ran_before, first, new), self.first, drawn
                 )
             return jax.tree.map(lambda new, old: select_rows(changed, new, old), drawn, own)
 

@@ -12,7 +12,7 @@ from .._spec.recurrent_dropout import PARAMS, Masks, PyTree, draws_at_each_step,
 from .._step.apply_noise import StepNoise
 from .._step.call_cell import Cell
 from .._step.dropout_cell import run_step
-from .._step.rows import RowIds
+from .._step.sequence_ids import SequenceIds
 from .padding import check_rows, keep_rows
 from .resets import RowMasks, Sequences, reset_carry_rows
 
@@ -41,12 +41,12 @@ class ScanCarry(NamedTuple):
     Attributes:
       carry: the cell's carry; errors show users its name.
       masks: the masks that change when a row resets; None if there are none.
-      rows: the sequence of each row; None if there are no resets.
+      ids: the sequence of each row; None if there are no resets.
     """
 
     carry: PyTree
-    masks: Any = None
-    rows: RowIds | None = None
+    masks: Masks | None = None
+    ids: SequenceIds | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,37 +71,37 @@ class SequenceStep:
     reset_carry: PyTree
     row_masks: RowMasks | None
 
-    def __call__(self, running: ScanCarry, at: StepInput) -> tuple[ScanCarry, PyTree]:
+    def __call__(self, running: ScanCarry, inputs: StepInput) -> tuple[ScanCarry, PyTree]:
         """Runs the step; rows that begin a sequence get its carry and masks first."""
         step_noise = self.step_noise
-        if at.sequences is None:
-            carry, y = self._run_valid(running.carry, at, step_noise)
+        if inputs.sequences is None:
+            carry, y = self._run_valid(running.carry, inputs, step_noise)
             return ScanCarry(carry), y
-        carry = reset_carry_rows(at.sequences.is_first_step, running.carry, self.reset_carry)
+        carry = reset_carry_rows(inputs.sequences.is_first_step, running.carry, self.reset_carry)
         masks = running.masks
-        if self.row_masks is not None and running.rows is not None:
-            masks = self.row_masks.redraw(masks, running.rows, at.sequences.rows)
+        if self.row_masks is not None and masks is not None and running.ids is not None:
+            masks = self.row_masks.redraw(masks, running.ids, inputs.sequences.ids)
             step_noise = dataclasses.replace(step_noise, masks=self.row_masks.merge_shared(masks))
-        if step_noise.rows is not None:  # rows have ids
-            step_noise = dataclasses.replace(step_noise, rows=at.sequences.rows)
-        carry, y = self._run_valid(carry, at, step_noise)
-        return ScanCarry(carry, masks, at.sequences.rows), y
+        if step_noise.ids is not None:  # the caller gave ids
+            step_noise = dataclasses.replace(step_noise, ids=inputs.sequences.ids)
+        carry, y = self._run_valid(carry, inputs, step_noise)
+        return ScanCarry(carry, masks, inputs.sequences.ids), y
 
     def _run_valid(
-        self, carry: PyTree, at: StepInput, step_noise: StepNoise
+        self, carry: PyTree, inputs: StepInput, step_noise: StepNoise
     ) -> tuple[PyTree, PyTree]:
         """The cell's step; at padding a row keeps its carry, and its y is zero."""
-        if at.masks is not None and step_noise.masks is not None:
-            masks = fill_in(step_noise.masks, at.masks)
+        if inputs.masks is not None and step_noise.masks is not None:
+            masks = fill_in(step_noise.masks, inputs.masks)
             step_noise = dataclasses.replace(step_noise, masks=masks)
-        if at.valid is None:
-            return self._run_cell(carry, at.offset, at.x, step_noise)
+        if inputs.valid is None:
+            return self._run_cell(carry, inputs.offset, inputs.x, step_noise)
         # Padding may hold NaN, so the cell must not see it: see `stand_ins`.
-        x = keep_rows(at.valid, at.x, self.stand_ins)
-        new_carry, y = self._run_cell(carry, at.offset, x, step_noise)
-        check_rows("ys", y, at.valid.shape, "seq_lengths or valid")
+        x = keep_rows(inputs.valid, inputs.x, self.stand_ins)
+        new_carry, y = self._run_cell(carry, inputs.offset, x, step_noise)
+        check_rows("ys", y, inputs.valid.shape, "seq_lengths or valid")
         blank = jax.tree.map(jnp.zeros_like, y)
-        return keep_rows(at.valid, new_carry, carry), keep_rows(at.valid, y, blank)
+        return keep_rows(inputs.valid, new_carry, carry), keep_rows(inputs.valid, y, blank)
 
     def _run_cell(
         self, carry: PyTree, offset: jax.Array, x: PyTree, step_noise: StepNoise

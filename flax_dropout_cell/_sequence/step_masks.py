@@ -20,9 +20,9 @@ from .._spec.recurrent_dropout import (
     draws_at_each_step,
 )
 from .._step.call_cell import Cell
-from .._step.checks import as_rows, as_spec, check_start, check_step
+from .._step.checks import as_sequence_ids, as_spec, check_start, check_step
 from .._step.draw_masks import draw_sites, site_values
-from .._step.rows import RowIds
+from .._step.sequence_ids import SequenceIds
 from ..noises.base import NamedNoise
 
 # Masks of more steps than fit stay in the loop. Long sequences and wide cells gain little from
@@ -88,7 +88,7 @@ def draw_step_masks(
         return Masks()
     key = need_rng("draw_step_masks", key)
     values = site_values(params, carry, x, cell, dropout, draws_at_each_step)
-    return draw_all_steps(dropout, values, key, num_steps, start, as_rows(sequence_ids))
+    return draw_all_steps(dropout, values, key, num_steps, start, as_sequence_ids(sequence_ids))
 
 
 def draw_ahead(
@@ -98,7 +98,7 @@ def draw_ahead(
     *,
     dropout: RecurrentDropout,
     start: Any,
-    rows: RowIds | None,
+    ids: SequenceIds | None,
 ) -> Masks | None:
     """Draws the masks of all steps that are faster to draw before a loop than in it.
 
@@ -112,7 +112,7 @@ def draw_ahead(
       steps: the number of steps.
       dropout: the noise at each site.
       start: the absolute index of the first step.
-      rows: what rows draw by.
+      ids: the ids that rows draw by; None if they draw by their place.
 
     Returns:
       The masks, `[time, ...]`; None if there are none.
@@ -128,7 +128,7 @@ def draw_ahead(
     values = values_of(ahead, draws_at_each_step)
 
     def draw() -> Masks:
-        return draw_all_steps(ahead, values, rng, steps, start, rows)
+        return draw_all_steps(ahead, values, rng, steps, start, ids)
 
     shapes = [mask.shape for mask in jax.tree.leaves(jax.eval_shape(draw))]
     if not all(isinstance(size, int) for shape in shapes for size in shape):
@@ -153,13 +153,13 @@ def draw_all_steps(
     rng: jax.Array,
     steps: int,
     start: Any,
-    rows: RowIds | None,
+    ids: SequenceIds | None,
 ) -> Masks:
     """Draws the masks of the per-step noises at all steps."""
 
     def draw(step: jax.Array) -> Masks:
         key = step_rng(rng, step)
-        return draw_sites(dropout, values, key, rows, is_drawn=draws_at_each_step)
+        return draw_sites(dropout, values, key, ids, is_drawn=draws_at_each_step)
 
     drawn = [noise for noise in active_noises(dropout) if not noise.variational]
     indices = jnp.asarray(start).astype(jnp.uint32) + jnp.arange(steps, dtype=jnp.uint32)

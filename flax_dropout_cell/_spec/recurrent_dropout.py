@@ -206,15 +206,15 @@ def make_masks(by_site: dict[Site, PyTree]) -> Masks:
 
 
 def fill_in(masks: Masks, drawn: Masks) -> Masks:
-    """The masks that the caller brings, and the drawn ones where it brings none."""
+    """The masks that the caller gives, and the drawn ones where it gives none."""
 
     def fill(site: Site) -> PyTree:
-        brought, fresh = site.of(masks), site.of(drawn)
-        if brought is None or fresh is None:
-            return fresh if brought is None else brought
-        pairs = zip_prefix(f"masks.{site}", brought, fresh)
+        given, fresh = site.of(masks), site.of(drawn)
+        if given is None or fresh is None:
+            return fresh if given is None else given
+        pairs = zip_prefix(f"masks.{site}", given, fresh)
         return jax.tree.unflatten(
-            jax.tree.structure(brought, is_leaf=lambda mask: mask is None),
+            jax.tree.structure(given, is_leaf=lambda mask: mask is None),
             [subtree if mask is None else mask for mask, subtree in pairs],
         )
 

@@ -13,10 +13,10 @@ from jax.tree_util import keystr
 
 from ..cells import LSTMState
 from ..cells.family import Family
-from ..cells.known import cells_with
+from ..cells.known import list_cells_with
 from ..noises.protocol import Noise, amplifies, is_identity
 from .prefixes import structure_str, tree_str
-from .recurrent_dropout import PyTree, RecurrentDropout, Site, active_noises
+from .recurrent_dropout import STATE, PyTree, RecurrentDropout, Site, active_noises
 
 
 def resolve_state_noise(
@@ -81,7 +81,7 @@ def _check_leaky_sites(dropout: RecurrentDropout, family: Family | None) -> None
     # By its name, `memory` is a leaky sum in every cell.
     leaky = {Site("memory", inside=True): "the memory c, which a cell adds to"}
     if family is not None and all(site.leaky for site in family.carried):
-        for site in (Site("state"), *(Site(site.name, inside=True) for site in family.carried)):
+        for site in (STATE, *(Site(site.name, inside=True) for site in family.carried)):
             leaky[site] = f"{family.name}'s h, which it carries on"
     for site, what in leaky.items():
         for noise in active_noises(site.of(dropout)):
@@ -98,7 +98,7 @@ def _ways_out(family: Family | None) -> str:
         return "Use Dropout(.., scale=False), or Zoneout."
     if family is not None and not family.has("recurrent"):
         return "Use inside={'candidate': noise}, or Dropout(.., scale=False), or Zoneout."
-    ours = cells_with("recurrent") if cell is None else cell.__name__
+    ours = list_cells_with("recurrent") if cell is None else cell.__name__
     return (
         f"Use inside={{'recurrent': noise}} on a cell that has that site, such as this library's "
         f"{ours}, or Dropout(.., scale=False), or Zoneout."

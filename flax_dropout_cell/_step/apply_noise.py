@@ -16,7 +16,7 @@ from .._spec.recurrent_dropout import STATE, Masks, PyTree, RecurrentDropout, Si
 from ..noises.protocol import Noise, is_identity, needs_previous
 from .call_cell import DisturbFn
 from .draw_masks import draw_leaf, inside_names, site_rng
-from .rows import RowIds
+from .sequence_ids import SequenceIds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +27,13 @@ class StepNoise:
       dropout: the noise at each site.
       masks: the masks that are already drawn.
       rng: the step's key, typed. Without a key and without masks, this is evaluation.
-      rows: the ids of the rows; None if they have none.
+      ids: the ids of the rows; None if they have none.
     """
 
     dropout: RecurrentDropout
     masks: Masks | None
     rng: jax.Array | None
-    rows: RowIds | None = None
+    ids: SequenceIds | None = None
 
     @property
     def evaluates(self) -> bool:
@@ -67,8 +67,8 @@ class StepNoise:
         names = inside_names(self.dropout)
         # A cell is called with `disturb=` only if it must: it need not take the argument.
         if self.masks is not None:  # a mask is applied even if its noise would draw none
-            brought = (self.masks.inside or {}).items()
-            names |= {name for name, masks in brought if jax.tree.leaves(masks)}
+            given = (self.masks.inside or {}).items()
+            names |= {name for name, masks in given if jax.tree.leaves(masks)}
         if not names:
             return None
         return DisturbFn(names, lambda name, *values: self(Site(name, inside=True), *values))
@@ -107,7 +107,7 @@ class StepNoise:
                 f"dropout.{site} draws at each step, so it needs a key as rng; got None."
             )
         rng = site_rng(self.rng, site, index)
-        return draw_leaf(site, noise, rng, value, self.rows)
+        return draw_leaf(site, noise, rng, value, self.ids)
 
 
 def previous_leaves(site: Site, previous: PyTree, value: PyTree) -> list[Any]:

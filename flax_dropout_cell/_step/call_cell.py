@@ -12,7 +12,7 @@ from .._messages import must_be, short_repr, short_tree_repr
 from .._random.keys import name_hash
 from .._spec.prefixes import PyTree, shape_of, structure_str
 from ..cells.disturb import undisturbed
-from ..cells.known import cells_with
+from ..cells.known import list_cells_with
 
 Cell = Callable[..., tuple[Any, Any]]
 """`cell(params, carry, x) -> (carry, y)`, any pytrees; `flax.linen.LSTMCell(64).apply` is one."""
@@ -76,7 +76,7 @@ class DisturbFn:
         for site in sorted(self._names.difference(self._called)):
             known = sorted(self.known - {site})
             has = f"it has {', '.join(known)}." if known else "it has no sites."
-            if ours := cells_with(site):
+            if ours := list_cells_with(site):
                 has += f" Use {ours} of this library."
             problem = f"dropout.inside has noise at {site!r}, but the cell has no site of that name"
             raise ValueError(f"{problem}: {has}")
@@ -201,7 +201,7 @@ def _parameters_of(cell: Cell) -> Mapping[str, inspect.Parameter] | None:
 
 def _no_sites(disturb: DisturbFn) -> TypeError:
     names = sorted(disturb._names)
-    ours = {name: cells_with(name) for name in names if cells_with(name)}
+    ours = {name: list_cells_with(name) for name in names if list_cells_with(name)}
     where = "".join(f" For {name!r} use {cell} of this library." for name, cell in ours.items())
     return TypeError(
         f"dropout.inside has noise at {', '.join(map(repr, names))}, but the cell has no sites: it "

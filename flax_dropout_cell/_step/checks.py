@@ -12,7 +12,7 @@ from .._messages import must_be
 from .._spec.recurrent_dropout import Masks, PyTree, RecurrentDropout, sites_of
 from .._spec.state_noise import resolve_state_noise
 from ..cells.known import family_of
-from .rows import RowIds, row_ids
+from .sequence_ids import SequenceIds, split_words
 
 
 def check_dropout(dropout: Any) -> None:
@@ -37,6 +37,8 @@ def check_masks(masks: Any, dropout: RecurrentDropout) -> None:
     if not isinstance(masks.inside, Mapping | None):
         raise TypeError(must_be("masks.inside", "a dict of masks by site, or None", masks.inside))
     for site in sites_of(masks):
+        # Around the cell, `match_leaves` raises. Inside one without this site, it would be said
+        # that dropout has noise there.
         if site.inside and jax.tree.leaves(site.of(masks)) and site.of(dropout) is None:
             raise ValueError(f"masks.{site} has a mask where dropout.{site} has no noise.")
 
@@ -63,6 +65,6 @@ def check_start(start: Any, steps: int) -> None:
         raise ValueError(f"start + time must be at most 2**31, got {start} + {steps}.")
 
 
-def as_rows(sequence_ids: Any) -> RowIds | None:
+def as_sequence_ids(sequence_ids: Any) -> SequenceIds | None:
     """The rows' ids, checked; None if they have none."""
-    return None if sequence_ids is None else row_ids(as_ints("sequence_ids", sequence_ids))
+    return None if sequence_ids is None else split_words(as_ints("sequence_ids", sequence_ids))

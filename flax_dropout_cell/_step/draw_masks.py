@@ -32,11 +32,11 @@ from .._spec.recurrent_dropout import (
 )
 from ..noises.protocol import Noise, shared_dims
 from .call_cell import Cell, trace_cell
-from .checks import as_rows, as_spec
-from .rows import RowIds
+from .checks import as_sequence_ids, as_spec
+from .sequence_ids import SequenceIds
 
 IsDrawn = Callable[[PyTree], bool]
-"""Tells the noises that are drawn now: `draws_once` or `draws_at_each_step`."""
+"""Selects noises by when they draw: `draws_once`, `draws_at_each_step`, or either."""
 
 
 def draw_masks(
@@ -87,12 +87,12 @@ def draw_masks(
     """
     key = as_rng(rng)
     dropout = as_spec(dropout, carry, cell)
-    rows = as_rows(sequence_ids)
+    ids = as_sequence_ids(sequence_ids)
     if key is None and not active_noises(dropout):
         return Masks()
     key = need_rng("draw_masks", key)
     values = site_values(params, carry, x, cell, dropout)
-    return draw_sites(dropout, values, key, rows)
+    return draw_sites(dropout, values, key, ids)
 
 
 def site_values(
@@ -103,7 +103,11 @@ def site_values(
     dropout: RecurrentDropout,
     is_drawn: IsDrawn = draws_once,
 ) -> SiteValues:
-    """The value at each site, or its shapes and dtypes, as far as the masks drawn need them."""
+    """The values, or their shapes and dtypes, that masks are drawn for.
+
+    If no mask is drawn at `output` or `inside`, these are left out, which saves a trace of the
+    cell.
+    """
     # Params, x and the carry are at hand. Only a trace of the cell shows its y and its sites.
     y, inside = None, {}
     if is_drawn(dropout.output) or is_drawn(dropout.inside):
@@ -120,26 +124,26 @@ def draw_sites(
     dropout: RecurrentDropout,
     values: SiteValues,
     rng: jax.Array,
-    rows: RowIds | None = None,
+    ids: SequenceIds | None = None,
     *,
     is_drawn: IsDrawn = draws_once,
-    brought: Masks | None = None,
+    given: Masks | None = None,
     per_row_only: bool = False,
 ) -> Masks:
     """Draws the masks for `values`: each site's value, or its shapes and dtypes.
 
     `is_drawn` tells the variational noises from the per-step ones, for which `rng` is the step's
-    key. Masks that the caller has brought are not drawn.
+    key. Masks that the caller gives are not drawn.
     """
     options: dict[str, Any] = {
         "is_drawn": is_drawn,
-        "brought": brought,
+        "given": given,
         "per_row_only": per_row_only,
     }
     with jax.named_scope("draw_masks" if is_drawn is draws_once else "draw_step_masks"):
         return make_masks(
             {
-                site: draw_site(site, dropout, site.of(values), rng, rows, **options)
+                site: draw_site(site, dropout, site.of(values), rng, ids, **options)
                 for site in sites_of(values)
             }
         )
@@ -150,10 +154,10 @@ def draw_site(
     dropout: RecurrentDropout,
     value: PyTree,
     rng: jax.Array,
-    rows: RowIds | None = None,
+    ids: SequenceIds | None = None,
     *,
     is_drawn: IsDrawn = draws_once,
-    brought: Masks | None = None,
+    given: Masks | None = None,
     per_row_only: bool = False,
 ) -> PyTree:
     """`draw_sites` at one site. If `per_row_only`, it draws only masks that rows do not share."""
@@ -163,12 +167,13 @@ def draw_site(
     def draw(index: int, leaf: Leaf) -> jax.Array | None:
         if leaf.noise is None or leaf.mask is not None or not is_drawn(leaf.noise):
             return None
-        if per_row_only and rows is not None and not _by_row(site, leaf.noise, leaf.value, rows):
+        by_row = ids is None or _has_mask_per_row(site, leaf.noise, leaf.value, ids)
+        if per_row_only and not by_row:
             return None
-        return draw_leaf(site, leaf.noise, site_rng(rng, site, index), leaf.value, rows)
+        return draw_leaf(site, leaf.noise, site_rng(rng, site, index), leaf.value, ids)
 
     # Leaves without noise count too, so that noise on one leaf moves no mask of another.
-    leaves, structure = match_leaves(site, dropout, brought, value)
+    leaves, structure = match_leaves(site, dropout, given, value)
     return jax.tree.unflatten(structure, [draw(*pair) for pair in enumerate(leaves)])
 
 
@@ -180,22 +185,24 @@ def site_rng(rng: jax.Array, site: Site, index: int) -> jax.Array:
 
 
 def draw_leaf(
-    site: Site, noise: Noise, rng: jax.Array, leaf: Any, rows: RowIds | None
+    site: Site, noise: Noise, rng: jax.Array, leaf: Any, ids: SequenceIds | None
 ) -> jax.Array:
     """Draws one leaf's mask; raises if it does not broadcast to the leaf."""
     shape, dtype = tuple(np.shape(leaf)), dtype_of(leaf)
-    if rows is not None and not _by_row(site, noise, leaf, rows):
-        rows = None
-    if site == PARAMS or draws_by_row(site, noise, shape, 1):
-        otherwise = ", or give sequence_ids=, the numbers of the rows in the whole batch"
-        check_shards_differ(f"dropout.{site}: the value", leaf, (rng, rows), otherwise)
+    if ids is not None and not _has_mask_per_row(site, noise, leaf, ids):
+        ids = None
+    by_row = has_mask_per_row(site, noise, shape, 1)  # shards divide the first dim
+    if site == PARAMS or by_row:
+        by_ids = ", or give sequence_ids=, the index of each row in the whole batch"
+        otherwise = by_ids if by_row else ""
+        check_shards_differ(f"dropout.{site}: the value", leaf, (rng, ids), otherwise)
 
-    def draw(noise: Noise, rng: jax.Array, rows: RowIds | None) -> jax.Array:
-        if rows is None:
+    def draw(noise: Noise, rng: jax.Array, ids: SequenceIds | None) -> jax.Array:
+        if ids is None:
             return _draw_mask(noise, rng, shape, dtype)
-        return draw_rows(noise, rng, shape, dtype, rows)
+        return draw_rows(noise, rng, shape, dtype, ids)
 
-    mask = draw_like(leaf, draw, noise, rng, rows)
+    mask = draw_like(leaf, draw, noise, rng, ids)
     if not broadcasts(np.shape(mask), shape):
         raise ValueError(
             f"dropout.{site}: {type(noise).__name__}.draw_mask gave the shape {np.shape(mask)}, "
@@ -212,40 +219,41 @@ def _draw_mask(noise: Noise, rng: jax.Array, shape: tuple[int, ...], dtype: Any)
     return mask
 
 
-def _by_row(site: Site, noise: Noise, leaf: Any, rows: RowIds) -> bool:
+def _has_mask_per_row(site: Site, noise: Noise, leaf: Any, ids: SequenceIds) -> bool:
+    """`has_mask_per_row`; raises if the value lacks the batch dims of the ids."""
     shape = tuple(np.shape(leaf))
-    if site != PARAMS and shape[: len(rows.batch)] != rows.batch:
+    if site != PARAMS and shape[: len(ids.batch)] != ids.batch:
         raise ValueError(
             f"a value at {site} has shape {shape} at a step, which does not start with the batch "
-            f"dims of sequence_ids or resets, {rows.batch}."
+            f"dims of sequence_ids or resets, {ids.batch}."
         )
-    return draws_by_row(site, noise, shape, len(rows.batch))
+    return has_mask_per_row(site, noise, shape, len(ids.batch))
 
 
-def draws_by_row(site: Site, noise: Noise, shape: tuple[int, ...], batch_ndim: int) -> bool:
+def has_mask_per_row(site: Site, noise: Noise, shape: tuple[int, ...], batch_ndim: int) -> bool:
     """Whether each row has a mask of its own; weights, and masks shared over the batch, do not."""
     return site != PARAMS and not any(dim < batch_ndim for dim in shared_dims(noise, shape))
 
 
 def draw_rows(
-    noise: Noise, rng: jax.Array, shape: tuple[int, ...], dtype: Any, rows: RowIds
+    noise: Noise, rng: jax.Array, shape: tuple[int, ...], dtype: Any, ids: SequenceIds
 ) -> jax.Array:
     """Draws each row's mask from the row's own key."""
-    batch_ndim = len(rows.batch)
+    batch_ndim = len(ids.batch)
     dims = shared_dims(noise, shape)
     if dims:  # a row has no batch dims
         inner = tuple(dim - batch_ndim for dim in dims)
         noise = dataclasses.replace(noise, broadcast_dims=inner)  # type: ignore[type-var]
 
-    def draw_row(row: RowIds) -> jax.Array:
-        row_rng = fold_in(fold_in(rng, row.id_low), row.id_high)
+    def draw_row(row: SequenceIds) -> jax.Array:
+        row_rng = fold_in(fold_in(rng, row.low), row.high)
         return _draw_mask(noise, row_rng, shape[batch_ndim:], dtype)
 
-    flat = jax.tree.map(lambda words: words.reshape(math.prod(rows.batch)), rows)
+    flat = jax.tree.map(lambda words: words.reshape(math.prod(ids.batch)), ids)
     # Under vmap, JAX's rbg gives all rows the bits of the first key, and the bytes of as many rows
     # as a symbolic batch has cannot be exported.
-    at_once = is_threefry(rng) and all(isinstance(size, int) for size in rows.batch)
+    at_once = is_threefry(rng) and all(isinstance(size, int) for size in ids.batch)
     masks = jax.vmap(draw_row)(flat) if at_once else jax.lax.map(draw_row, flat)
     # A row's mask may have fewer dims than the row, to which it broadcasts.
     missing = len(shape) - batch_ndim - (masks.ndim - 1)
-    return masks.reshape(rows.batch + (1,) * missing + masks.shape[1:])
+    return masks.reshape(ids.batch + (1,) * missing + masks.shape[1:])

@@ -14,7 +14,7 @@ from .._spec.recurrent_dropout import (
 )
 from .apply_noise import StepNoise
 from .call_cell import Cell, call_cell
-from .checks import as_rows, as_spec, check_masks, check_step
+from .checks import as_sequence_ids, as_spec, check_masks, check_step
 
 
 def dropout_cell(
@@ -81,7 +81,7 @@ def dropout_cell(
     if step is not None:
         check_step("step", step)
         rng = None if rng is None else step_rng(rng, step)
-    step_noise = StepNoise(dropout, masks, rng, as_rows(sequence_ids))
+    step_noise = StepNoise(dropout, masks, rng, as_sequence_ids(sequence_ids))
     return run_step(step_noise(PARAMS, params), carry, x, cell, step_noise)
 
 

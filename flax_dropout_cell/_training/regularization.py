@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._arguments import Number
 from .._dtypes import wide_dtype
 from .._messages import must_be
-from .._random.keep_masks import Number
 from .._sequence.padding import find_valid
 from ..noises.arguments import check_number
 

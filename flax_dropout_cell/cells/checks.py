@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._arguments import check_count
-from .._messages import short_repr
+from .._messages import short_repr, short_tree_repr
 from .._random.keys import as_key
 
 
@@ -38,7 +38,7 @@ def check_call(cell: str, kind: type, params: Any, h: Any, x: Any, gates: int) -
 
 def check_kernels(cell: str, params: Any, gates: int) -> int:
     """The features of h; raises if a kernel does not have a block of columns for each gate."""
-    features: Any = "features"
+    features = None
     if hasattr(params, "recurrent_kernel"):
         shape = list(np.shape(params.recurrent_kernel))
         if len(shape) != 2 or shape[1] != gates * shape[0]:
@@ -47,8 +47,8 @@ def check_kernels(cell: str, params: Any, gates: int) -> int:
         features = shape[0]
     shape = list(np.shape(params.input_kernel))
     found = shape[1] // gates if len(shape) == 2 and shape[1] % gates == 0 else None
-    if found is None or features not in ("features", found):
-        wanted = f"[in_features, {gates} * {features}]"
+    if found is None or features not in (None, found):
+        wanted = f"[in_features, {gates} * {'features' if features is None else features}]"
         raise ValueError(f"{cell} takes an input_kernel {wanted}, got {shape}.")
     return found
 
@@ -76,7 +76,7 @@ def check_input(
 ) -> None:
     """Raises if a cell's carry h and its input do not fit each other, or the input's kernel."""
     if not hasattr(h, "shape"):
-        raise TypeError(f"{cell} carries h alone, an array, got {type(h).__name__}.")
+        raise TypeError(f"{cell} takes the carry h as one array, got {short_tree_repr(h)}.")
     if not hasattr(x, "shape"):
         raise TypeError(f"{cell} takes x as one array, got {short_repr(x)}.")
     shape, got, reads = list(x.shape), f"{cell} got x {list(x.shape)}", list(kernel.shape)

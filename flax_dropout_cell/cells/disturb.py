@@ -1,9 +1,14 @@
 """Sites inside a cell: the function that a cell calls wherever noise may be applied."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 PyTree = Any
+
+
+class Disturb(Protocol):
+    """A cell's `disturb` argument: gives the value at a site, with noise if the site has any."""
+
+    def __call__(self, site: str, value: PyTree, previous: PyTree = None) -> PyTree: ...
 
 
 def undisturbed(site: str, value: PyTree, previous: PyTree = None) -> PyTree:
@@ -37,7 +42,7 @@ def undisturbed(site: str, value: PyTree, previous: PyTree = None) -> PyTree:
     return value
 
 
-def active(disturb: Callable[..., PyTree], site: str) -> bool:
+def has_noise(disturb: Disturb, site: str) -> bool:
     """Whether a site has noise; a cell asks before doing work that only noise needs."""
     if disturb is undisturbed:
         return False

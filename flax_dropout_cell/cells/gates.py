@@ -8,10 +8,7 @@ import jax.numpy as jnp
 
 from .._dtypes import wide_dtype
 from .checks import check_init
-from .disturb import active
-
-Disturb = Callable[..., Any]
-"""`disturb(site, value, previous=None) -> value`."""
+from .disturb import Disturb, has_noise
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -20,7 +17,7 @@ def gates_matmul(
     disturb: Disturb, site: str, value: jax.Array, kernel: jax.Array, gates: int
 ) -> list[jax.Array]:
     """Each gate's product with a value; if the site has noise, with a noisy copy for each gate."""
-    if not active(disturb, site):  # one product for all gates, as in a cell without sites
+    if not has_noise(disturb, site):  # one product for all gates, as in a cell without sites
         return jnp.split(value @ kernel, gates, axis=-1)
     shape = (*value.shape[:-1], gates, value.shape[-1])
     copies = disturb(site, jnp.broadcast_to(value[..., None, :], shape))

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from .checks import check_call
-from .disturb import active, undisturbed
+from .disturb import Disturb, has_noise, undisturbed
 from .family import CellSite, Family
-from .gates import Activation, Disturb, add_bias, expand_bias, gates_matmul, init_kernels
+from .gates import Activation, add_bias, expand_bias, gates_matmul, init_kernels
 
 
 class GRUParams(NamedTuple):
@@ -111,7 +111,7 @@ def gru_step(
     gate_fn: Activation,
     activation_fn: Activation,
 ) -> tuple[jax.Array, jax.Array]:
-    """`gru_cell` with any activations, as Flax's cells have them."""
+    """`gru_cell` with any activations; in Flax, these are fields of the cell."""
     h = carry
     check_call("gru_cell", GRUParams, params, h, x, 3)
     read_h = disturb("recurrent", h.astype(x.dtype))
@@ -128,7 +128,7 @@ def gru_step(
 def _read(params: GRUParams, x: jax.Array, h: jax.Array, disturb: Disturb) -> list[jax.Array]:
     """The sums for r and z, and n's products with x and with h, before the activations."""
     # Both are asked, so that whoever lists a cell's sites sees both.
-    sites = [active(disturb, site) for site in ("input_per_gate", "recurrent_per_gate")]
+    sites = [has_noise(disturb, site) for site in ("input_per_gate", "recurrent_per_gate")]
     if any(sites):
         of_x = gates_matmul(disturb, "input_per_gate", x, params.input_kernel, 3)
         of_h = gates_matmul(disturb, "recurrent_per_gate", h, params.recurrent_kernel, 3)

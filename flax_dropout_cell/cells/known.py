@@ -42,7 +42,7 @@ def family_of_module(module: Any) -> Family | None:
     return None
 
 
-def cells_with(site: str) -> str:
+def list_cells_with(site: str) -> str:
     """This library's cells that have a site, as a message lists them; "" if none has."""
     names = [family.cell.__name__ for family in FAMILIES if family.cell and family.has(site)]
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from .checks import check_init
+from .disturb import Disturb
 from .family import CellSite
-from .gates import Disturb, expand_bias
+from .gates import expand_bias
 
 LINEAR_SITES = (CellSite("candidate"), CellSite("hidden", carried=True, leaky=True))
 

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._arguments import Number
 from .._dtypes import wide_dtype
-from .._random.keep_masks import Number
 from .checks import check_init, check_input, check_kernels, check_vectors, check_weights
-from .disturb import undisturbed
+from .disturb import Disturb, undisturbed
 from .family import Family
-from .gates import Disturb, expand_bias
+from .gates import expand_bias
 from .linear import LINEAR_SITES, update
 
 

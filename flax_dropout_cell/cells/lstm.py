@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._messages import short_tree_repr
 from .checks import check_call, check_carried
-from .disturb import active, undisturbed
+from .disturb import Disturb, has_noise, undisturbed
 from .family import CellSite, Family
-from .gates import Activation, Disturb, add_bias, expand_bias, gates_matmul, init_kernels
+from .gates import Activation, add_bias, expand_bias, gates_matmul, init_kernels
 
 
 class LSTMParams(NamedTuple):
@@ -125,7 +126,7 @@ def lstm_step(
     gate_fn: Activation,
     activation_fn: Activation,
 ) -> tuple[Any, jax.Array]:
-    """`lstm_cell` with any activations, as Flax's cells have them."""
+    """`lstm_cell` with any activations; in Flax, these are fields of the cell."""
     c, h = _check_carry(carry)
     check_call("lstm_cell", LSTMParams, params, h, x, 4)
     check_carried("lstm_cell", "c", c)
@@ -144,7 +145,7 @@ def _read(params: LSTMParams, x: jax.Array, h: jax.Array, disturb: Disturb) -> l
     """The sums of the four gates, before their activations."""
     h = disturb("recurrent", h)
     # Both are asked, so that whoever lists a cell's sites sees both.
-    sites = [active(disturb, site) for site in ("input_per_gate", "recurrent_per_gate")]
+    sites = [has_noise(disturb, site) for site in ("input_per_gate", "recurrent_per_gate")]
     if any(sites):
         of_x = gates_matmul(disturb, "input_per_gate", x, params.input_kernel, 4)
         of_h = gates_matmul(disturb, "recurrent_per_gate", h, params.recurrent_kernel, 4)
@@ -163,9 +164,11 @@ def _check_carry(carry: Any) -> tuple[jax.Array, jax.Array]:
             return c, h
         got = f"{list(np.shape(c))} and {list(np.shape(h))}"
         raise ValueError(f"lstm_cell takes c and h of one shape, got {got}.")
-    # Another NamedTuple may well hold (h, c), as Haiku's does.
-    got = f"an array {list(np.shape(carry))}" if hasattr(carry, "shape") else type(carry).__name__
-    raise TypeError(f"lstm_cell carries LSTMState(c=.., h=..) or a plain (c, h), got {got}.")
+    # Another NamedTuple may well hold (h, c), as Haiku's LSTMState(hidden, cell) does.
+    raise TypeError(
+        f"lstm_cell takes the carry fdc.LSTMState(c=.., h=..) or a plain (c, h), got "
+        f"{short_tree_repr(carry)}."
+    )
 
 
 LSTM = Family(

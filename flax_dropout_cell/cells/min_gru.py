@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from .checks import check_call
-from .disturb import undisturbed
+from .disturb import Disturb, undisturbed
 from .family import Family
-from .gates import Disturb
 from .linear import LINEAR_SITES, init_gates, read_gates, update
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from .._dtypes import wide_dtype
 from .checks import check_call, check_init, check_vectors
-from .disturb import undisturbed
+from .disturb import Disturb, undisturbed
 from .family import Family
-from .gates import Disturb, expand_bias
+from .gates import expand_bias
 from .linear import LINEAR_SITES, init_gates, read_gates, update
 
 _POWER = 8.0

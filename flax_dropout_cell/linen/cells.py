@@ -11,6 +11,7 @@ from flax.typing import Dtype, Initializer
 
 from .._flax.cell_weights import (
     LinearParams,
+    check_leaves,
     check_params,
     features_of,
     params_of,
@@ -20,8 +21,7 @@ from .._flax.cell_weights import (
     wrong_weights_error,
 )
 from .._messages import must_be
-from ..cells.disturb import undisturbed
-from ..cells.gates import Disturb
+from ..cells.disturb import Disturb, undisturbed
 from ..cells.gru import GRUParams, gru_step
 from ..cells.lstm import LSTMParams, lstm_step
 from .linear_cells import LinearCell
@@ -29,7 +29,7 @@ from .linear_cells import LinearCell
 Params = LSTMParams | GRUParams | LinearParams
 
 
-class _Weights(nn.Module):
+class _DenseParams(nn.Module):
     """Makes the weights that `nn.Dense` makes, and multiplies nothing."""
 
     shape: tuple[int, int]
@@ -87,9 +87,9 @@ class LSTMCell(nn.OptimizedLSTMCell):
         # One after the other, as Flax makes them, because then the same key gives the same weights.
         kernels, recurrent_kernels, biases = [], [], []
         for gate in "ifgo":
-            kernel, _ = _weights(self, f"i{gate}", in_features, self.kernel_init, None)
+            kernel, _ = _dense_params(self, f"i{gate}", in_features, self.kernel_init, None)
             kernels.append(kernel)
-            kernel, bias = _weights(
+            kernel, bias = _dense_params(
                 self, f"h{gate}", features, self.recurrent_kernel_init, self.bias_init
             )
             recurrent_kernels.append(kernel)
@@ -140,10 +140,12 @@ class GRUCell(nn.GRUCell):
         in_features, features = jnp.shape(inputs)[-1], self.features
         kernels, biases, recurrent_kernels, recurrent_bias = [], [], [], None
         for gate in "rzn":
-            kernel, bias = _weights(self, f"i{gate}", in_features, self.kernel_init, self.bias_init)
+            kernel, bias = _dense_params(
+                self, f"i{gate}", in_features, self.kernel_init, self.bias_init
+            )
             kernels.append(kernel)
             biases.append(bias)
-            kernel, recurrent_bias = _weights(
+            kernel, recurrent_bias = _dense_params(
                 self,
                 f"h{gate}",
                 features,
@@ -157,11 +159,11 @@ class GRUCell(nn.GRUCell):
         return gru_step(params, carry, x, disturb, self.gate_fn, self.activation_fn)
 
 
-def _weights(
+def _dense_params(
     cell: Any, name: str, fan_in: int, kernel_init: Initializer, bias_init: Initializer | None
 ) -> tuple[jax.Array, jax.Array | None]:
     shape = (fan_in, cell.features)
-    return _Weights(shape, kernel_init, bias_init, cell.param_dtype, name=name)()
+    return _DenseParams(shape, kernel_init, bias_init, cell.param_dtype, name=name)()
 
 
 def cell_params(params: Params, cell: nn.RNNCellBase) -> dict[str, Any]:
@@ -245,6 +247,10 @@ def core_params(variables: Mapping[str, Any], cell: nn.RNNCellBase) -> Params:
     names = [side + gate for side in "ih" for gate in gates]
     if not set(names) <= set(params):
         raise wrong_variables_error(cell, names, params)
+    with_bias = ["hi", "hf", "hg", "ho"] if kind is LSTMParams else ["ir", "iz", "in", "hn"]
+    check_leaves(
+        cell, [f"{name}/kernel" for name in names] + [f"{name}/bias" for name in with_bias], params
+    )
 
     def join(side: str, leaf: str) -> jax.Array:
         return jnp.concatenate([params[side + gate][leaf] for gate in gates], axis=-1)

@@ -103,7 +103,7 @@ class Wrapper(CellWrapper, nn.RNNCellBase):
         *,
         deterministic: bool | None = None,
     ) -> DropoutCarry:
-        """Starts new masks on an old state.
+        """Draws the masks of a new sequence and keeps the state of the old one.
 
         The state does not change: units that noise at `state` dropped at the last step are still
         zero, so the first step reads h through the old mask and the second through the new one.

@@ -6,17 +6,17 @@ import flax.linen as nn
 import jax
 
 from .._flax.compat import HashedFields
-from .._flax.deterministic import draws
+from .._flax.deterministic import needs_key
 from .._flax.initial_carry import blame_initial_carry
 from .._flax.inspected_layer import InspectedLayer
 from .._flax.layer import (
     Settings,
-    check_bare_carries,
+    check_cell_carries,
     check_one_step,
     read_layout,
     run_layer,
 )
-from .._flax.wrapper import check_bare
+from .._flax.wrapper import check_unwrapped
 from .._random.keys import as_key, as_rng
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout
 from .._step.checks import check_dropout
@@ -38,7 +38,7 @@ class RNN(InspectedLayer, nn.Module):
     `deterministic=True`.
 
     Args:
-      cell: any `nn.RNNCellBase`, bare.
+      cell: any `nn.RNNCellBase` that is not a wrapper of this library.
       dropout: the noise at each site. One noise at the `state` of an LSTM is for h alone.
       deterministic: if True, this is evaluation. Arguments at the call take precedence.
       time_major: whether inputs are `[time, *batch, *features]`, not `[*batch, time, *features]`.
@@ -85,7 +85,7 @@ class RNN(InspectedLayer, nn.Module):
     parallel: bool | None = None
 
     def __post_init__(self) -> None:
-        check_bare(LINEN, self.cell)
+        check_unwrapped(LINEN, self.cell)
         check_dropout(self.dropout)
         super().__post_init__()
 
@@ -154,7 +154,7 @@ class RNN(InspectedLayer, nn.Module):
                 "RNN was called without its weights: write rnn.apply(variables, inputs, "
                 "rngs={'dropout': key}), or call it inside another module."
             )
-        check_bare_carries(initial_carry=initial_carry, reset_carry=reset_carry)
+        check_cell_carries(initial_carry=initial_carry, reset_carry=reset_carry)
         settings = Settings.of(
             self,
             time_major=time_major,
@@ -163,8 +163,8 @@ class RNN(InspectedLayer, nn.Module):
             keep_order=keep_order,
         )
         rng = as_rng(rng)
-        needs_key = draws(self.dropout, deterministic, self.deterministic)
-        key = dropout_key(self, rng, "RNN") if needs_key else None
+        draws = needs_key(self.dropout, deterministic, self.deterministic)
+        key = dropout_key(self, rng, "RNN") if draws else None
         layout = read_layout(inputs, LINEN.num_feature_axes(self.cell), settings.time_major)
 
         def make_carry() -> PyTree:

@@ -9,13 +9,20 @@ import jax
 import numpy as np
 
 from .._flax.carry import DropoutCarry
-from .._flax.tensorflow import arguments as tf
+from .._flax.tensorflow.arguments import (
+    KEEP_PROBS,
+    TensorFlowWrapper,
+    Visitor,
+    check_arguments,
+    check_inputs,
+    feature_shapes,
+)
 from .._spec.recurrent_dropout import PyTree
 from .dropout_cell import Wrapper
 from .framework import LINEN
 
 
-class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
+class RNNCellDropoutWrapper(TensorFlowWrapper, Wrapper):
     """TensorFlow's `tf.nn.RNNCellDropoutWrapper` for linen cells, with the same arguments.
 
     Masks come from the `dropout` stream: variational ones once per sequence, others at each step.
@@ -68,14 +75,14 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
     input_size: Any = None
     dtype: Any = None
     seed: int | np.integer | None = None
-    dropout_state_filter_visitor: tf.Visitor | None = None
+    dropout_state_filter_visitor: Visitor | None = None
     broadcast_dims: Sequence[int] = ()
     deterministic: bool = False
 
     def __post_init__(self) -> None:
         LINEN.check_cell(self.cell)
-        keep_probs = {name: getattr(self, name) for name in tf.KEEP_PROBS}
-        tf.check_arguments(keep_probs, self.seed, self.dropout_state_filter_visitor)
+        keep_probs = {name: getattr(self, name) for name in KEEP_PROBS}
+        check_arguments(keep_probs, self.seed, self.dropout_state_filter_visitor)
         super().__post_init__()
 
     def __call__(
@@ -91,7 +98,7 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
         Returns:
           `(carry, y)`.
         """
-        tf.check_inputs(inputs, self.input_size, self.dtype)
+        check_inputs(inputs, self.input_size, self.dtype)
         return super().__call__(carry, inputs, deterministic=deterministic)
 
     @classmethod
@@ -129,7 +136,7 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
     @nn.nowrap
     def _features(self) -> list[Any]:
         if self.input_size is not None:
-            return [tf.feature_shapes(self.input_size, self.cell.num_feature_axes)]
+            return [feature_shapes(self.input_size, self.cell.num_feature_axes)]
         if self.cell.num_feature_axes == 1:
             return [(1,), (2,)]  # a stock cell's sizes do not depend on the width of its inputs
         axes = f"{self.cell.num_feature_axes} feature axes"

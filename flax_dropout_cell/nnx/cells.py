@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from .._arguments import check_flag
 from .._flax.cell_weights import (
     LinearParams,
+    check_leaves,
     check_params,
     features_of,
     params_of,
@@ -19,8 +21,7 @@ from .._flax.cell_weights import (
     wrong_weights_error,
 )
 from .._messages import must_be, with_article
-from ..cells.disturb import undisturbed
-from ..cells.gates import Disturb
+from ..cells.disturb import Disturb, undisturbed
 from ..cells.gru import GRUParams, gru_step
 from ..cells.lstm import LSTMParams, lstm_step
 from .linear_cells import LinearCell
@@ -220,11 +221,11 @@ def core_params(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> Params:
         raise TypeError(must_be("variables", "nnx.state(cell), or a dict of arrays", variables))
     if isinstance(cell, LinearCell):
         return params_of(variables, lambda _: cell.weights(), cell)
-    try:
-        params = _gates_of(variables, cell)
-    except KeyError:
-        wanted = nnx.to_pure_dict(nnx.state(cell, nnx.Param))
-        raise wrong_variables_error(cell, wanted, variables) from None
+    wanted = nnx.to_pure_dict(nnx.state(cell, nnx.Param))
+    if not wanted.keys() <= variables.keys():
+        raise wrong_variables_error(cell, wanted, variables)
+    check_leaves(cell, flatten_dict(wanted, sep="/"), variables)
+    params = _gates_of(variables, cell)
     _check_sizes("core_params", without_stack(params), cell)
     return params
 

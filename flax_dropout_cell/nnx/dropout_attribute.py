@@ -55,7 +55,10 @@ class DropoutAttribute:
         own = {_name(path) for path, leaf in leaves if leaf is ...}
         if arrays.keys() != own:  # a state of another spec was loaded
             others = ", ".join(sorted(arrays.keys() ^ own))
-            raise ValueError(f"dropout and the state that was loaded differ in arrays: {others}.")
+            raise ValueError(
+                f"the loaded state does not fit this module's dropout: only one of them has an "
+                f"array at {others}. Set module.dropout to the spec that was saved, and load again."
+            )
         return jax.tree.unflatten(
             structure, [arrays[_name(path)][...] if leaf is ... else leaf for path, leaf in leaves]
         )

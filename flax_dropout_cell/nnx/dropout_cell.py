@@ -110,7 +110,7 @@ class Wrapper(CellWrapper, Switchable, nnx.RNNCellBase):
         *,
         deterministic: bool | None = None,
     ) -> DropoutCarry:
-        """Starts new masks on an old state.
+        """Draws the masks of a new sequence and keeps the state of the old one.
 
         The state does not change: units that noise at `state` dropped at the last step are still
         zero, so the first step reads h through the old mask and the second through the new one.
@@ -140,8 +140,8 @@ class Wrapper(CellWrapper, Switchable, nnx.RNNCellBase):
           >>> carry.masks.input.shape
           (4, 32)
         """
-        # In evaluation nothing is drawn, so the stream is not counted on. A wrapper inside may
-        # train even if this one does not.
+        # In evaluation nothing is drawn, so the stream does not advance. A wrapper inside may train
+        # even if this one does not.
         wrappers = (node for node in _chain(self) if isinstance(node, Wrapper))
         trains = any(not is_evaluation(deterministic, node.deterministic) for node in wrappers)
         rng = self._key(rngs, None) if rngs is not None and trains else None

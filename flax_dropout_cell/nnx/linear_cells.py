@@ -11,8 +11,7 @@ from flax.typing import Dtype, Initializer
 
 from .. import cells
 from .._flax.cell_weights import complex_dtype, promote
-from ..cells.disturb import undisturbed
-from ..cells.gates import Disturb
+from ..cells.disturb import Disturb, undisturbed
 from .streams import check_rngs
 
 

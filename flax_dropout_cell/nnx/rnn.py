@@ -6,16 +6,16 @@ import jax
 from flax import nnx
 
 from .._arguments import check_flag
-from .._flax.deterministic import draws
+from .._flax.deterministic import needs_key
 from .._flax.inspected_layer import InspectedLayer
 from .._flax.layer import (
     Settings,
-    check_bare_carries,
+    check_cell_carries,
     check_one_step,
     read_layout,
     run_layer,
 )
-from .._flax.wrapper import check_bare
+from .._flax.wrapper import check_unwrapped
 from .._spec.recurrent_dropout import PyTree, RecurrentDropout
 from .dropout_attribute import DropoutAttribute
 from .framework import NNX_FRAMEWORK
@@ -38,7 +38,7 @@ class RNN(InspectedLayer, DropoutAttribute, Switchable, nnx.Module):
     in `nnx.RNN`. The layer works in `nnx.Bidirectional`.
 
     Args:
-      cell: any `nnx.RNNCellBase`, bare.
+      cell: any `nnx.RNNCellBase` that is not a wrapper of this library.
       dropout: the noise at each site. One noise at the `state` of an LSTM is for h alone. `params`
         takes a prefix of the cell's parameters (`nnx.Param`) as a plain dict. Arrays in `dropout`
         are state of this module: a new `dropout` that differs only in their values does not
@@ -93,7 +93,7 @@ class RNN(InspectedLayer, DropoutAttribute, Switchable, nnx.Module):
         parallel: bool | None = None,
         rngs: RngSource = None,
     ) -> None:
-        check_bare(NNX_FRAMEWORK, cell)
+        check_unwrapped(NNX_FRAMEWORK, cell)
         self.cell = cell
         self.dropout = dropout
         self.deterministic = check_flag("deterministic", deterministic)
@@ -170,7 +170,7 @@ class RNN(InspectedLayer, DropoutAttribute, Switchable, nnx.Module):
           TypeError: if `rngs` is none of these, a dtype does not fit, or the cell draws or writes
             at each step.
         """
-        check_bare_carries(initial_carry=initial_carry, reset_carry=reset_carry)
+        check_cell_carries(initial_carry=initial_carry, reset_carry=reset_carry)
         settings = Settings.of(
             self,
             time_major=time_major,
@@ -186,10 +186,10 @@ class RNN(InspectedLayer, DropoutAttribute, Switchable, nnx.Module):
             return layout.place(carry)
 
         carry = make_carry() if initial_carry is None else initial_carry
-        # A draw counts the stream on, which is a side effect: only a call that uses it may have it.
+        # A draw advances the stream, so only a call that needs a key may draw.
         own = self.dropout_stream
-        needs_key = draws(self.dropout, deterministic, self.deterministic)
-        key = dropout_key("RNN", rngs, own) if needs_key else None
+        draws = needs_key(self.dropout, deterministic, self.deterministic)
+        key = dropout_key("RNN", rngs, own) if draws else None
         if key is not None:
             check_one_step(self, start, layout, initial_carry, rngs)
         cell = NNX_FRAMEWORK.pure(self.cell)

@@ -9,7 +9,14 @@ import numpy as np
 from flax import nnx
 
 from .._flax.carry import DropoutCarry
-from .._flax.tensorflow import arguments as tf
+from .._flax.tensorflow.arguments import (
+    KEEP_PROBS,
+    TensorFlowWrapper,
+    Visitor,
+    check_arguments,
+    check_inputs,
+    feature_shapes,
+)
 from .._flax.tensorflow.configs import constructor_parameters
 from .._spec.recurrent_dropout import PyTree
 from .dropout_attribute import Static
@@ -17,7 +24,7 @@ from .dropout_cell import Wrapper
 from .streams import RngSource
 
 
-class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
+class RNNCellDropoutWrapper(TensorFlowWrapper, Wrapper):
     """TensorFlow's `tf.nn.RNNCellDropoutWrapper` for NNX cells, with the same arguments.
 
     Masks come from the module's own `dropout` stream: variational ones once per sequence, others
@@ -74,7 +81,7 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
         input_size: Any = None,
         dtype: Any = None,
         seed: int | np.integer | None = None,
-        dropout_state_filter_visitor: tf.Visitor | None = None,
+        dropout_state_filter_visitor: Visitor | None = None,
         broadcast_dims: Sequence[int] = (),
         deterministic: bool = False,
         *,
@@ -84,8 +91,8 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
         self.input_keep_prob = input_keep_prob
         self.output_keep_prob = output_keep_prob
         self.state_keep_prob = state_keep_prob
-        keep_probs = {name: getattr(self, name) for name in tf.KEEP_PROBS}
-        tf.check_arguments(keep_probs, seed, dropout_state_filter_visitor)
+        keep_probs = {name: getattr(self, name) for name in KEEP_PROBS}
+        check_arguments(keep_probs, seed, dropout_state_filter_visitor)
         self.variational_recurrent = variational_recurrent
         self._input_size = Static(input_size)
         self.dtype = dtype
@@ -113,7 +120,7 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
         Returns:
           `(carry, y)`.
         """
-        tf.check_inputs(inputs, self.input_size, self.dtype)
+        check_inputs(inputs, self.input_size, self.dtype)
         return super().__call__(carry, inputs, deterministic=deterministic)
 
     @classmethod
@@ -155,7 +162,7 @@ class RNNCellDropoutWrapper(tf.TensorFlowWrapper, Wrapper):
 
     def _features(self) -> list[Any]:
         if self.input_size is not None:
-            return [tf.feature_shapes(self.input_size, self.cell.num_feature_axes)]
+            return [feature_shapes(self.input_size, self.cell.num_feature_axes)]
         cell = self.cell
         while isinstance(cell, Wrapper):
             cell = cell.cell

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._arguments import Number
 from .._messages import must_be
-from .._random.keep_masks import Number
 from .protocol import is_array
 
 
@@ -68,9 +68,9 @@ def cast_and_expand(number: float | jax.Array, value: jax.Array, dtype: Any) -> 
     return number.reshape((1,) * missing + number.shape) if number.ndim else number
 
 
-def as_share(probability: float | jax.Array, value: jax.Array, dtype: Any) -> jax.Array:
-    """A probability as `cast_and_expand` gives a number; above 1 it counts as 1, below 0 as 0."""
-    share = cast_and_expand(probability, value, dtype)
+def clip_probability(probability: float | jax.Array, value: jax.Array, dtype: Any) -> jax.Array:
+    """A probability clipped to [0, 1], in a dtype, with as many dims as the value."""
+    prob = cast_and_expand(probability, value, dtype)
     # Not jnp.clip, which halves the derivative at 0 and 1 themselves.
-    outside = jnp.where(share.real > 1, jnp.ones_like(share), jnp.zeros_like(share))
-    return jnp.where((share.real < 0) | (share.real > 1), outside, share)
+    outside = jnp.where(prob.real > 1, jnp.ones_like(prob), jnp.zeros_like(prob))
+    return jnp.where((prob.real < 0) | (prob.real > 1), outside, prob)

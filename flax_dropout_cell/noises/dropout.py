@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from .._arguments import Number
 from .._dtypes import wide_dtype
 from .._messages import must_be
-from .._random.keep_masks import Number, draw_keep_mask
+from .._random.keep_masks import draw_keep_mask
 from .._sharding import broadcast_like
-from .arguments import as_share, cast_and_expand, check_fits, check_probability
+from .arguments import cast_and_expand, check_fits, check_probability, clip_probability
 from .base import NamedNoise, explain_missing_names
 from .protocol import register_noise
 
@@ -129,4 +130,6 @@ class Dropout(NamedNoise):
             return value
         check_fits("keep_prob", self.keep_prob, value.shape)
         wide = wide_dtype(value.dtype)
-        return (value.astype(wide) * as_share(self.keep_prob, value, wide)).astype(value.dtype)
+        return (value.astype(wide) * clip_probability(self.keep_prob, value, wide)).astype(
+            value.dtype
+        )

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from .._arguments import Number
 from .._dtypes import wide_dtype
-from .._random.keep_masks import Number
 from .._sharding import broadcast_like
 from .arguments import cast_and_expand, check_fits, check_number
 from .base import NamedNoise, explain_missing_names

@@ -110,8 +110,8 @@ def register_noise(cls: NoiseClass) -> NoiseClass:
         raise TypeError(f"{cls.__name__} lacks {', '.join(missing)}: {_HAS_MEMBERS}.")
 
     def split(noise: Any) -> tuple[tuple[str, ...], Any]:
-        # A rebuilt noise keeps its leaves where they were: tree functions put anything there,
-        # axis numbers and sizes among it.
+        # A rebuilt noise has the same leaves as before, whatever they hold now: tree functions also
+        # put axis numbers or sizes there.
         data = vars(noise).get("_data")
         if data is None:
             data = tuple(name for name in names if is_array(getattr(noise, name)))

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._arguments import Number
 from .._dtypes import wide_dtype
-from .._random.keep_masks import Number, draw_keep_mask
+from .._random.keep_masks import draw_keep_mask
 from .._sharding import broadcast_like
-from .arguments import as_share, check_fits, check_probability
+from .arguments import check_fits, check_probability, clip_probability
 from .base import NamedNoise, explain_missing_names
 from .protocol import register_noise
 
@@ -126,7 +127,7 @@ class Zoneout(NamedNoise):
         previous = _given(previous, value)
         check_fits("prob", self.prob, value.shape)
         wide = wide_dtype(value.dtype)
-        old = as_share(self.prob, value, wide)
+        old = clip_probability(self.prob, value, wide)
         mixed = old * previous.astype(wide) + (1 - old) * value.astype(wide)
         return mixed.astype(value.dtype)
 

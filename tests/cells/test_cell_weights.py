@@ -247,18 +247,38 @@ def nnx_lstm(units: int = UNITS) -> Any:
     return fdc.nnx.LSTMCell(FEATURES, units, rngs=nnx.Rngs(0))
 
 
+def linen_weights() -> Any:
+    return nn.LSTMCell(8).init(jax.random.key(0), (jnp.zeros(8), jnp.zeros(8)), jnp.zeros(3))
+
+
+def without_bias(weights: dict[str, Any], name: str) -> dict[str, Any]:
+    return weights | {name: {"kernel": weights[name]["kernel"]}}
+
+
 MISTAKES = {
     "linen, of another kind": (
         lambda: fdc.linen.cell_params(lstm(), nn.GRUCell(8)), TypeError,
-        "weights of GRUCell are GRUParams, got LSTMParams",
+        "GRUCell takes GRUParams, got an LSTMParams",
     ),
     "linen, of another size": (
         lambda: fdc.linen.cell_params(lstm(), nn.LSTMCell(9)), ValueError,
         r"has 9 features, but the weights 8",
     ),
+    "linen, without a bias": (
+        lambda: fdc.linen.core_params(
+            {"params": without_bias(linen_weights()["params"], "hi")}, nn.LSTMCell(8)
+        ),
+        ValueError, r"these variables lack weights of LSTMCell: hi/bias\.",
+    ),
+    "NNX, without a bias": (
+        lambda: fdc.nnx.core_params(
+            without_bias(nnx.to_pure_dict(nnx.state(nnx_lstm(), nnx.Param)), "dense_h"), nnx_lstm()
+        ),
+        ValueError, r"these variables lack weights of LSTMCell: dense_h/bias\.",
+    ),
     "linen, no such weights": (
         lambda: fdc.linen.cell_params(lstm(), nn.SimpleCell(8)), TypeError,
-        "only LSTMCell, OptimizedLSTMCell, GRUCell and this library's linear cells .* SimpleCell",
+        "LSTMCell, OptimizedLSTMCell, GRUCell and this library's cells, got a SimpleCell",
     ),
     "linen, other variables": (
         lambda: fdc.linen.core_params({"params": {"ii": {}}}, nn.LSTMCell(8)), ValueError,
@@ -305,7 +325,7 @@ MISTAKES = {
     ),
     "NNX, of another kind": (
         lambda: fdc.nnx.cell_params(lstm(), nnx.GRUCell(3, 8, rngs=nnx.Rngs(0))), TypeError,
-        "weights of GRUCell are GRUParams, got LSTMParams",
+        "GRUCell takes GRUParams, got an LSTMParams",
     ),
     "NNX, of another size": (
         lambda: fdc.nnx.cell_params(lstm(), nnx_lstm(9)), ValueError,
@@ -313,7 +333,7 @@ MISTAKES = {
     ),
     "NNX, no such weights": (
         lambda: fdc.nnx.cell_params(lstm(), nnx.SimpleCell(3, 8, rngs=nnx.Rngs(0))), TypeError,
-        "only LSTMCell, OptimizedLSTMCell, GRUCell and this library's linear cells .* SimpleCell",
+        "LSTMCell, OptimizedLSTMCell, GRUCell and this library's cells, got a SimpleCell",
     ),
     "NNX, other variables": (
         lambda: fdc.nnx.core_params({"ii": {}}, nnx_lstm()), ValueError,

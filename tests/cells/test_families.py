@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import flax_dropout_cell as fdc
-from flax_dropout_cell.cells.known import FAMILIES, cells_with, family_of, family_of_module
+from flax_dropout_cell.cells.known import FAMILIES, family_of, family_of_module, list_cells_with
 
 UNITS, FEATURES, BATCH = 8, 3, 2
 NOISE = fdc.Dropout(keep_prob=0.8)
@@ -158,10 +158,12 @@ def test_one_noise_for_an_lstms_state_means_h_alone() -> None:
 
 
 def test_messages_list_the_cells_that_have_a_site() -> None:
-    assert cells_with("memory") == "lstm_cell"
-    assert cells_with("recurrent") == "lstm_cell or gru_cell"
-    assert cells_with("hidden").endswith("lru_cell, min_gru_cell, min_lstm_cell or rg_lru_cell")
-    assert cells_with("nowhere") == ""
+    assert list_cells_with("memory") == "lstm_cell"
+    assert list_cells_with("recurrent") == "lstm_cell or gru_cell"
+    assert list_cells_with("hidden").endswith(
+        "lru_cell, min_gru_cell, min_lstm_cell or rg_lru_cell"
+    )
+    assert list_cells_with("nowhere") == ""
 
 
 @pytest.mark.parametrize("cell", [nn.GRUCell(4), nn.MGUCell(4), fdc.linen.MinGRUCell(4)], ids=str)

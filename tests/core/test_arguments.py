@@ -168,12 +168,12 @@ KEYS: dict[str, Case] = {
 SHAPES: dict[str, Case] = {
     "ids of other rows, in evaluation": (
         lambda: scan(rng=None, sequence_ids=np.arange(99)), ValueError,
-        r"sequence_ids has shape \(99,\), but the carry is float32\[4, 3\]",
+        r"an id for each row, got shape \(99,\) for the carry float32\[4, 3\]",
     ),
     "ids for each unit": (
         lambda: scan(sequence_ids=np.arange(B * 4).reshape(B, 4), xs=jnp.ones((T, B, 4)),
             cell=lambda p, h, x: (h, x)),
-        ValueError, r"sequence_ids has shape \(4, 4\), but the carry is float32\[4, 3\]",
+        ValueError, r"an id for each row, got shape \(4, 4\) for the carry float32\[4, 3\]",
     ),
     "ids, a word": (lambda: scan(sequence_ids="abc"), TypeError, "sequence_ids must be ints"),
     "inputs as nested lists": (

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import flax_dropout_cell as fdc
-from flax_dropout_cell._flax.deterministic import draws
+from flax_dropout_cell._flax.deterministic import needs_key
 from flax_dropout_cell._flax.framework import Framework
 from flax_dropout_cell._flax.inspected_layer import InspectedLayer
 from flax_dropout_cell._flax.layer import (
@@ -108,7 +108,7 @@ class RNN(InspectedLayer, eqx.Module):
             cell.params,
             carry,
             layout,
-            key if draws(self.dropout, deterministic, self.deterministic) else None,
+            key if needs_key(self.dropout, deterministic, self.deterministic) else None,
             cell=cell,
             dropout=EQUINOX.resolve_noise(self.dropout, self.cell, carry),
             make_carry=lambda: carry,

@@ -88,7 +88,7 @@ def around(name: str) -> Any:
 
 
 # Configs of an attacker who knows the code, and the errors.
-UNTRUSTED = "so it was not run"
+UNTRUSTED = "which was not run"
 ATTACKS = {
     "a program": (cell("subprocess:Popen", args=["true"]), UNTRUSTED),
     "a shell": (visitor("os:system"), UNTRUSTED),

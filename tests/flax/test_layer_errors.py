@@ -26,7 +26,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "resets, too short": (
         {"resets": RESETS[:, 1:]},
         ValueError,
-        r"resets must be \[\*batch, time\], as the inputs have it: \(3, 6\), got shape \(3, 5\)",
+        r"resets must be \[\*batch, time\], like the inputs, \(3, 6\), got shape \(3, 5\)",
     ),
     "resets, no time": ({"resets": RESETS[:, 0]}, ValueError, r"\(3, 6\), got shape \(3,\)"),
     "valid, int": ({"valid": jnp.zeros((3, 6), int)}, TypeError, "valid must be bools, got int32"),
@@ -182,7 +182,7 @@ BUILDS: dict[str, tuple[Callable[[Framework], Any], str]] = {
     "a noise": (lambda made: made.rnn(made.lstm(), NOISE), r"must be a RecurrentDropout"),
     "a wrapper inside": (
         lambda made: made.rnn(wrapped(made), SPEC),
-        r"the cell of RNN must be bare; got a DropoutCell.*Write RNN\(cell, dropout\)",
+        r"RNN takes a cell without a wrapper, got a DropoutCell.*Write RNN\(cell, dropout\)",
     ),
     "a layer in a layer": (
         lambda made: made.rnn(made.rnn(made.lstm(), SPEC), SPEC),

@@ -266,7 +266,7 @@ def test_a_first_carry_of_ones() -> None:
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "weights of another cell": (
         lambda: fdc.linen.cell_params(weights("min_gru"), fdc.linen.MinLSTMCell(8)),
-        TypeError, "the weights of MinLSTMCell are MinLSTMParams, got MinGRUParams",
+        TypeError, "MinLSTMCell takes MinLSTMParams, got a MinGRUParams",
     ),
     "weights of another size": (
         lambda: fdc.nnx.cell_params(weights("lru"), fdc.nnx.LRUCell(3, 4, rngs=nnx.Rngs(0))),

@@ -101,8 +101,8 @@ def test_every_number_is_that_of_jax_lax_scan(case) -> None:
 @pytest.fixture
 def cut_wherever_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     """Moves products of any size out of the loop: those of the cases are small."""
-    monkeypatch.setattr(three_parts, "AHEAD", 0.0)
-    monkeypatch.setattr(three_parts, "AHEAD_SIZE", 0)
+    monkeypatch.setattr(three_parts, "MIN_WEIGHT_TO_ROWS", 0.0)
+    monkeypatch.setattr(three_parts, "MIN_WEIGHT_SIZE", 0)
 
 
 # How many equations run before the loop and after it, if products of any size do.

@@ -114,8 +114,8 @@ def test_the_explanation_of_a_head() -> None:
 
 def test_a_head_stays_in_the_loop_if_too_much_memory_would_wait_for_it(monkeypatch) -> None:
     """The loop would keep 128 numbers for each of its 129 outputs, or of its 127."""
-    monkeypatch.setattr(three_parts, "KEPT_BYTES", 0)
-    monkeypatch.setattr(three_parts, "AHEAD_SIZE", 0)
+    monkeypatch.setattr(three_parts, "MAX_KEPT_BYTES", 0)
+    monkeypatch.setattr(three_parts, "MIN_WEIGHT_SIZE", 0)
     assert headed(129, ROW).after and not headed(127, ROW).after
 
 

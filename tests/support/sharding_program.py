@@ -1047,8 +1047,8 @@ def a_checked_gradient_in_half_precision_is_summed_once() -> None:
 @CASES.over(cell=("tanh", "GRU", "masks", "head"))
 def a_gradient_on_a_mesh_whose_products_run_outside_the_loop(cell: str) -> None:
     """The same holds of it. The rule that looks at sizes is off."""
-    rule = three_parts.AHEAD, three_parts.AHEAD_SIZE
-    three_parts.AHEAD, three_parts.AHEAD_SIZE = 0, 0
+    rule = three_parts.MIN_WEIGHT_TO_ROWS, three_parts.MIN_WEIGHT_SIZE
+    three_parts.MIN_WEIGHT_TO_ROWS, three_parts.MIN_WEIGHT_SIZE = 0, 0
     try:
         xs = drawn(LONG, ROWS, WIDTH)
         text = str(jax.make_jaxpr(loop_gradient(scan, cell))(*loop_of(cell), xs))
@@ -1057,7 +1057,7 @@ def a_gradient_on_a_mesh_whose_products_run_outside_the_loop(cell: str) -> None:
         if HAS_SET_MESH:
             a_gradient_on_a_mesh_with_explicit_axes(cell)
     finally:
-        three_parts.AHEAD, three_parts.AHEAD_SIZE = rule
+        three_parts.MIN_WEIGHT_TO_ROWS, three_parts.MIN_WEIGHT_SIZE = rule
 
 
 @CASES.over(cell=("tanh", "LSTM", "layer norm"))

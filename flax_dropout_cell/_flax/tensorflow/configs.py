@@ -11,10 +11,10 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..._compat import is_traced
 from ..._messages import short_repr, shorten
 from .trusted_names import TrustedNames, check_name, find, find_cell_class, find_visitor, to_name
 
@@ -52,11 +52,14 @@ def to_config(what: str, value: Any, names: TrustedNames) -> Any:
 
 
 def keep_prob_to_config(name: str, keep_prob: Any) -> float:
-    """A keep_prob as a number for JSON; raises if it is traced."""
-    try:
-        return float(keep_prob)
-    except (TypeError, jax.errors.ConcretizationTypeError):
-        raise ValueError(f"{name} is traced, and a config holds numbers.") from None
+    """A keep_prob as a number for JSON; raises if it is traced, or has several values."""
+    if is_traced(keep_prob):
+        raise ValueError(f"{name} is traced, and a config holds numbers.")
+    if np.ndim(keep_prob):
+        raise ValueError(
+            f"{name} has shape {np.shape(keep_prob)}, and a config holds one number for it."
+        )
+    return float(keep_prob)
 
 
 def plan_wrapper(

@@ -104,7 +104,7 @@ def check_name(where: str, name: Any, names: TrustedNames) -> None:
     if name in names.known or any(f"{module}.".startswith(f"{root}.") for root in names.trusted):
         return
     raise ValueError(
-        f"{where} names {shorten(name)}, so it was not run: it is not a cell of "
+        f"{where} names {shorten(name)}, which was not run: it is not a cell of "
         f"{'.'.join(names.cell_class.__module__.split('.')[:2])} or of this library, not an "
         f"activation function or initializer of jax, and not in a trusted module "
         f"({shorten(', '.join(names.trusted)) or 'none were given'}). "

@@ -12,17 +12,17 @@ from .traced_scan import TracedScan
 from .weight_products import Plan
 
 
-def run_cut(traced: TracedScan, plan: Plan, leaves: list[Any]) -> list[Any]:
-    """Runs the parts of a step, without a rule for its weights.
+def run_without_rule(traced: TracedScan, plan: Plan, leaves: list[Any]) -> list[Any]:
+    """Runs a scan whose derivative is left to JAX.
 
     It still keeps less for its gradient than `jax.lax.scan`.
     """
     values = traced.program.literals | dict(enumerate(leaves))
     run_all(plan.once, values)
-    return run_loop(traced, plan, values, {}, {})[0]
+    return run_parts(traced, plan, values, {}, {})[0]
 
 
-def run_loop(
+def run_parts(
     traced: TracedScan,
     plan: Plan,
     fixed: dict[int, Any],
