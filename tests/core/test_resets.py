@@ -335,7 +335,11 @@ def test_new_masks_are_drawn_where_a_row_resets_and_nowhere_else() -> None:
             r"must have the shape \(12, ",
         ),
         ({"resets": RESETS, "sequence_ids": jnp.zeros((T, B))}, TypeError, "must be ints"),
-        ({"sequence_ids": jnp.zeros((T, B), int)}, ValueError, r"sequence_ids has shape"),
+        (
+            {"sequence_ids": jnp.zeros((T, B), int)},
+            ValueError,
+            r"sequence_ids must be .\*batch., an id for each row, got shape",
+        ),
         ({"reset_carry": first_carry()}, ValueError, "reset_carry needs resets"),
         ({"resets": RESETS, "reset_carry": 0.0}, ValueError, "reset_carry has the structure"),
         (
