@@ -69,7 +69,8 @@ def unknown_weights_error(cell: Any) -> TypeError:
     """The error for a cell that this library has no weights for."""
     return TypeError(
         f"cell_params and core_params convert the weights of LSTMCell, OptimizedLSTMCell, GRUCell "
-        f"and this library's cells, got {with_article(type(cell).__name__)}."
+        f"and this library's cells, got {with_article(type(cell).__name__)}"
+        f"{': give its cell' if hasattr(cell, 'cell') else ''}."
     )
 
 

@@ -98,7 +98,8 @@ class CellWrapper:
         """Describes the noise of the wrapper, as a table; needs no weights and no keys.
 
         Args:
-          inputs: the input of one step, `[*batch, *features]`, or its `jax.ShapeDtypeStruct`.
+          inputs: the input of one step, `[*batch, *features]`, such as `x[:, 0]`, or its
+            `jax.ShapeDtypeStruct`.
 
         Returns:
           A `Description`, as `fdc.describe` gives it for the wrapped cell.

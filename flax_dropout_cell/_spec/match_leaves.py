@@ -65,8 +65,8 @@ def _can_be_disturbed(site: Site, name: str, leaf: Any, noise: Noise) -> bool:
     dtype = dtype_of(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
-            f"{name} is {dtype}{list(np.shape(leaf))}, but noise needs floating-point values; give "
-            f"dropout.{site} a structure with None there."
+            f"{name} is {dtype}{list(np.shape(leaf))}, but noise needs floating-point values: "
+            f"write .astype(jnp.float32), or give dropout.{site} a structure with None there."
         )
     # Here for the sites around a cell; inside one, only the call of `disturb` shows it.
     if needs_previous(noise) and not (site.inside or site == STATE):

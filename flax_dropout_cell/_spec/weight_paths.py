@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import jax
-from jax.tree_util import GetAttrKey, tree_flatten_with_path
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
 from .._messages import must_be
 from ..noises.protocol import Noise
@@ -168,15 +168,8 @@ def _names(path: tuple[Any, ...]) -> Path:
     # Flax's boxes, nn.Partitioned and nnx.Param, have the array in an attribute `value`.
     if len(path) > 1 and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
         path = path[:-1]
-    joined = "/".join(str(_name(key)) for key in path)
+    joined = keystr(path, simple=True, separator="/")
     return tuple(joined.split("/"))  # names of Haiku's modules have slashes of their own
-
-
-def _name(key: Any) -> Any:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return getattr(key, attribute)
-    return key
 
 
 def _matches(path: Path, pattern: str) -> bool:

@@ -37,7 +37,8 @@ def dropout_key(
         return None
     raise ValueError(
         f"{name} needs a 'dropout' stream in training: pass rngs={{'dropout': key}} to apply"
-        f"{' or rng=key at the call' if at_call else ''}, or evaluate with deterministic=True."
+        f"{' or rng=key at the call' if at_call else ''}, or evaluate with deterministic=True"
+        f"{', at the call or' if at_call else ''} in {name}(.., deterministic=True)."
         + (_LIFTED if at_call else " In nn.scan, call initialize_carry before the scan.")
         # Flax's own modules fall back to it.
         + (" Masks are never drawn from the 'params' stream." if module.has_rng("params") else "")

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 from flax.core import Scope, unfreeze
 from flax.core.meta import AxisMetadata
-from jax.tree_util import tree_leaves_with_path
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from .._flax.wrapper import CellWrapper
 from .._spec.recurrent_dropout import PyTree
@@ -47,7 +47,7 @@ def unbox(tree: Any) -> Any:
 
 def run_on(cell: nn.Module, others: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     """Runs a bound cell with other weights; it keeps its own for paths that `others` lacks."""
-    by_path = {tuple(_names(keys)): leaf for keys, leaf in tree_leaves_with_path(others)}
+    by_path = {_names(keys): leaf for keys, leaf in tree_leaves_with_path(others)}
     paths = _paths_by_scope(cell)
 
     def exchange(variables: Any) -> Any:
@@ -79,7 +79,7 @@ def _paths_by_scope(cell: nn.Module) -> Iterator[list[Path]]:
 
     def look(cell: nn.Module) -> None:
         for keys, leaf in tree_leaves_with_path(weights_of(cell)):
-            found[leaf] = tuple(_names(keys))
+            found[leaf] = _names(keys)
 
     nn.map_variables(look, "params", tag)(cell)
     return iter([[found[leaf] for leaf in leaves] for leaves in tagged])
@@ -120,7 +120,5 @@ def _lies_in(scope: Scope, other: Scope) -> bool:
     return False
 
 
-def _names(keys: Any) -> list[str]:
-    return [
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys
-    ]
+def _names(keys: Any) -> Path:
+    return tuple(keystr((key,), simple=True) for key in keys)

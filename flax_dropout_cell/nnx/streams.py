@@ -91,7 +91,8 @@ def _draw(name: str, stream: nnx.RngStream, takes: str, *, is_own: bool) -> jax.
             ) from None
         raise ValueError(
             f"{name} updates the counter of its own RNG stream, which jax.jit, vmap and grad "
-            f"cannot track. Use nnx.jit, nnx.vmap or nnx.grad on the model, or pass {takes}."
+            f"cannot track. Pass the model as an argument to nnx.jit, nnx.vmap or nnx.grad, as in "
+            f"nnx.jit(lambda model, x: model(x))(model, x), or pass {takes}."
         ) from None
 
 

@@ -201,6 +201,8 @@ def check_noise(where: str, noise: Any) -> None:
 def _describe(value: Any) -> str:
     missing = [name for name in _MEMBERS if not hasattr(value, name)]
     if len(missing) < len(_MEMBERS):
-        lacking = f"{with_article(type(value).__name__)}, which lacks {', '.join(missing)}"
+        module = type(value).__module__.split(".")[0]  # `Dropout` is a name in Flax too
+        name = f"{with_article(type(value).__name__)} of {module}"
+        lacking = f"{name}, which lacks {', '.join(missing)}"
         return f"{lacking}: {_HAS_MEMBERS}"
     return short_repr(value)

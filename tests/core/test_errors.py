@@ -121,8 +121,8 @@ def test_keep_prob_out_of_range(bad) -> None:
                 fdc.RecurrentDropout(state=(None, NOISE)), carry=(X, jnp.ones((B, F), int))
             ),
             TypeError,
-            r"state\[1\] is int32\[2, 3\], but noise needs floating-point values; "
-            r"give dropout.state a structure with None there",
+            r"state\[1\] is int32\[2, 3\], but noise needs floating-point values: "
+            r"write .astype\(jnp.float32\), or give dropout.state a structure with None there",
         ),
         (
             lambda: step(fdc.RecurrentDropout(input=NOISE), x=jnp.ones((B, F), bool)),
@@ -400,7 +400,11 @@ class FlipWithoutModes:
     [
         (FlipToHalf(), RNG, r"dropout.input: FlipToHalf.apply gave float16\[2, 3\] for a value of"),
         (FlipToOneRow(), None, r"FlipToOneRow.expected gave float32\[3\] for .* float32\[2, 3\]"),
-        (FlipWithoutModes(), RNG, "got a FlipWithoutModes, which lacks variational, expected: "),
+        (
+            FlipWithoutModes(),
+            RNG,
+            "got a FlipWithoutModes of test_errors, which lacks variational, expected: ",
+        ),
         (0.8, RNG, "must hold noises such as Dropout.keep_prob=0.8. or None, got 0.8"),
     ],
     ids=lambda value: type(value).__name__,
