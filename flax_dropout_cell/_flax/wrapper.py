@@ -20,8 +20,8 @@ from .._spec.recurrent_dropout import (
     active_noises,
     draws_once,
 )
-from .._step.call_cell import trace_cell
-from .._step.draw_masks import site_values
+from .._step.call_cell import trace_cell, unused_site_error, unused_sites
+from .._step.draw_masks import inside_names, site_values
 from .carry import DropoutCarry, check_carry, run_wrapped_step, start_sequence
 from .deterministic import is_evaluation, needs_key
 from .framework import Framework
@@ -132,7 +132,22 @@ class CellWrapper:
         if rng is None:
             return DropoutCarry(cell_carry, None, None)
         dropout = self._spec_for(cell_carry)
-        return start_sequence(cell_carry, rng, dropout, self._values(dropout, cell_carry, inputs))
+        values = self._values(dropout, cell_carry, inputs)
+        if not draws_once(dropout.inside):  # otherwise `_values` has traced the cell
+            self._check_sites(inside_names(dropout), cell_carry, inputs)
+        return start_sequence(cell_carry, rng, dropout, values)
+
+    def _check_sites(self, names: frozenset[str], cell_carry: PyTree, inputs: Any) -> None:
+        """Raises if the cell does not use a value that it has disturbed."""
+        state, run = jax.tree.map(shape_of, cell_carry), self._framework.traceable(self.cell)
+        for x in _likely_inputs(inputs, cell_carry) if names else ():
+            try:
+                unused = unused_sites(run, None, state, x, names)
+            except (TypeError, ValueError):
+                continue  # a cell of tokens does not take floats
+            if unused:
+                raise unused_site_error(unused[0])
+            return
 
     def _redraw(
         self, carry: PyTree, inputs: PyTree, rng: jax.Array | None, deterministic: bool | None

@@ -21,6 +21,7 @@ from .._spec.recurrent_dropout import (
     PyTree,
     RecurrentDropout,
     SiteValues,
+    active_noises,
     fill_in,
     sites_of,
 )
@@ -292,7 +293,10 @@ def _draw(
         if plan.sequences is not None and given is not None:
             _check_resets_draw_nothing(values_of(dropout), dropout, plan.first_ids)
         return _Drawn(given, None, None)
-    ids, values = plan.user_ids, values_of(dropout)
+    # With any noise inside the cell, the cell is traced, and its sites are checked.
+    inside = active_noises(dropout.inside)
+    values = values_of(dropout, lambda _: True) if inside else values_of(dropout)
+    ids = plan.user_ids
     own = draw_sites(dropout, values, rng, ids, given=given)
     masks = own if given is None else fill_in(given, own)
     of_rows = plan.row_masks(

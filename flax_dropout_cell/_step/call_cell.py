@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from .._compat import current_trace
+from .._compat import Literal, current_trace
 from .._messages import must_be, short_repr, short_tree_repr
 from .._random.keys import name_hash
 from .._spec.prefixes import PyTree, shape_of, structure_str
@@ -225,7 +226,58 @@ def trace_cell(
     def run(params: PyTree, carry: PyTree, x: PyTree) -> PyTree:
         return call_cell(cell, params, carry, x, DisturbFn(names, note) if names else None)[1]
 
-    return eval_shape(run, params, carry, x), seen
+    y = eval_shape(run, params, carry, x)
+    if names:
+        check_sites_are_used(cell, params, carry, x, names)
+    return y, seen
+
+
+def check_sites_are_used(
+    cell: Cell, params: PyTree, carry: PyTree, x: PyTree, names: frozenset[str]
+) -> None:
+    """Raises if a cell's results do not depend on what `disturb` returns: noise would be lost."""
+    for site in unused_sites(cell, params, carry, x, names):
+        raise unused_site_error(site)
+
+
+def unused_site_error(site: str) -> ValueError:
+    """The error for a site whose noise would be lost."""
+    return ValueError(
+        f"the cell calls disturb({site!r}, ..) and does not use the value that it returns, so the "
+        f"noise there would be lost: write value = disturb({site!r}, value)."
+    )
+
+
+def unused_sites(
+    cell: Cell, params: PyTree, carry: PyTree, x: PyTree, names: frozenset[str]
+) -> list[str]:
+    """The sites among `names` on whose values no result of the cell depends."""
+
+    def mark(site: str, value: PyTree, previous: PyTree) -> PyTree:
+        del previous
+        return jax.tree.map(
+            lambda leaf: checkpoint_name(leaf, site) if _is_traceable(leaf) else leaf, value
+        )
+
+    def run(params: PyTree, carry: PyTree, x: PyTree) -> list[Any]:
+        results = call_cell(cell, params, carry, x, DisturbFn(names, mark))
+        return [leaf for leaf in jax.tree.leaves(results) if _is_traceable(leaf)]
+
+    run_filled, arrays = _without_objects(run, params, carry, x)
+    used = _names_used(jax.make_jaxpr(run_filled)(arrays).jaxpr)
+    return sorted(names - used)
+
+
+def _names_used(jaxpr: Any) -> set[str]:
+    """The names that `checkpoint_name` gave to values on which the results depend."""
+    needed = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
+    names = set()
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            needed.update(var for var in eqn.invars if not isinstance(var, Literal))
+            if eqn.primitive.name == "name":
+                names.add(eqn.params["name"])
+    return names
 
 
 def sites_of_cell(cell: Cell, params: PyTree, carry: PyTree, x: PyTree) -> list[str]:
@@ -244,6 +296,14 @@ def sites_of_cell(cell: Cell, params: PyTree, carry: PyTree, x: PyTree) -> list[
 
 def eval_shape(run: Callable[..., PyTree], *values: PyTree) -> PyTree:
     """`jax.eval_shape` for values that may hold other objects than arrays, such as functions."""
+    run_filled, arrays = _without_objects(run, *values)
+    return jax.eval_shape(run_filled, arrays)
+
+
+def _without_objects(
+    run: Callable[..., PyTree], *values: PyTree
+) -> tuple[Callable[[list[Any]], PyTree], list[Any]]:
+    """A function of the arrays among some values, and these arrays; None for other objects."""
     leaves, structure = jax.tree.flatten(values)
 
     def run_filled(arrays: list[Any]) -> PyTree:
@@ -251,7 +311,7 @@ def eval_shape(run: Callable[..., PyTree], *values: PyTree) -> PyTree:
         filled = [leaf if array is None else array for leaf, array in pairs]
         return run(*jax.tree.unflatten(structure, filled))
 
-    return jax.eval_shape(run_filled, [leaf if _is_traceable(leaf) else None for leaf in leaves])
+    return run_filled, [leaf if _is_traceable(leaf) else None for leaf in leaves]
 
 
 def _is_traceable(leaf: Any) -> bool:

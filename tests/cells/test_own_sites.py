@@ -1,6 +1,6 @@
-"""A site of one's own, in cells of every framework: docs/inside.md runs, and two mistakes do not.
+"""A site of one's own, in cells of every framework: docs/inside.md runs, and three mistakes do not.
 
-The mistakes would be silent: all rows, depths or places would share one mask.
+The mistakes would be silent: rows, depths or places would share one mask, or there would be none.
 """
 
 import re
@@ -167,6 +167,11 @@ def twice(disturb: Any, value: Any) -> Any:
     return disturb("a", value) + disturb("a", value)
 
 
+def unused(disturb: Any, value: Any) -> Any:
+    disturb("a", 2 * value)
+    return value
+
+
 lax_scan = by_depth(jax.lax.scan)
 nn_vmap = in_linen(nn.vmap, variable_axes={}, split_rngs={})
 MISTAKES: dict[str, tuple[Any, list[Change]]] = {
@@ -194,5 +199,8 @@ def test_mistakes_that_would_be_silent(framework: str, noise: fdc.Dropout) -> No
     with pytest.raises(ValueError, match=r"called twice in a step.*'0/a' and '1/a'") as caught:
         run(twice, noise)
     assert len(str(caught.value).splitlines()) <= 5
+    with pytest.raises(ValueError, match=r"does not use the value.*value = disturb\('a', value\)"):
+        run(unused, noise)
+    run(unused, None)
     run(lambda disturb, value: disturb("a", value), None)  # and nothing without them
     run(lambda disturb, value: disturb("a", value), noise)
