@@ -13,7 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import core, nnx
+from flax import config, core, nnx
 
 from .._messages import short_repr
 from ..noises.protocol import is_array
@@ -155,6 +155,26 @@ def give_own_stream(module: nn.Module) -> bool:
         return False
     scope.rngs = scope.rngs | {"dropout": key.replace(suffix=scope.path)}
     return True
+
+
+def path_with_same_key(module: nn.Module) -> str | None:
+    """The path of another module that has drawn the key that this one has just drawn, if any.
+
+    Flax hashes the names on a path without a separator, so the modules 1/10 and 11/0 have one key,
+    unless `flax_fix_rng_separator` is set.
+    """
+    if config.flax_fix_rng_separator:
+        return None
+    scope: Any = module.scope
+    names = (*scope.rngs["dropout"].suffix, scope.rng_counters["dropout"])
+    hashed = b"".join(
+        name.encode() if isinstance(name, str) else name.to_bytes((name.bit_length() + 7) // 8)
+        for name in names
+    )
+    # At the root, so that it lasts as long as the call of `apply`.
+    drawn = scope.root.__dict__.setdefault("_dropout_keys", {})
+    other = drawn.setdefault(hashed, names)
+    return None if other == names else "/".join(other[:-1])
 
 
 def _is_given(module: nn.Module) -> bool:

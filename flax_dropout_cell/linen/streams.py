@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 
-from .._flax.compat import give_own_stream
+from .._flax.compat import give_own_stream, path_with_same_key
 
 _LIFTED = " nn.scan and nn.vmap pass on only the streams that split_rngs names."
 
@@ -20,8 +20,8 @@ def dropout_key(
       at_call: whether its call takes `rng`, as a wrapper's call in a host does not.
 
     Raises:
-      ValueError: if there is neither, and this is not `init`, or if `nn.jit` or `nn.fold_rngs`
-        gives other modules the same key.
+      ValueError: if there is neither, and this is not `init`, or if Flax gives another module the
+        same key.
     """
     if rng is not None:
         return rng
@@ -32,7 +32,15 @@ def dropout_key(
                 f"because the module that holds it was made outside. Make it inside the module "
                 f"that is transformed, or use nn.remat, or jax.jit around the model."
             )
-        return module.make_rng("dropout")
+        key = module.make_rng("dropout")
+        if (other := path_with_same_key(module)) is not None:
+            path = "/".join(module.path)
+            raise ValueError(
+                f"the {name} at {path} would have the masks of the one at {other}, because Flax "
+                f"joins the names on a path without a separator. Rename one of them, or call "
+                f"flax.config.update('flax_fix_rng_separator', True), which changes all masks."
+            )
+        return key
     if module.is_initializing():  # its outputs are thrown away
         return None
     raise ValueError(

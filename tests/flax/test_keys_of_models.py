@@ -150,7 +150,7 @@ class TestOneStepAtATime:
     def test_per_step_noise_needs_the_steps_index(self, framework: str) -> None:
         layer = self.layer(framework, PER_STEP)
         carry, first = layer(X[:, :1], KEY)
-        with pytest.raises(ValueError, match="needs start=, the index of the step"):
+        with pytest.raises(ValueError, match="pass start=t, the index of the step"):
             layer(X[:, 1:2], KEY, initial_carry=carry)
         steps = [first]
         for t in range(1, 5):

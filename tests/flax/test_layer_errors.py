@@ -56,7 +56,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "ids with time, no resets": (
         {"sequence_ids": jnp.zeros((3, 6), int)},
         ValueError,
-        r"sequence_ids without resets must be \[\*batch\].*: \(3,\), got shape \(3, 6\)",
+        r"sequence_ids without resets must be \[\*batch\], like .*, \(3,\), got shape \(3, 6\)",
     ),
     "ids without time, resets": (
         {"sequence_ids": jnp.zeros(3, int), "resets": RESETS},
