@@ -153,14 +153,17 @@ def test_the_chorales_are_within_reach_of_what_is_published() -> None:
 
 
 def test_what_the_readme_says_of_equal_budgets() -> None:
-    report = json.loads((ROOT / "docs/results/equal_budgets_words.json").read_text())
-    tested = {(row["cell"], row["scheme"]): np.mean(row["test_nll"]) for row in report["rows"]}
-    lstm, gru = (
-        [f"{tested[cell, name]:.2f}" for name in ("none", "Gal, tied")] for cell in ("lstm", "gru")
-    )
+
+    def losses(task: str, cell: str) -> list[str]:
+        report = json.loads((ROOT / f"docs/results/equal_budgets_{task}.json").read_text())
+        tested = {(row["cell"], row["scheme"]): np.mean(row["test_nll"]) for row in report["rows"]}
+        return [f"{tested[cell, name]:.2f}" for name in ("none", "Gal, tied")]
+
+    notes, lstm, gru = losses("chorales", "lstm"), losses("words", "lstm"), losses("words", "gru")
     told = (
-        f"a word-level LSTM's test loss falls from {lstm[0]} nats per word to {lstm[1]} with "
-        f"`gal2016`, and a GRU's from {gru[0]} to {gru[1]} ([equal budgets]"
+        f"that LSTM's test loss on the chorales falls from {notes[0]} to {notes[1]}, a word-level "
+        f"LSTM's from {lstm[0]} nats per word to {lstm[1]}, and a word-level GRU's from {gru[0]} "
+        f"to {gru[1]} ([equal budgets]"
     )
     assert told in " ".join((ROOT / "README.md").read_text().split())
 
@@ -212,6 +215,12 @@ def test_the_schemes_tables() -> None:
         "Rows with *rate x* and those of linear cells ran on two cores of a CPU with JAX 0.12.0.1"
     )
     assert f"{told}, all others on an NVIDIA H200 with JAX 0.11.2" in " ".join(page.split())
+    for path in (ROOT / "docs/results").glob("equal_budgets_*.json"):
+        report = json.loads(path.read_text())
+        assert tables().format_table(report) in page, path.name
+        assert tables().format_verdict(report) in page, path.name
+        of_run = {(row["device"], row["versions"]["jax"]) for row in report["rows"]}
+        assert of_run == {("cpu, x86_64", "0.12.0.1")}
     costs = importlib.import_module("scheme_costs")
     assert costs.format_table(benchmark("scheme_costs")) in page
 

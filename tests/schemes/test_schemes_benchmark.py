@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.io
 
 import flax_dropout_cell as fdc
 
@@ -430,10 +431,21 @@ def test_rows_of_other_data_are_not_added(modules, tmp_path, monkeypatch, capsys
     assert platform.python_version() in modules.tasks.load_words(None).source
 
 
-def test_stored_results_under_equal_budgets_are_whole(modules):
+def write_chorales(folder):
+    """A file of one song of three steps for each split, in the form of Boulanger-Lewandowski's."""
+    songs = np.empty((1, 1), object)
+    songs[0, 0] = np.zeros((3, 88))
+    names = ("traindata", "validdata", "testdata")
+    scipy.io.savemat(folder / "jsb_chorales.mat", dict.fromkeys(names, songs))
+
+
+@pytest.mark.parametrize("name", ["words", "chorales"])
+def test_stored_results_under_equal_budgets_are_whole(modules, tmp_path, name):
     """Each row tried the settings of the program, and picked the best of them by validation."""
-    report = json.loads((ROOT / "docs/results/equal_budgets_words.json").read_text())
-    task = modules.tasks.load_words(None)
+    report = json.loads((ROOT / f"docs/results/equal_budgets_{name}.json").read_text())
+    if name == "chorales":  # the settings do not depend on the songs
+        write_chorales(tmp_path)
+    task = modules.tasks.TASKS[name](tmp_path)
     rows = {(row["cell"], row["scheme"]): row for row in report["rows"]}
     assert len(rows) == len(report["rows"])
     for (cell, name), row in rows.items():
