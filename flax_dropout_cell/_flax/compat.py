@@ -23,7 +23,7 @@ static = getattr(nnx, "static", lambda value: value)
 
 
 def data_or_static(value: Any) -> Any:
-    """An attribute of an NNX module: an array is data, a number is static; either may follow."""
+    """An attribute of an NNX module, which may change its kind: arrays are data, numbers static."""
     return nnx.data(value) if is_array(value) else static(value)
 
 
@@ -174,7 +174,7 @@ def path_with_same_key(module: nn.Module) -> str | None:
     # At the root, so that it lasts as long as the call of `apply`.
     drawn = scope.root.__dict__.setdefault("_dropout_keys", {})
     other = drawn.setdefault(hashed, names)
-    return None if other == names else "/".join(other[:-1])
+    return None if other == names else "/".join(map(str, other[:-1]))
 
 
 def _is_given(module: nn.Module) -> bool:
