@@ -188,7 +188,14 @@ MISTAKES: dict[str, tuple[Any, list[Change]]] = {
 }
 
 
-@pytest.mark.parametrize("noise", [FROZEN, fdc.Dropout(keep_prob=0.8)], ids=["frozen", "step"])
+NOISES = {
+    "frozen": FROZEN,
+    "step": fdc.Dropout(keep_prob=0.8),
+    "step, few bits": fdc.Dropout(keep_prob=0.75),  # drawn in the loop, not ahead of it
+}
+
+
+@pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES)
 @pytest.mark.parametrize("framework", MISTAKES)
 def test_mistakes_that_would_be_silent(framework: str, noise: fdc.Dropout) -> None:
     run, transformed = MISTAKES[framework]
