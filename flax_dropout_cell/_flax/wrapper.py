@@ -20,7 +20,7 @@ from .._spec.recurrent_dropout import (
     active_noises,
     draws_once,
 )
-from .._step.call_cell import trace_cell, unused_site_error, unused_sites
+from .._step.call_cell import trace_cell, unused_sites, warn_of_unused_site
 from .._step.draw_masks import inside_names, site_values
 from .carry import DropoutCarry, check_carry, run_wrapped_step, start_sequence
 from .deterministic import is_evaluation, needs_key
@@ -138,15 +138,15 @@ class CellWrapper:
         return start_sequence(cell_carry, rng, dropout, values)
 
     def _check_sites(self, names: frozenset[str], cell_carry: PyTree, inputs: Any) -> None:
-        """Raises if the cell does not use a value that it has disturbed."""
+        """Warns if the cell does not use a value that it has disturbed."""
         state, run = jax.tree.map(shape_of, cell_carry), self._framework.traceable(self.cell)
         for x in _likely_inputs(inputs, cell_carry) if names else ():
             try:
                 unused = unused_sites(run, None, state, x, names)
             except (TypeError, ValueError):
                 continue  # a cell of tokens does not take floats
-            if unused:
-                raise unused_site_error(unused[0])
+            for site in unused:
+                warn_of_unused_site(site)
             return
 
     def _redraw(

@@ -1,6 +1,7 @@
 """The call of a cell, with `disturb` if there is noise inside it, and checks of its results."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -235,16 +236,17 @@ def trace_cell(
 def check_sites_are_used(
     cell: Cell, params: PyTree, carry: PyTree, x: PyTree, names: frozenset[str]
 ) -> None:
-    """Raises if a cell's results do not depend on what `disturb` returns: noise would be lost."""
+    """Warns if a cell's results do not depend on what `disturb` returns: its noise is lost."""
     for site in unused_sites(cell, params, carry, x, names):
-        raise unused_site_error(site)
+        warn_of_unused_site(site)
 
 
-def unused_site_error(site: str) -> ValueError:
-    """The error for a site whose noise would be lost."""
-    return ValueError(
+def warn_of_unused_site(site: str) -> None:
+    """Warns of a site whose noise is lost. Not an error: a cell may call one to show its mask."""
+    warnings.warn(
         f"the cell calls disturb({site!r}, ..) and does not use the value that it returns, so the "
-        f"noise there would be lost: write value = disturb({site!r}, value)."
+        f"noise there is lost: write value = disturb({site!r}, value).",
+        stacklevel=2,
     )
 
 

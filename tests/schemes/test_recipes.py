@@ -21,15 +21,11 @@ def identity_cell(
     params: Any, carry: Any, x: jax.Array, *, disturb: Any = fdc.undisturbed
 ) -> tuple[Any, jax.Array]:
     """Emits its input unchanged, and calls all of the recipes' sites on the side."""
-    c, h = carry
-    zeros = jnp.zeros_like(x)
-    for site in ("recurrent", "candidate"):
-        disturb(site, zeros)
-    for site in ("recurrent_per_gate",):
-        disturb(site, jnp.stack([zeros] * 4, axis=-2))
+    c, h = carry  # zeros, which no mask changes
+    c = disturb("candidate", disturb("recurrent", c))
+    c = disturb("recurrent_per_gate", jnp.stack([c] * 4, axis=-2))[..., 0, :]
     x = disturb("input_per_gate", jnp.stack([x] * 4, axis=-2))[..., 0, :]
-    disturb("hidden", h, h)
-    return (c, h), x
+    return (c, disturb("hidden", h, h)), x
 
 
 class Layer(NamedTuple):
