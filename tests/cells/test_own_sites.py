@@ -1,4 +1,4 @@
-"""A site of one's own, in cells of every framework: docs/inside.md runs, three mistakes are noticed.
+"""A site of one's own, in cells of every framework: docs/inside.md runs, and mistakes are noticed.
 
 The mistakes would be silent: rows, depths or places would share one mask, or there would be none.
 """
