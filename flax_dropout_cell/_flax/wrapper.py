@@ -20,7 +20,7 @@ from .._spec.recurrent_dropout import (
     active_noises,
     draws_once,
 )
-from .._step.call_cell import trace_cell, unused_sites, warn_of_unused_site
+from .._step.call_cell import trace_cell, warn_of_unused_sites
 from .._step.draw_masks import inside_names, site_values
 from .carry import DropoutCarry, check_carry, run_wrapped_step, start_sequence
 from .deterministic import is_evaluation, needs_key
@@ -142,12 +142,9 @@ class CellWrapper:
         state, run = jax.tree.map(shape_of, cell_carry), self._framework.traceable(self.cell)
         for x in _likely_inputs(inputs, cell_carry) if names else ():
             try:
-                unused = unused_sites(run, None, state, x, names)
+                return warn_of_unused_sites(run, None, state, x, names)
             except (TypeError, ValueError):
                 continue  # a cell of tokens does not take floats
-            for site in unused:
-                warn_of_unused_site(site)
-            return
 
     def _redraw(
         self, carry: PyTree, inputs: PyTree, rng: jax.Array | None, deterministic: bool | None

@@ -229,31 +229,17 @@ def trace_cell(
 
     y = eval_shape(run, params, carry, x)
     if names:
-        check_sites_are_used(cell, params, carry, x, names)
+        warn_of_unused_sites(cell, params, carry, x, names)
     return y, seen
 
 
-def check_sites_are_used(
+def warn_of_unused_sites(
     cell: Cell, params: PyTree, carry: PyTree, x: PyTree, names: frozenset[str]
 ) -> None:
-    """Warns if a cell's results do not depend on what `disturb` returns: its noise is lost."""
-    for site in unused_sites(cell, params, carry, x, names):
-        warn_of_unused_site(site)
+    """Warns if a cell's results do not depend on what `disturb` returns: the noise is lost.
 
-
-def warn_of_unused_site(site: str) -> None:
-    """Warns of a site whose noise is lost. Not an error: a cell may call one to show its mask."""
-    warnings.warn(
-        f"the cell calls disturb({site!r}, ..) and does not use the value that it returns, so the "
-        f"noise there is lost: write value = disturb({site!r}, value).",
-        stacklevel=2,
-    )
-
-
-def unused_sites(
-    cell: Cell, params: PyTree, carry: PyTree, x: PyTree, names: frozenset[str]
-) -> list[str]:
-    """The sites among `names` on whose values no result of the cell depends."""
+    Not an error, because a cell may call a site to show its mask.
+    """
 
     def mark(site: str, value: PyTree, previous: PyTree) -> PyTree:
         del previous
@@ -267,7 +253,12 @@ def unused_sites(
 
     run_filled, arrays = _without_objects(run, params, carry, x)
     used = _names_used(jax.make_jaxpr(run_filled)(arrays).jaxpr)
-    return sorted(names - used)
+    for site in sorted(names - used):
+        warnings.warn(
+            f"the cell calls disturb({site!r}, ..) and does not use the value that it returns, so "
+            f"the noise there is lost: write value = disturb({site!r}, value).",
+            stacklevel=2,
+        )
 
 
 def _names_used(jaxpr: Any) -> set[str]:

@@ -221,17 +221,20 @@ def core_params(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> Params:
         raise TypeError(must_be("variables", "nnx.state(cell), or a dict of arrays", variables))
     if isinstance(cell, LinearCell):
         return params_of(variables, lambda _: cell.weights(), cell)
+    kind = _kind(cell)
     wanted = nnx.to_pure_dict(nnx.state(cell, nnx.Param))
     if not wanted.keys() <= variables.keys():
         raise wrong_variables_error(cell, wanted, variables)
     check_leaves(cell, flatten_dict(wanted, sep="/"), variables)
-    params = _gates_of(variables, cell)
+    params = _gates_of(variables, cell, kind)
     _check_sizes("core_params", without_stack(params), cell)
     return params
 
 
-def _gates_of(variables: Mapping[str, Any], cell: nnx.RNNCellBase) -> LSTMParams | GRUParams:
-    if _kind(cell) is GRUParams:
+def _gates_of(
+    variables: Mapping[str, Any], cell: nnx.RNNCellBase, kind: type
+) -> LSTMParams | GRUParams:
+    if kind is GRUParams:
         inputs, recurrent = variables["dense_i"], variables["dense_h"]["kernel"]
         bias = variables.get("recurrent_bias")
         return GRUParams(inputs["kernel"], recurrent, inputs["bias"], bias)

@@ -247,6 +247,10 @@ def nnx_lstm(units: int = UNITS) -> Any:
     return fdc.nnx.LSTMCell(FEATURES, units, rngs=nnx.Rngs(0))
 
 
+def nnx_layer() -> Any:
+    return fdc.nnx.RNN(nnx_lstm(), fdc.RecurrentDropout(), rngs=nnx.Rngs(0))
+
+
 def linen_weights() -> Any:
     return nn.LSTMCell(8).init(jax.random.key(0), (jnp.zeros(8), jnp.zeros(8)), jnp.zeros(3))
 
@@ -334,6 +338,9 @@ MISTAKES = {
     "NNX, no such weights": (
         lambda: fdc.nnx.cell_params(lstm(), nnx.SimpleCell(3, 8, rngs=nnx.Rngs(0))), TypeError,
         "LSTMCell, OptimizedLSTMCell, GRUCell and this library's cells, got a SimpleCell",
+    ),
+    "NNX, a layer": (
+        lambda: fdc.nnx.core_params({}, nnx_layer()), TypeError, "got an RNN: give its cell"
     ),
     "NNX, other variables": (
         lambda: fdc.nnx.core_params({"ii": {}}, nnx_lstm()), ValueError,

@@ -542,6 +542,11 @@ class TestConfigs:
         with pytest.raises(ValueError, match=r"GRUCell.gate_fn .* use a module-level function"):
             wrapper.get_config()
 
+    def test_a_keep_prob_for_each_unit_has_no_config(self) -> None:
+        wrapper = RNNCellDropoutWrapper(nn.GRUCell(3), jnp.array([0.5, 0.6, 0.7]))
+        with pytest.raises(ValueError, match=r"input_keep_prob has shape \(3,\), and a config"):
+            wrapper.get_config()
+
     def test_a_traced_keep_prob_has_no_config(self) -> None:
         def config(keep_prob: Any) -> Any:
             return RNNCellDropoutWrapper(nn.GRUCell(3), keep_prob).get_config()
